@@ -1,0 +1,45 @@
+# Two commands for a fresh machine: `make demo` and `make test`.
+# They need Python >= 3.10 and nothing else; everything goes into .venv.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+	2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# On Linux, MLX's code comes in an extra of its own; `make demo EXTRA=cuda` for a GPU.
+EXTRA ?= $(if $(filter Linux,$(shell uname -s)),cpu,)
+COMMA := ,
+MODEL := examples/books-20m
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/demo
+	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 120 --temp 0.7 \
+		--top-p 0.9 --seed 7 --prompt - < examples/needle.txt
+
+test: $(VENV)/dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev
+	$(BIN)/python benchmarks/bench_quality.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 with venv found; install one or run make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/demo: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.$(if $(EXTRA),[$(EXTRA)],)'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[$(if $(EXTRA),$(EXTRA)$(COMMA),)dev]'
+	@touch $@

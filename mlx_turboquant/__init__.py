@@ -1,0 +1,72 @@
+"""TurboQuant KV caches for MLX: longer contexts in the same memory.
+
+>>> import mlx_turboquant as tq
+>>> from mlx_lm import load, generate
+>>> model, tokenizer = load("mlx-community/Llama-3.2-3B-Instruct-4bit")
+>>> tq.apply(model, "k4v3")
+>>> generate(model, tokenizer, "hello")
+
+Owns the public names and nothing else. They are imported when first used, so that
+``mlx_tq --help`` is instant and the CLI can choose a BLAS before MLX is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import errors as errors
+    from .attention import attend as attend
+    from .cache import BatchTurboQuantCache as BatchTurboQuantCache
+    from .cache import TurboQuantCache as TurboQuantCache
+    from .codebook import lloyd_max as lloyd_max
+    from .codecs import codec_for as codec_for
+    from .codes import PackedCodes as PackedCodes
+    from .integrations.loading import load as load
+    from .integrations.mlx_lm import apply as apply
+    from .integrations.mlx_lm import load_prompt_cache as load_prompt_cache
+    from .integrations.mlx_lm import make_prompt_cache as make_prompt_cache
+    from .integrations.mlx_lm import save_prompt_cache as save_prompt_cache
+    from .integrations.mlx_lm import uninstall as uninstall
+    from .report import explain as explain
+    from .rotation import rotation_for as rotation_for
+    from .spec import CacheSpec as CacheSpec
+    from .spec import CodecSpec as CodecSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BatchTurboQuantCache": "cache",
+    "CacheSpec": "spec",
+    "CodecSpec": "spec",
+    "PackedCodes": "codes",
+    "TurboQuantCache": "cache",
+    "apply": "integrations.mlx_lm",
+    "attend": "attention",
+    "codec_for": "codecs",
+    "explain": "report",
+    "lloyd_max": "codebook",
+    "load": "integrations.loading",
+    "load_prompt_cache": "integrations.mlx_lm",
+    "make_prompt_cache": "integrations.mlx_lm",
+    "rotation_for": "rotation",
+    "save_prompt_cache": "integrations.mlx_lm",
+    "uninstall": "integrations.mlx_lm",
+}
+
+__all__ = [*sorted(_HOMES), "errors"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module(".errors", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Attention on packed codes, spelled for different machines."""

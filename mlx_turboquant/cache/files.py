@@ -1,0 +1,80 @@
+"""The saved form of a cache: a header line and named arrays (``docs/format.md``).
+
+Owns the format version and the checks on foreign state. Reading and writing of the
+file itself is mlx-lm's (see ``integrations``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import FormatError, SpecError
+from ..spec import CacheSpec
+
+#: Raised by any change to bit layout, levels, signs or array names.
+FORMAT_VERSION = 1
+_MAGIC = "mlx_turboquant"
+_GROUPS = ("sink", "packed", "recent", "mean")
+Groups = dict[str, dict[str, mx.array]]
+State = dict[str, Any]
+
+
+def to_state(spec: CacheSpec, groups: Mapping[str, Mapping[str, mx.array]]) -> State:
+    """The tree of arrays and text that mlx-lm evaluates and saves."""
+    state: dict[str, Any] = {"header": f"{_MAGIC} {FORMAT_VERSION} {spec.full}"}
+    for group, arrays in groups.items():
+        for name, array in arrays.items():
+            state[f"{group}:{name}"] = array
+    return state
+
+
+def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups]:
+    """The inverse of `to_state`.
+
+    Raises:
+        FormatError: saying what is foreign, damaged or newer.
+    """
+    header = state.get("header") if isinstance(state, Mapping) else None
+    words = header.split() if isinstance(header, str) else []
+    if len(words) != 3 or words[0] != _MAGIC:
+        raise FormatError(
+            "this is not a mlx_turboquant prompt cache (no header); "
+            "make it again with tq.save_prompt_cache"
+        )
+    if words[1] != str(FORMAT_VERSION):
+        raise FormatError(
+            f"cache format {words[1]} is not {FORMAT_VERSION}, the one this version "
+            "reads; update mlx-turboquant or make the cache again"
+        )
+    try:
+        spec = CacheSpec.parse(words[2])
+    except SpecError as error:
+        raise FormatError(f"the cache's spec is damaged: {error}") from error
+    groups: Groups = {group: {} for group in _GROUPS}
+    for key, array in state.items():
+        group, _, name = key.partition(":")
+        if group in groups:
+            groups[group][name] = array
+    _check(spec, groups)
+    return spec, groups
+
+
+def _check(spec: CacheSpec, groups: Groups) -> None:
+    recent = groups["recent"]
+    if not recent and not groups["packed"]:
+        return
+    packed = set(groups["packed"])
+    whole = set(recent) == {"keys", "values"} and set(groups["sink"]) <= set(recent)
+    for side, codec in (("keys", spec.keys), ("values", spec.values)):
+        names = ("vectors",) if codec.name == "identity" else ("words", "scales")
+        wanted = {f"{side}_{name}" for name in names}
+        whole = whole and (not packed or wanted <= packed)
+    lengths = {array.shape[2] for array in groups["packed"].values()}
+    if not whole or len(lengths) > 1:
+        raise FormatError(
+            "the cache's arrays do not fit its header; the file is damaged, "
+            "make the cache again"
+        )

@@ -1,0 +1,320 @@
+"""`TurboQuantCache`: one layer's compressed cache, growing with the text.
+
+Owns the three segments and when tokens move between them:
+
+    sink     the first ``spec.sink`` tokens, model dtype
+    packed   codes, encoded a page at a time
+    recent   between ``window`` and ``window + page`` last tokens, model dtype
+
+All live in the codec's rotated basis. Keys are packed minus a mean, taken from the
+first page and frozen, so that a token's codes never depend on what came later. What
+a step reads is set by how many tokens came before it, not by how they came: after n
+tokens, ``page * ((n - sink - window) // page)`` of them are packed.
+
+Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..codecs import Codec, codec_for
+from ..codes import PackedCodes
+from ..errors import UnsupportedError
+from ..segments import Segments
+from ..spec import CacheSpec
+from . import files
+from .masks import make_mask
+from .store import TokenStore
+
+#: Steps of at most this many tokens go through the recent buffer (speculative
+#: decoding verifies up to 8); longer ones are prefill and are packed at once.
+DECODE_TOKENS = 8
+_PACKED_STEP = 256
+Arrays = dict[str, mx.array]
+
+
+class TurboQuantCache:
+    """A drop-in for mlx-lm's ``KVCache`` that stores codes.
+
+    Args:
+        spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
+
+    >>> TurboQuantCache("k3v3")
+    TurboQuantCache(k3v3, empty)
+    """
+
+    def __init__(self, spec: CacheSpec | str | float = "k3v3") -> None:
+        self.spec = CacheSpec.parse(spec)
+        self._clear()
+
+    def _clear(self) -> None:
+        spec = self.spec
+        self._sink: Arrays = {}
+        self._packed = TokenStore(_PACKED_STEP)
+        held = spec.sink + spec.window + spec.page + DECODE_TOKENS
+        self._recent = TokenStore(held)
+        self._mean: mx.array | None = None
+
+    # What models and generation loops use.
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[Segments | mx.array, Segments | mx.array]:
+        """Append tokens and return what attention should read.
+
+        Args:
+            keys: (B, H, N, Dk) of the new tokens, after position encoding.
+            values: (B, H, N, Dv).
+
+        Returns:
+            Handles over all tokens so far. The first tokens of an empty cache come
+            back as they are: they attend to each other unrotated and exactly.
+
+        Raises:
+            UnsupportedError: for a head_dim the rotation cannot do, or a shape
+                that does not continue what is stored.
+        """
+        self._check(keys, values)
+        first = self.offset == 0
+        k_codec, v_codec = self._codecs(keys.shape[3], values.shape[3])
+        self._pack(self._due())
+        new = {
+            "keys": k_codec.rotation.forward(keys).astype(keys.dtype),
+            "values": v_codec.rotation.forward(values).astype(values.dtype),
+        }
+        self._recent.append(new)
+        fetched = (keys, values) if first else self.keys_and_values()
+        if keys.shape[2] > DECODE_TOKENS:
+            self._pack(self._due())
+        return fetched
+
+    def keys_and_values(self) -> tuple[Segments, Segments]:
+        """Handles over everything stored, for layers that share a cache."""
+        recent = self._recent.views()
+        k_codec, v_codec = self._codecs(
+            recent["keys"].shape[3], recent["values"].shape[3]
+        )
+
+        def side(name: str, codec: Codec, mean: mx.array | None) -> Segments:
+            packed = self._packed_side(name) if self._packed.length else None
+            return Segments(codec, self._sink.get(name), packed, recent[name], mean)
+
+        return side("keys", k_codec, self._mean), side("values", v_codec, None)
+
+    def _packed_side(self, side: str) -> PackedCodes:
+        prefix = f"{side}_"
+        arrays = {
+            name.removeprefix(prefix): array
+            for name, array in self._packed.arrays.items()
+            if name.startswith(prefix)
+        }
+        return PackedCodes(arrays, self._packed.length)
+
+    def _codecs(self, k_dim: int, v_dim: int) -> tuple[Codec, Codec]:
+        seed = self.spec.seed
+        return (
+            codec_for(self.spec.keys, k_dim, "keys", seed),
+            codec_for(self.spec.values, v_dim, "values", seed),
+        )
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        for name, new in (("keys", keys), ("values", values)):
+            held = self._recent.arrays.get(name)
+            if held is None:
+                continue
+            want, got = held.shape, new.shape
+            if (want[0], want[1], want[3]) != (got[0], got[1], got[3]):
+                raise UnsupportedError(
+                    f"{name} {tuple(got)} do not continue a cache of "
+                    f"(B, H, D) = {(want[0], want[1], want[3])}",
+                    "start a new cache for this batch or model",
+                )
+
+    # Moving tokens between segments.
+
+    def _due(self) -> int:
+        """Packed tokens after ``offset`` tokens, if nothing was trimmed."""
+        settled = self.offset - self.spec.sink - self.spec.window
+        return self.spec.page * max(0, settled // self.spec.page)
+
+    def _pack(self, target: int) -> None:
+        """Encode the oldest recent tokens until ``target`` tokens are packed."""
+        count = target - self._packed.length
+        if count <= 0:
+            return
+        pending = self._recent.views()
+        start = 0
+        if self._packed.length == 0:
+            start = self.spec.sink
+            if start:
+                self._sink = {
+                    k: mx.contiguous(v[:, :, :start]) for k, v in pending.items()
+                }
+        stop = start + count
+        chosen = {k: v[:, :, start:stop] for k, v in pending.items()}
+        k_codec, v_codec = self._codecs(
+            chosen["keys"].shape[3], chosen["values"].shape[3]
+        )
+        keys = chosen["keys"]
+        if self.spec.center and k_codec.centered:
+            keys = keys.astype(mx.float32)
+            if self._mean is None:
+                page = keys[:, :, : self.spec.page]
+                self._mean = mx.mean(page, axis=2, keepdims=True)
+            keys = keys - self._mean
+        codes = {
+            f"{side}_{name}": array
+            for side, encoded in (
+                ("keys", k_codec.encode(keys)),
+                ("values", v_codec.encode(chosen["values"])),
+            )
+            for name, array in encoded.arrays.items()
+        }
+        self._packed.append(codes)
+        self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})
+
+    def is_trimmable(self) -> bool:
+        """Always: codes are independent of their neighbours."""
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens, or all there are; returns how many."""
+        n = min(n, self.offset)
+        from_recent = min(n, self._recent.length)
+        self._recent.trim(from_recent)
+        from_packed = min(n - from_recent, self._packed.length)
+        self._packed.trim(from_packed)
+        if from_packed and not self._packed.length:
+            # Nothing is packed any more: be as a cache that never packed.
+            keep = self.sink_length - (n - from_recent - from_packed)
+            kept = {k: v[:, :, :keep] for k, v in self._sink.items()}
+            recent = self._recent.views()
+            self._clear()
+            self._recent.replace(kept or recent)
+        return n
+
+    # Sizes.
+
+    @property
+    def offset(self) -> int:
+        """Tokens stored, which is also the position of the next one."""
+        return self.sink_length + self._packed.length + self._recent.length
+
+    @property
+    def sink_length(self) -> int:
+        """Tokens in the sink segment."""
+        return self._sink["keys"].shape[2] if self._sink else 0
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens stored as codes."""
+        return self._packed.length
+
+    @property
+    def recent_length(self) -> int:
+        """Latest tokens stored in the model's dtype."""
+        return self._recent.length
+
+    def size(self) -> int:
+        """Tokens stored."""
+        return self.offset
+
+    def empty(self) -> bool:
+        """Whether no token is stored."""
+        return self.offset == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer: codes, scales, windows, mean, spare capacity."""
+        mean = 0 if self._mean is None else self._mean.nbytes
+        sink = sum(array.nbytes for array in self._sink.values())
+        return self._packed.nbytes + self._recent.nbytes + sink + mean
+
+    @property
+    def elements(self) -> int:
+        """Key and value elements the stored tokens stand for."""
+        held = self._recent.arrays.values()
+        width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in held)
+        return self.offset * width
+
+    def make_mask(
+        self, n: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """The mask for ``n`` new tokens behind those stored."""
+        return make_mask(n, self.offset, return_array, window_size)
+
+    # Real arrays that some models tie other work to with ``mx.depends``.
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The buffer of recent keys (B, H, capacity, Dk), or None when empty."""
+        return self._recent.arrays.get("keys")
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self._recent.arrays["keys"] = array
+
+    @property
+    def values(self) -> mx.array | None:
+        """The buffer of recent values (B, H, capacity, Dv), or None when empty."""
+        return self._recent.arrays.get("values")
+
+    @values.setter
+    def values(self, array: mx.array) -> None:
+        self._recent.arrays["values"] = array
+
+    # Saving, loading and batching.
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The stored tokens and a header: all that `from_state` needs."""
+        return files.to_state(
+            self.spec,
+            {
+                "sink": self._sink,
+                "packed": self._packed.views(),
+                "recent": self._recent.views(),
+                "mean": {} if self._mean is None else {"keys": self._mean},
+            },
+        )
+
+    @state.setter
+    def state(self, state: Mapping[str, Any]) -> None:
+        self.spec, groups = files.from_state(state)
+        self._clear()
+        self._sink = groups["sink"]
+        self._packed.replace(groups["packed"])
+        self._recent.replace(groups["recent"])
+        self._mean = groups["mean"].get("keys")
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> TurboQuantCache:
+        """A cache equal to the one whose `state` this is.
+
+        Raises:
+            FormatError: if the state is not ours, damaged or of a newer version.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[TurboQuantCache]) -> Any:
+        """One `BatchTurboQuantCache` with a row per cache."""
+        from .batch import BatchTurboQuantCache
+
+        return BatchTurboQuantCache.merge(caches)
+
+    def __repr__(self) -> str:
+        if self.empty():
+            return f"TurboQuantCache({self.spec}, empty)"
+        parts = f"{self.sink_length}+{self.packed_length}+{self.recent_length}"
+        bits = 8 * self.nbytes / self.elements
+        return (
+            f"TurboQuantCache({self.spec}, {self.offset} tokens = {parts} "
+            f"sink+packed+recent, {self.nbytes} bytes, {bits:.2f} bits per element)"
+        )

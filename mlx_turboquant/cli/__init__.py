@@ -1,0 +1,1 @@
+"""Commands. They parse, call the library and print; nothing here is worth importing."""

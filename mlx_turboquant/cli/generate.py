@@ -1,0 +1,300 @@
+"""``mlx_tq.generate``: mlx-lm's generate with a compressed cache.
+
+Owns the order of things the user sees: text as it comes, then speed and bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .. import blas
+from ..errors import SpecError, UnsupportedError
+from ..spec import CacheSpec
+from . import options as opt
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+#: Prompts shorter than this show no progress bar.
+_LONG_PROMPT = 1024
+
+
+def generate(
+    model: opt.Model = None,
+    adapter_path: opt.AdapterPath = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    extra_eos_token: opt.ExtraEosToken = None,
+    system_prompt: opt.SystemPrompt = None,
+    prompt: opt.Prompt = "hello",
+    prefill_response: opt.PrefillResponse = None,
+    max_tokens: opt.MaxTokens = 100,
+    temp: opt.Temp = 0.0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    top_k: opt.TopK = 0,
+    xtc_probability: opt.XtcProbability = 0.0,
+    xtc_threshold: opt.XtcThreshold = 0.1,
+    min_tokens_to_keep: opt.MinTokensToKeep = 1,
+    seed: opt.Seed = None,
+    ignore_chat_template: opt.IgnoreChatTemplate = False,
+    chat_template_config: opt.ChatTemplateConfig = None,
+    verbose: opt.Verbose = "True",
+    max_kv_size: opt.MaxKvSize = None,
+    prefill_step_size: opt.PrefillStepSize = 2048,
+    prompt_cache_file: opt.PromptCacheFile = None,
+    draft_model: opt.DraftModel = None,
+    num_draft_tokens: opt.NumDraftTokens = 3,
+    kv_bits: opt.KvBits = None,
+    kv_codec: opt.KvCodec = None,
+    kv_window: opt.KvWindow = None,
+    kv_sink: opt.KvSink = None,
+    kv_page: opt.KvPage = None,
+    kv_center: opt.KvCenter = None,
+    kv_seed: opt.KvSeed = None,
+) -> None:
+    """Generate text with a compressed KV cache."""
+    spec = opt.cache_spec(
+        kv_bits, kv_codec, kv_window, kv_sink, kv_page, kv_center, kv_seed
+    )
+    if spec is not None and max_kv_size is not None:
+        raise SpecError(
+            f"--max-kv-size {max_kv_size} makes a rotating cache, which --kv-bits "
+            f"{kv_bits} cannot compress; leave one of them out"
+        )
+    template = _read_template_config(chat_template_config)
+    text = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    text = sys.stdin.read() if prompt == "-" else text
+    if not text and prefill_response is None:
+        raise SpecError("the prompt is empty; give --prompt some text, or - for stdin")
+    blas.prefer_openblas()
+
+    import mlx.core as mx
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    from ..integrations.loading import load
+    from ..report import explain
+
+    if seed is not None:
+        mx.random.seed(seed)
+    loud = verbose.lower() not in ("false", "f")
+    name, tokenizer_config, stored = _read_cache_file(prompt_cache_file, model)
+    name = name or opt.DEFAULT_MODEL
+    network, tokenizer = load(
+        name,
+        adapter_path=adapter_path,
+        tokenizer_config={**tokenizer_config, "trust_remote_code": trust_remote_code},
+        trust_remote_code=trust_remote_code,
+    )
+    if loud and mx.default_device().type == mx.DeviceType.cpu:
+        typer.echo("On the CPU: weights are loaded as float32.", err=True)
+    for token in extra_eos_token or ():
+        tokenizer.add_eos_token(token)
+    ids = _encode(
+        tokenizer,
+        text,
+        None if ignore_chat_template else system_prompt,
+        prefill_response,
+        use_template=not ignore_chat_template and tokenizer.has_chat_template,
+        continues=stored is not None,
+        template=template,
+    )
+    cache = _make_cache(network, spec, max_kv_size, stored)
+    _check_context(network, cache, ids)
+    draft, all_caches = _add_draft(draft_model, tokenizer, cache)
+    sampler = make_sampler(
+        temp,
+        top_p,
+        min_p,
+        min_tokens_to_keep,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+    )
+    extra: dict[str, Any] = {}
+    if draft is not None:
+        extra["num_draft_tokens"] = num_draft_tokens
+    with _progress(len(ids), loud and draft is None) as report:
+        if report is not None:
+            extra["prompt_progress_callback"] = report
+        for response in stream_generate(
+            network,
+            tokenizer,
+            ids,
+            max_tokens=max_tokens,
+            draft_model=draft,
+            sampler=sampler,
+            prompt_cache=all_caches,
+            prefill_step_size=prefill_step_size,
+            **extra,
+        ):
+            typer.echo(response.text, nl=False)
+    typer.echo()
+    if loud:
+        _print_statistics(response, explain(cache))
+
+
+def _read_template_config(text: str | None) -> dict[str, Any]:
+    try:
+        config = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise SpecError(
+            f"--chat-template-config {text!r} is not JSON ({error}); "
+            """give an object such as '{"enable_thinking": false}'"""
+        ) from None
+    if not isinstance(config, dict):
+        raise SpecError(f"--chat-template-config {text!r} is not a JSON object")
+    return config
+
+
+def _read_cache_file(
+    path: str | None, model: str | None
+) -> tuple[str | None, dict[str, Any], list[Any] | None]:
+    """Model name, tokenizer options and layer caches, from the file if there is one."""
+    if path is None:
+        return model, {}, None
+    from ..integrations.mlx_lm import load_prompt_cache
+
+    stored, metadata = load_prompt_cache(path, return_metadata=True)
+    made_by = metadata.get("model")
+    if model is not None and made_by is not None and model != made_by:
+        raise SpecError(
+            f"{path} was made with model {made_by!r}, not {model!r}; "
+            "leave --model out, or make the cache again"
+        )
+    return made_by or model, json.loads(metadata.get("tokenizer_config", "{}")), stored
+
+
+def _encode(
+    tokenizer: Any,
+    text: str,
+    system_prompt: str | None,
+    prefill: str | None,
+    use_template: bool,
+    continues: bool,
+    template: dict[str, Any],
+) -> list[int]:
+    """Tokens of the prompt, inside the chat template if there is one."""
+    if use_template:
+        messages = [{"role": "user", "content": text}]
+        if system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        if prefill is not None:
+            messages.append({"role": "assistant", "content": prefill})
+        ends = {
+            "tokenize": False,
+            "continue_final_message": prefill is not None,
+            "add_generation_prompt": prefill is None,
+            **template,
+        }
+        rendered = tokenizer.apply_chat_template(messages, **ends)
+        # With a stored prefix, only what follows the opening of this turn is new.
+        text = rendered[rendered.index(text) :] if continues else rendered
+    ids = list(tokenizer.encode(text, add_special_tokens=not use_template))
+    if not ids:
+        raise SpecError("the prompt has no tokens; give --prompt some text")
+    return ids
+
+
+def _make_cache(
+    network: nn.Module,
+    spec: CacheSpec | None,
+    max_kv_size: int | None,
+    stored: list[Any] | None,
+) -> list[Any]:
+    from mlx_lm.models.cache import make_prompt_cache as make_stock
+
+    from ..cache import TurboQuantCache
+    from ..integrations import mlx_lm as host
+
+    if stored is not None:
+        host.check_cache(network, stored, "the prompt cache")
+        held = {c.spec for c in stored if isinstance(c, TurboQuantCache)}
+        if spec is not None and held != {spec}:
+            raise SpecError(
+                f"--kv-bits asks for {spec}, but the prompt cache holds "
+                f"{', '.join(map(str, held)) or 'no compressed layer'}; "
+                "leave --kv-bits out"
+            )
+        return stored
+    if spec is None:
+        return list(make_stock(network, max_kv_size))
+    return host.make_prompt_cache(network, spec)
+
+
+def _check_context(network: nn.Module, cache: list[Any], ids: list[int]) -> None:
+    from ..integrations.loading import context_length
+
+    limit = context_length(network)
+    held = getattr(cache[0], "offset", 0) if cache else 0
+    if limit is not None and held + len(ids) > limit:
+        raise UnsupportedError(
+            f"the prompt has {held + len(ids)} tokens, the model's context is {limit}",
+            "shorten the prompt or choose a model with a longer context",
+        )
+
+
+def _add_draft(
+    name: str | None, tokenizer: Any, cache: list[Any]
+) -> tuple[Any, list[Any]]:
+    """The draft model, and the caches of both models as mlx-lm wants them."""
+    if name is None:
+        return None, cache
+    from mlx_lm.models.cache import make_prompt_cache as make_stock
+
+    from ..integrations.loading import load
+
+    draft, draft_tokenizer = load(name)
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise SpecError(
+            f"draft model {name!r} has {draft_tokenizer.vocab_size} tokens, the model "
+            f"{tokenizer.vocab_size}; choose a draft model of the same family"
+        )
+    return draft, [*cache, *make_stock(draft)]
+
+
+@contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar on stderr while a long prompt is read."""
+    if not wanted or total < _LONG_PROMPT or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task("reading the prompt", total=total)
+    bar.start()
+
+    def report(done: int, _: int) -> None:
+        bar.update(task, completed=done)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield report
+    finally:
+        bar.stop()
+
+
+def _print_statistics(response: Any, explanation: Any) -> None:
+    rule = "=" * 10
+    typer.echo(
+        f"{rule}\n"
+        f"Prompt: {response.prompt_tokens} tokens, "
+        f"{response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB\n"
+        f"KV cache: {explanation.summary()}"
+    )
+    for row in explanation.left_alone if explanation.packed_layers else ():
+        typer.echo(f"  layer {row.layer} stays {row.cache}: {row.reason}")

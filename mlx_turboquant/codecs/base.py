@@ -1,0 +1,85 @@
+"""The `Codec` protocol and the one place that builds codecs from specs.
+
+Owns the registry. A codec works on vectors that are already rotated (and, for keys,
+centred); it never changes basis itself, it only says which rotation it wants.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import mlx.core as mx
+
+from ..codes import PackedCodes
+from ..rotation import Rotation
+from ..spec import CodecSpec
+
+Side = Literal["keys", "values"]
+
+
+class Codec(Protocol):
+    """Encode and decode vectors of one dim, each token on its own."""
+
+    @property
+    def spec(self) -> CodecSpec:
+        """The options it was built from."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Elements per vector."""
+        ...
+
+    @property
+    def rotation(self) -> Rotation:
+        """Basis that `encode` expects and `decode` returns."""
+        ...
+
+    @property
+    def centered(self) -> bool:
+        """Whether it gains from a mean subtracted first."""
+        ...
+
+    def encode(self, x_rot: mx.array) -> PackedCodes:
+        """Encode x_rot (B, H, T, dim), any float dtype.
+
+        A token's codes depend on that token alone, not on its neighbours or place.
+        """
+        ...
+
+    def decode(
+        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+    ) -> mx.array:
+        """The used tokens as (B, heads, length, dim) in ``dtype``, still rotated."""
+        ...
+
+    @property
+    def bits_per_vector(self) -> int:
+        """Stored bits of one encoded vector: codes, padding and scales."""
+        ...
+
+
+Builder = Callable[[CodecSpec, int, Side, int], Codec]
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(name: str) -> Callable[[Builder], Builder]:
+    """Make ``name`` available to `codec_for`."""
+
+    def add(builder: Builder) -> Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+@functools.cache
+def codec_for(spec: CodecSpec, dim: int, side: Side, seed: int = 0) -> Codec:
+    """The codec for one side of a cache, built once per process.
+
+    Raises:
+        UnsupportedError: if the rotation cannot do ``dim``.
+    """
+    return _BUILDERS[spec.name](spec, dim, side, seed)

@@ -1,0 +1,46 @@
+"""Vectors kept as they are: the ``k16`` in ``k16v3``.
+
+Owns nothing but the spelling of "no compression" as a `Codec`, so that one side of
+a cache can stay exact without a second kind of cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..codes import PackedCodes
+from ..rotation import Rotation, rotation_for
+from ..spec import CodecSpec
+from .base import Side, register
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Stores the model's own vectors, unrotated; implements `codecs.base.Codec`."""
+
+    spec: CodecSpec
+    dim: int
+    rotation: Rotation
+    centered: bool = False
+
+    def encode(self, x_rot: mx.array) -> PackedCodes:
+        """Keep x_rot (B, H, T, dim) in its own dtype."""
+        return PackedCodes({"vectors": x_rot}, x_rot.shape[-2])
+
+    def decode(
+        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+    ) -> mx.array:
+        """The kept vectors as (B, heads, length, dim) in ``dtype``."""
+        return codes.view("vectors", heads).astype(dtype)
+
+    @property
+    def bits_per_vector(self) -> int:
+        """16 bits an element, as in a half-precision model."""
+        return 16 * self.dim
+
+
+@register("identity")
+def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> Identity:
+    return Identity(spec, dim, rotation_for(dim, seed, "identity"))

@@ -1,0 +1,49 @@
+"""Every error this package raises on purpose.
+
+Owns the exception tree; raising is up to the module that notices.
+
+    TurboQuantError
+    |- SpecError (also ValueError)     an option's text or value is wrong
+    |- FormatError (also ValueError)   a saved cache is foreign, damaged or newer
+    `- UnsupportedError                the request is fine, we cannot do it
+       |- UnsupportedModelError        this model's layers cannot take the cache
+       `- BackendUnavailableError      the forced backend cannot take this call
+
+Messages carry the value, the limit and the way out, on one line.
+"""
+
+from __future__ import annotations
+
+
+class TurboQuantError(Exception):
+    """Base of all errors raised on purpose by ``mlx_turboquant``."""
+
+
+class SpecError(TurboQuantError, ValueError):
+    """A cache or codec option has a value outside its supported set."""
+
+
+class FormatError(TurboQuantError, ValueError):
+    """A prompt-cache file is unreadable, foreign, damaged or of a newer version."""
+
+
+class UnsupportedError(TurboQuantError):
+    """The request is well formed, but cannot be served.
+
+    Args:
+        reason: What cannot be done, with the offending value and the limit.
+        remedy: What to do instead.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
+        self.remedy = remedy
+
+
+class UnsupportedModelError(UnsupportedError):
+    """A model whose attention layers cannot use a compressed cache."""
+
+
+class BackendUnavailableError(UnsupportedError):
+    """The backend named by ``MLX_TQ_BACKEND`` cannot take a call."""

@@ -1,0 +1,1 @@
+"""Host libraries this package plugs into."""

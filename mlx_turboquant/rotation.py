@@ -1,0 +1,127 @@
+"""Random orthogonal rotations of the last axis, and their inverses.
+
+Owns the signs (part of the saved format: ``docs/format.md``) and the choice of
+transform for a dim. Every rotation is ``transform(signs * x)`` with an orthonormal
+transform, so norms and dot products are kept.
+
+Source: TurboQuant (arXiv 2504.19874), Algorithm 1, line 1, with the randomized
+Hadamard transform in place of a dense Gaussian QR factor.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import UnsupportedError
+
+MIN_DIM, MAX_DIM = 8, 1024
+_MASK = (1 << 64) - 1
+Kind = Literal["hadamard", "dct", "identity"]
+
+
+def rotation_signs(dim: int, seed: int) -> list[int]:
+    """The ``dim`` signs (+1 or -1) of a seed, by SplitMix64 in counter mode.
+
+    Sign i is + when bit 0 of mix(seed * 2**32 + i) is 0, where mix adds the golden
+    gamma once and finalizes. Written out here, not drawn from a library, because
+    saved caches must decode the same forever.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators".
+    """
+    signs = []
+    for i in range(dim):
+        z = ((seed << 32) + i + 1) * 0x9E3779B97F4A7C15 & _MASK
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+        signs.append(1 - 2 * ((z ^ (z >> 31)) & 1))
+    return signs
+
+
+def _kind(dim: int) -> Kind:
+    # Only where MLX's transform is safe and its own inverse. On the CPU it corrupts
+    # memory for 72, 144, 288 and 576; for m = 20 and 28 (dims 80, 112, 160) it is no
+    # involution. Every other dim takes the dense cosine transform.
+    if dim & (dim - 1) == 0 or dim in (96, 192, 384, 768):
+        return "hadamard"
+    return "dct"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthogonal change of basis for vectors of ``dim`` elements.
+
+    Build one with `rotation_for`. ``x_rot`` in names means "in this basis".
+    """
+
+    dim: int
+    seed: int
+    kind: Kind
+
+    def forward(self, x: mx.array) -> mx.array:
+        """Rotate x (..., dim), any float dtype, into float32 ``x_rot``."""
+        x = x.astype(mx.float32)
+        if self.kind == "identity":
+            return x
+        if self.kind == "hadamard":
+            return mx.hadamard_transform(x * self._signs, scale=self.dim**-0.5)
+        return x @ self._matrix.T
+
+    def inverse(self, x_rot: mx.array) -> mx.array:
+        """Undo `forward`: ``x_rot`` (..., dim) to float32 (..., dim)."""
+        x_rot = x_rot.astype(mx.float32)
+        if self.kind == "identity":
+            return x_rot
+        if self.kind == "hadamard":
+            return mx.hadamard_transform(x_rot, scale=self.dim**-0.5) * self._signs
+        return x_rot @ self._matrix
+
+    @property
+    def _signs(self) -> mx.array:
+        return _sign_array(self.dim, self.seed)
+
+    @property
+    def _matrix(self) -> mx.array:
+        return _dct_matrix(self.dim, self.seed)
+
+
+@functools.cache
+def rotation_for(dim: int, seed: int, kind: Kind | None = None) -> Rotation:
+    """The rotation this package uses for ``dim``.
+
+    Args:
+        dim: Elements per vector.
+        seed: Seed of the signs, 0..2**32-1.
+        kind: Force a transform; by default the fastest that is safe in MLX.
+
+    Raises:
+        UnsupportedError: if ``dim`` is outside 8..1024.
+    """
+    if kind != "identity" and not MIN_DIM <= dim <= MAX_DIM:
+        raise UnsupportedError(
+            f"head_dim {dim} is outside {MIN_DIM}..{MAX_DIM}, what the rotation can do",
+            "keep this side uncompressed with 'k16v..' or 'k..v16'",
+        )
+    return Rotation(dim, seed, kind or _kind(dim))
+
+
+@functools.cache
+def _sign_array(dim: int, seed: int) -> mx.array:
+    signs = mx.array(rotation_signs(dim, seed), dtype=mx.float32)
+    mx.eval(signs)  # a lazy constant would tie the cache to the stream that made it
+    return signs
+
+
+@functools.cache
+def _dct_matrix(dim: int, seed: int) -> mx.array:
+    """Orthonormal DCT-II times the signs: a closed form, so files can rely on it."""
+    k, j = np.arange(dim)[:, None], np.arange(dim)[None]
+    dct = np.sqrt(2 / dim) * np.cos(np.pi * (j + 0.5) * k / dim)
+    dct[0] /= np.sqrt(2)
+    matrix = mx.array((dct * rotation_signs(dim, seed)).astype(np.float32))
+    mx.eval(matrix)
+    return matrix

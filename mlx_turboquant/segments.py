@@ -1,0 +1,129 @@
+"""What attention sees of a compressed layer: handles that stand in for arrays.
+
+Owns `Segments` (one side of one layer: sink, packed, recent) and `RowSegments` (a
+batch whose rows differ in length). They carry a truthful shape and dtype and refuse
+every other use in words, so a model that reads K or V itself fails clearly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import mlx.core as mx
+
+from .codecs import Codec
+from .codes import PackedCodes
+from .errors import UnsupportedModelError
+
+
+class Handle:
+    """Base of the stand-ins that ``update_and_fetch`` returns."""
+
+    dtype: mx.Dtype
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, T, D), as the array this stands for would have."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """Always 4."""
+        return 4
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(mx.array, name):
+            _refuse_use(name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+
+def _refuse_use(what: str) -> NoReturn:
+    raise UnsupportedModelError(
+        f"this model's attention reads the cached keys or values itself ({what}), "
+        "which packed codes cannot serve",
+        "run it with an uncompressed cache (leave --kv-bits out)",
+    )
+
+
+def _refusing(name: str) -> Any:
+    def operator(self: Handle, *args: Any) -> NoReturn:
+        _refuse_use(name)
+
+    return operator
+
+
+for _name in ("getitem", "matmul", "rmatmul", "mul", "rmul", "add", "radd", "sub"):
+    setattr(Handle, f"__{_name}__", _refusing(f"__{_name}__"))
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Handle):
+    """One side of one layer in the codec's basis, tokens in order.
+
+    Attributes:
+        codec: Its rotation is the basis of all three segments.
+        sink: First tokens (B, H, S, D), model dtype, rotated; None if S is 0.
+        packed: The codes between, of centred vectors if ``mean`` is set.
+        recent: Last tokens (B, H, R, D), model dtype, rotated, not centred.
+        mean: Key mean (B, H, 1, D) float32, rotated; None if keys are not centred.
+    """
+
+    codec: Codec
+    sink: mx.array | None
+    packed: PackedCodes | None
+    recent: mx.array
+    mean: mx.array | None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, T, D) over all segments."""
+        batch, heads, recent, dim = self.recent.shape
+        return batch, heads, self.sink_length + self.packed_length + recent, dim
+
+    @property
+    def dtype(self) -> mx.Dtype:  # type: ignore[override]
+        """The model's dtype, that of the uncompressed segments."""
+        return self.recent.dtype
+
+    @property
+    def sink_length(self) -> int:
+        """Tokens in the sink segment."""
+        return 0 if self.sink is None else self.sink.shape[2]
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens stored as codes."""
+        return 0 if self.packed is None else self.packed.length
+
+    def __repr__(self) -> str:
+        lengths = (self.sink_length, self.packed_length, self.recent.shape[2])
+        return f"Segments({self.codec.spec}, sink+packed+recent {lengths})"
+
+
+@dataclass(frozen=True, eq=False)
+class RowSegments(Handle):
+    """A batch of rows of different lengths, each with its own handle.
+
+    Attributes:
+        rows: Per row, what its own cache returned: a `Segments`, or an array
+            (1, H, T, D) while the row holds nothing older than this step.
+        steps: Per row, how many of this step's tokens are real; the rest is
+            right padding whose output nobody reads.
+    """
+
+    rows: Sequence[Segments | mx.array]
+    steps: Sequence[int]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, longest T, D)."""
+        shapes = [row.shape for row in self.rows]
+        _, heads, _, dim = shapes[0]
+        return len(shapes), heads, max(shape[2] for shape in shapes), dim
+
+    @property
+    def dtype(self) -> mx.Dtype:  # type: ignore[override]
+        """The model's dtype."""
+        return self.rows[0].dtype

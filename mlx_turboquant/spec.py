@@ -1,0 +1,190 @@
+"""Options, parsed once: `CodecSpec` for one side, `CacheSpec` for a whole cache.
+
+Owns the text form (``"k4v3,window=64"``) and the limits of every option. Owns no
+arrays: inside the package a spec is already right and is never checked again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .errors import SpecError
+
+#: Codec names accepted by ``codec=``, besides the ``k16``/``v16`` shorthand.
+CODEC_NAMES = ("turboquant",)
+MAX_BITS = 8
+_SIDES = re.compile(r"k(\d+)v(\d+)")
+_LIMITS = {"sink": (0, 1024), "window": (0, 65536), "page": (16, 1024)}
+_ADVICE = "use 1..8, a half step such as 2.5, or sides such as 'k4v3' or 'k16v3'"
+
+
+@dataclass(frozen=True, slots=True)
+class CodecSpec:
+    """One side (keys or values) of a cache.
+
+    Args:
+        name: ``"turboquant"``, or ``"identity"`` for vectors kept as they are.
+        bits: Code bits per element, scales not counted: 1..8, or 16 for identity.
+
+    Raises:
+        SpecError: for an unknown name or a width outside the set.
+    """
+
+    name: str
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.name == "identity":
+            if self.bits != 16:
+                raise SpecError(f"identity codec has 16 bits, not {self.bits}")
+        elif self.name not in CODEC_NAMES:
+            known = ", ".join(CODEC_NAMES)
+            raise SpecError(f"codec {self.name!r} is unknown; choose from: {known}")
+        elif not 1 <= self.bits <= MAX_BITS:
+            raise SpecError(
+                f"{self.bits} bits per element is outside 1..{MAX_BITS}; {_ADVICE}"
+            )
+
+    @classmethod
+    def of(cls, name: str, bits: int) -> CodecSpec:
+        """The codec for ``bits``, where 16 means "keep this side as it is"."""
+        return cls("identity", 16) if bits == 16 else cls(name, bits)
+
+    def __str__(self) -> str:
+        return f"{self.name}:{self.bits}"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """Everything that decides what a compressed cache stores.
+
+    Args:
+        keys: Codec of the keys.
+        values: Codec of the values.
+        sink: First tokens kept in the model's dtype.
+        window: Most recent tokens kept in the model's dtype. Between ``window``
+            and ``window + page`` recent tokens are held at any time.
+        page: Tokens encoded together; the first page also sets the key mean.
+        center: Subtract a per-head key mean before quantizing.
+        seed: Seed of the rotation signs (see ``docs/format.md``).
+
+    Raises:
+        SpecError: for a value outside its limits.
+
+    >>> str(CacheSpec.parse("3.5"))
+    'k4v3'
+    >>> CacheSpec.parse("k4v3,window=64").window
+    64
+    """
+
+    keys: CodecSpec
+    values: CodecSpec
+    sink: int = 4
+    window: int = 32
+    page: int = 64
+    center: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _LIMITS.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise SpecError(
+                    f"{name} {value} is outside {low}..{high}; "
+                    f"leave it out for {_default(name)}"
+                )
+        if not 0 <= self.seed < 2**32:
+            raise SpecError(f"seed {self.seed} is outside 0..2**32-1; leave it out")
+        if self.keys.name == self.values.name == "identity":
+            raise SpecError("k16v16 compresses nothing; lower one side, as in 'k16v4'")
+
+    @classmethod
+    def parse(cls, text: str | float | CacheSpec, **overrides: Any) -> CacheSpec:
+        """Read ``3``, ``"3.5"``, ``"k4v3"`` or ``"k4v3,window=64,center=off"``.
+
+        A half step is the mean of the two sides: 3.5 is ``k4v3``, because error
+        in the keys costs more than error in the values.
+
+        Args:
+            text: The spec. A ready `CacheSpec` passes through.
+            overrides: Fields that win over the text; ``None`` leaves one alone.
+                ``codec=NAME`` picks the codec of both sides.
+
+        Raises:
+            SpecError: naming the part that cannot be read.
+        """
+        given = {k: v for k, v in overrides.items() if v is not None}
+        if isinstance(text, CacheSpec):
+            spec, codec = text, given.pop("codec", None)
+            if codec is not None:
+                sides = (spec.keys.bits, spec.values.bits)
+                keys, values = (CodecSpec.of(codec, bits) for bits in sides)
+                spec = replace(spec, keys=keys, values=values)
+            return replace(spec, **given)
+        head, *options = str(text).strip().lower().split(",")
+        for option in options:
+            name, value = _read_option(option)
+            given.setdefault(name, value)
+        codec = given.pop("codec", "turboquant")
+        k_bits, v_bits = _read_sides(head)
+        return cls(CodecSpec.of(codec, k_bits), CodecSpec.of(codec, v_bits), **given)
+
+    def __str__(self) -> str:
+        return self._text(full=False)
+
+    @property
+    def full(self) -> str:
+        """The text with every field spelled out, as written into files."""
+        return self._text(full=True)
+
+    def _text(self, full: bool) -> str:
+        parts = [f"k{self.keys.bits}v{self.values.bits}"]
+        codec = next(
+            (s.name for s in (self.keys, self.values) if s.name != "identity"), ""
+        )
+        if full or codec != "turboquant":
+            parts.append(f"codec={codec}")
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if full or value != field.default:
+                shown = ("off", "on")[value] if field.name == "center" else value
+                parts.append(f"{field.name}={shown}")
+        return ",".join(parts)
+
+
+def _default(name: str) -> Any:
+    return next(f.default for f in fields(CacheSpec) if f.name == name)
+
+
+def _read_sides(head: str) -> tuple[int, int]:
+    """Bits of (keys, values) from ``"3"``, ``"3.5"`` or ``"k4v3"``."""
+    if match := _SIDES.fullmatch(head):
+        return int(match[1]), int(match[2])
+    try:
+        twice = 2 * float(head)
+    except ValueError:
+        raise SpecError(f"cannot read bits from {head!r}; {_ADVICE}") from None
+    if twice != twice or abs(twice) > 64 or twice != int(twice):
+        raise SpecError(f"{head} bits per element is not a half step; {_ADVICE}")
+    total = int(twice)
+    return (total + 1) // 2, total // 2
+
+
+def _read_option(option: str) -> tuple[str, Any]:
+    """One ``name=value`` of a spec's text."""
+    name, sep, value = option.strip().partition("=")
+    if name == "codec" and sep:
+        return name, value
+    if name == "center" and value in ("on", "off"):
+        return name, value == "on"
+    if name in (*_LIMITS, "seed"):
+        try:
+            return name, int(value)
+        except ValueError:
+            raise SpecError(f"{name}={value!r} is not a whole number") from None
+    raise SpecError(
+        f"option {option!r} is unknown; use codec=, sink=, window=, page=, "
+        "center=on|off or seed="
+    )

@@ -54,7 +54,7 @@ def _refusing(name: str) -> Any:
     return operator
 
 
-for _name in ("getitem", "matmul", "rmatmul", "mul", "rmul", "add", "radd", "sub"):
+for _name in ("getitem", "matmul", "mul", "add", "sub", "truediv"):
     setattr(Handle, f"__{_name}__", _refusing(f"__{_name}__"))
 
 

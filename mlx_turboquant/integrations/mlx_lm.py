@@ -139,7 +139,7 @@ class _Maker:
     def __call__(self) -> list[Any]:
         model = self._model()
         assert model is not None, "the model owns this object"
-        return _make(model, self.spec, None)
+        return _make(model, self.spec)
 
 
 def apply(model: nn.Module, spec: CacheSpec | str | float = "k3v3") -> Explanation:
@@ -164,9 +164,7 @@ def apply(model: nn.Module, spec: CacheSpec | str | float = "k3v3") -> Explanati
 
 
 def make_prompt_cache(
-    model: nn.Module,
-    spec: CacheSpec | str | float = "k3v3",
-    max_kv_size: int | None = None,
+    model: nn.Module, spec: CacheSpec | str | float = "k3v3"
 ) -> list[Any]:
     """A prompt cache for mlx-lm's ``prompt_cache=``, one entry per layer.
 
@@ -176,12 +174,11 @@ def make_prompt_cache(
     Args:
         model: A model loaded by mlx-lm.
         spec: A `CacheSpec` or its text, such as ``"k4v3"``.
-        max_kv_size: As in mlx-lm; it makes rotating caches, which stay stock.
 
     Raises:
         UnsupportedModelError: if no layer can take the cache.
     """
-    caches = _make(model, CacheSpec.parse(spec), max_kv_size)
+    caches = _make(model, CacheSpec.parse(spec))
     left = explain(caches).left_alone
     if left:
         kinds = sorted({f"{row.cache} ({row.reason})" for row in left})
@@ -193,27 +190,27 @@ def make_prompt_cache(
     return caches
 
 
-def _make(model: nn.Module, spec: CacheSpec, max_kv_size: int | None) -> list[Any]:
+def _make(model: nn.Module, spec: CacheSpec) -> list[Any]:
     reason = READS_CACHE_ITSELF.get(_model_type(model))
     if reason is not None:
         raise UnsupportedModelError(
             f"{_model_type(model)} layers cannot take a compressed cache: {reason}",
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
-    stock = _stock_caches(model, max_kv_size)
+    stock = _stock_caches(model)
     caches = [_replace(entry, spec) for entry in stock]
     if not explain(caches).packed_layers:
         kinds = ", ".join(sorted({type(entry).__name__ for entry in stock}))
         raise UnsupportedModelError(
             f"none of the {len(stock)} caches of {_model_type(model)} is a plain "
             f"KVCache (they are: {kinds})",
-            "leave out max_kv_size (--max-kv-size) or compression (--kv-bits)",
+            "run it with an uncompressed cache (leave --kv-bits out)",
         )
     install(model)
     return caches
 
 
-def _stock_caches(model: nn.Module, max_kv_size: int | None) -> list[Any]:
+def _stock_caches(model: nn.Module) -> list[Any]:
     """What mlx-lm would make for this model if we were not here."""
     maker = getattr(model, "make_cache", None)
     if isinstance(maker, _Maker):
@@ -222,7 +219,7 @@ def _stock_caches(model: nn.Module, max_kv_size: int | None) -> list[Any]:
     if maker is not None:
         return list(maker())
     plain = types.SimpleNamespace(layers=model.layers)
-    return list(host_cache.make_prompt_cache(plain, max_kv_size))
+    return list(host_cache.make_prompt_cache(plain))
 
 
 def _replace(entry: Any, spec: CacheSpec) -> Any:
@@ -310,7 +307,7 @@ def check_cache(model: nn.Module, cache: list[Any], name: str) -> None:
     Raises:
         UnsupportedModelError: if the model has another number of caches.
     """
-    wanted = len(_stock_caches(model, None))
+    wanted = len(_stock_caches(model))
     if wanted != len(cache):
         raise UnsupportedModelError(
             f"{name} holds {len(cache)} layer caches, the model has {wanted}",

@@ -1,0 +1,76 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_turboquant.errors import SpecError, TurboQuantError
+from mlx_turboquant.spec import CacheSpec, CodecSpec
+
+bits = st.one_of(st.integers(1, 8), st.just(16))
+specs = st.builds(
+    lambda k, v, **kw: CacheSpec(
+        CodecSpec.of("turboquant", k), CodecSpec.of("turboquant", min(v, 8)), **kw
+    ),
+    bits,
+    bits,
+    sink=st.integers(0, 1024),
+    window=st.integers(0, 65536),
+    page=st.integers(16, 1024),
+    center=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+@given(specs)
+def test_parse_inverts_str(spec):
+    assert CacheSpec.parse(str(spec)) == spec == CacheSpec.parse(spec.full)
+
+
+@pytest.mark.parametrize(
+    ("text", "sides"),
+    [
+        (3, (3, 3)),
+        ("2.5", (3, 2)),
+        (3.5, (4, 3)),
+        ("k4v3", (4, 3)),
+        ("K16V4", (16, 4)),
+        (" 8 ", (8, 8)),
+    ],
+)
+def test_sides(text, sides):
+    spec = CacheSpec.parse(text)
+    assert (spec.keys.bits, spec.values.bits) == sides
+
+
+def test_overrides_win_and_none_leaves_alone():
+    spec = CacheSpec.parse("k4v3,window=64", window=8, sink=None)
+    assert (spec.window, spec.sink) == (8, 4)
+    assert str(CacheSpec.parse(spec, page=32)) == "k4v3,window=8,page=32"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("9", "9 bits"),
+        ("0", "0 bits"),
+        ("-1", "-1 bits"),
+        ("2.3", "2.3"),
+        ("nan", "nan"),
+        ("1e9", "1e9"),
+        ("three", "three"),
+        ("", "''"),
+        ("k4", "k4"),
+        ("k16v16", "k16v16"),
+        ("3,window=-1", "window -1"),
+        ("3,page=8", "page 8"),
+        ("3,sink=x", "sink='x'"),
+        ("3,colour=red", "colour=red"),
+        ("3,codec=qjl9", "qjl9"),
+        ("3,seed=-1", "seed -1"),
+    ],
+)
+def test_bad_text_names_the_value_and_a_way_out(text, names):
+    with pytest.raises(SpecError) as caught:
+        CacheSpec.parse(text)
+    assert names in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, TurboQuantError | ValueError)

@@ -1,0 +1,117 @@
+"""The command as users run it: real processes, real exit codes."""
+
+import re
+
+import pytest
+from conftest import MODEL, ROOT
+
+import mlx_turboquant as tq
+
+MODEL = str(MODEL)
+NEEDLE = (ROOT / "examples" / "needle.txt").read_text()
+
+
+def test_generates_with_three_bits_from_stdin(run_cli):
+    code, out, err = run_cli(
+        "generate", "--model", MODEL, "--kv-bits", "3", "-p", "-", "-m", "8",
+        stdin=NEEDLE,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "48213" in out
+    assert re.search(r"Prompt: 1\d{3} tokens, [\d.]+ tokens-per-sec", out)
+    assert re.search(r"Generation: \d+ tokens, [\d.]+ tokens-per-sec", out)
+    assert re.search(r"Peak memory: [\d.]+ GB", out)
+    assert re.search(
+        r"KV cache: .* in fp16 \([\d.]+x smaller\), .* k3v3 in 8 of 8", out
+    )
+    assert "float32" in err
+
+
+def test_quiet_prints_the_answer_and_nothing_else(run_cli):
+    args = ("generate", "--model", MODEL, "-p", "Once upon a", "-m", "12")
+    quiet = run_cli(*args, "--verbose", "F", "--kv-bits", "8")
+    plain = run_cli(*args, "--verbose", "False")
+    assert quiet == plain
+    assert quiet[0] == 0
+    assert len(quiet[1].split()) > 5
+    assert "==" not in quiet[1]
+
+
+def test_options_reach_the_spec(run_cli):
+    code, out, err = run_cli(
+        "generate", "--model", MODEL, "-p", "Hello", "-m", "4", "--kv-bits", "3.5",
+        "--kv-window", "16", "--kv-sink", "2", "--no-kv-center", "--kv-seed", "5",
+        "--temp", "0.7", "--top-p", "0.9", "--seed", "1",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "k4v3,sink=2,window=16,center=off,seed=5 in 8 of 8" in out
+
+
+def test_without_kv_bits_it_is_mlx_lm(run_cli):
+    code, out, _ = run_cli("generate", "--model", MODEL, "-p", "Hello", "-m", "4")
+    assert code == 0
+    assert "uncompressed" in out
+
+
+def test_resumes_a_saved_cache(run_cli, books, tmp_path, hooked):
+    import mlx.core as mx
+
+    model, tokenizer = books
+    text, question = NEEDLE.split("\n\nQuestion")
+    cache = tq.make_prompt_cache(model, 4)
+    model(mx.array([tokenizer.encode(text)]), cache=cache)
+    file = tmp_path / "book.safetensors"
+    tq.save_prompt_cache(file, cache, {"model": MODEL, "tokenizer_config": "{}"})
+    code, out, err = run_cli(
+        "generate", "--prompt-cache-file", str(file), "-m", "8",
+        "-p", "\n\nQuestion" + question,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "48213" in out
+    assert "k4v4 in 8 of 8" in out
+
+
+BAD = {
+    "model": (["--model", "no/such-model"], "cannot load model 'no/such-model'"),
+    "folder": (["--model", str(ROOT / "docs")], "cannot load model"),
+    "bits": (["--kv-bits", "9"], "9 bits per element is outside 1..8"),
+    "words": (["--kv-bits", "many"], "cannot read bits from 'many'"),
+    "codec": (["--kv-bits", "3", "--kv-codec", "zip"], "codec 'zip' is unknown"),
+    "window": (["--kv-bits", "3", "--kv-window", "-5"], "window -5 is outside"),
+    "alone": (["--kv-window", "64"], "--kv-window needs --kv-bits"),
+    "both": (["--kv-bits", "3", "--max-kv-size", "64"], "--max-kv-size 64 makes"),
+    "empty": (["-p", ""], "the prompt is empty"),
+    "template": (["--chat-template-config", "{"], "is not JSON"),
+    "cache": (["--prompt-cache-file", "/nowhere.safetensors"], "cannot read a prompt"),
+    "long": (["-p", "word " * 9000], "the model's context is 8192"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(run_cli, case):
+    args, says = BAD[case]
+    model = () if "--model" in args else ("--model", MODEL)
+    code, out, err = run_cli("generate", *model, *args)
+    lines = [x for x in err.splitlines() if x.startswith("error: ")]
+    assert code == 2
+    assert out == ""
+    assert len(lines) == 1
+    assert says in lines[0]
+    assert "Traceback" not in err
+
+
+def test_help_is_instant_and_names_our_options(run_cli):
+    code, out, _ = run_cli("generate", "--help", env={"COLUMNS": "120", "PATH": ""})
+    assert code == 0
+    for name in (
+        "--kv-bits",
+        "--kv-codec",
+        "--kv-window",
+        "--kv-sink",
+        "--no-kv-center",
+    ):
+        assert name in out
+
+
+def test_version(run_cli):
+    assert run_cli("--version") == (0, f"mlx-turboquant {tq.__version__}\n", "")

@@ -1,0 +1,154 @@
+"""The shape of the package: public names, import order, what a wheel carries."""
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import mlx.core as mx
+from conftest import ROOT
+
+import mlx_turboquant as tq
+
+PACKAGE = ROOT / "mlx_turboquant"
+
+#: Imports go one way: a module may import only from rows above its own.
+LAYERS = (
+    ("errors", "blas", "codes", "packing"),
+    ("spec", "rotation", "codebook"),
+    ("codecs",),
+    ("segments",),
+    ("backends",),
+    ("attention",),
+    ("cache",),
+    ("report",),
+    ("integrations",),
+    ("cli",),
+)
+
+
+def imports(path):
+    """Top-level names of this package that a file imports."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level == depth:
+            names = [node.module] if node.module else [a.name for a in node.names]
+            yield from (name.split(".")[0] for name in names)
+        elif node.module and node.module.startswith("mlx_turboquant."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_go_one_way():
+    rank = {name: row for row, names in enumerate(LAYERS) for name in names}
+    seen = 0
+    for path in PACKAGE.rglob("*.py"):
+        home = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if home.startswith("__"):
+            continue
+        for name in imports(path):
+            if name in rank and name != home:
+                assert rank[name] < rank[home], f"{path} imports {name}"
+                seen += 1
+    assert seen > 40
+
+
+def test_one_file_knows_mlx_lms_internals():
+    knowing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if "mlx_lm.models" in path.read_text()
+    }
+    assert knowing == {"integrations/mlx_lm.py", "cli/generate.py"}
+
+
+def test_files_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 330, path
+
+
+def test_public_names():
+    assert tq.__all__ == [
+        "BatchTurboQuantCache",
+        "CacheSpec",
+        "CodecSpec",
+        "PackedCodes",
+        "TurboQuantCache",
+        "apply",
+        "attend",
+        "codec_for",
+        "explain",
+        "lloyd_max",
+        "load",
+        "load_prompt_cache",
+        "make_prompt_cache",
+        "rotation_for",
+        "save_prompt_cache",
+        "uninstall",
+        "errors",
+    ]
+    for name in tq.__all__:
+        assert getattr(tq, name).__doc__
+        assert name in dir(tq)
+
+
+def test_importing_is_light():
+    code = "import sys, mlx_turboquant; print('mlx.core' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    assert subprocess.check_output(run, text=True) == "False\n"
+
+
+def test_reprs_are_one_line():
+    cache = tq.TurboQuantCache("k4v3")
+    codec = tq.codec_for(tq.CodecSpec("turboquant", 3), 64, "keys")
+    things = [
+        cache,
+        tq.explain([cache]),
+        tq.CacheSpec.parse(3),
+        tq.lloyd_max(64, 3),
+        tq.rotation_for(64, 0),
+        codec.encode(mx.ones((1, 1, 2, 64))),
+        tq.BatchTurboQuantCache([cache]),
+    ]
+    for thing in things:
+        assert "\n" not in repr(thing)
+        assert len(repr(thing)) < 250
+
+
+def test_explain_on_paper():
+    cache = tq.TurboQuantCache("3")
+    kv = mx.random.normal((1, 2, 500, 64))
+    cache.update_and_fetch(kv, kv)
+    lines = str(tq.explain([cache])).splitlines()
+    assert "sink+packed+recent" in lines[0]
+    assert "k3v3" in lines[1]
+    assert "4+448+48" in lines[1]
+    assert lines[-1].endswith("k3v3 in 1 of 1 layers")
+
+
+def test_wheel_carries_everything(tmp_path):
+    """Built, installed elsewhere, and used from there."""
+    run = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run(
+        [*run, "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 500_000
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "mlx_turboquant/py.typed" in names
+    assert "mlx_turboquant/data/lloyd_max.json" in names
+    assert not any(name.startswith(("tests", "examples")) for name in names)
+    site = tmp_path / "site"
+    subprocess.run([*run, "install", "--no-deps", "--target", site, wheel], check=True)
+    code = (
+        "import mlx_turboquant as tq; print(tq.__file__); "
+        "print(tq.lloyd_max(64, 3).mse)"
+    )
+    out = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, cwd=site, env={"PYTHONPATH": str(site)}
+    )
+    path, mse = out.split()
+    assert Path(path).is_relative_to(site)
+    assert 0.033 < float(mse) < 0.034

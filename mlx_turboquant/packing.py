@@ -3,51 +3,49 @@
 Owns which bit of which word belongs to which element. Knows nothing of levels or
 scales.
 
-A vector is cut into chunks of 32 elements. A chunk of b-bit codes is exactly b
-words. Each word is two 16-bit halves: even elements live in low halves, odd ones
-at the same place in high halves, so one shift and mask yields a pair of codes 16
-bits apart. With k = 16 // b codes to a half and r = 16 - k*b bits to spare:
+A word is two 16-bit halves. Even elements live in low halves, odd ones at the same
+place in high halves, so one shift and mask yields a pair of codes 16 bits apart,
+ready to become a half2. Sixteen elements, 8 pairs, are a *group*: what one GPU lane
+decodes. A group of b-bit codes has b // 2 words of its own, and for odd b also an
+8-bit field in each half of a word it shares with its neighbour. Two groups, 32
+elements, are a *chunk* of exactly b words:
 
-    pair p < k*b   word p // k, bits [b*(p % k), b*(p % k) + b) of each half
-    the other      their codes, concatenated low bit first, fill the r spare top
-    pairs          bits of the words' halves in word order
+    own words of group 0 | own words of group 1 | shared word (odd b)
 
-For 3 bits a word's half holds codes p, p+1, ... p+4 and one spare bit; the spare
-bits of the three words are the 16th pair. A ragged last chunk of n elements has
-ceil(n / 2) pairs in ceil(pairs * b / 16) words; absent elements are code 0.
+where group g's field in the shared word is bits [8g, 8g + 8) of each half. Within
+a group, pairs fill the fields in order, as many as fit whole into each (16 // b in
+an own half, 8 // b in a shared field), low bits first. The spare bits above them,
+in field order, low bits first, are the remaining pairs.
+
+For 3 bits: pairs 0-4 and one spare bit in the own word, pairs 5-6 and two spare
+bits in the shared field; the three spare bits are pair 7. A dim that is no multiple
+of 16 is padded with code 0; an odd number of groups ends in own words and a shared
+word used by one group only.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 
-CHUNK = 32
+GROUP = 16
+_PAIRS = GROUP // 2
 _HALF = 16
-
-
-class _Chunks(NamedTuple):
-    """``chunks`` equal chunks, each of so many elements, pairs and words."""
-
-    chunks: int
-    elements: int
-    pairs: int
-    words: int
-
-
-def _runs(bits: int, dim: int) -> list[_Chunks]:
-    full, rest = divmod(dim, CHUNK)
-    runs = [_Chunks(full, CHUNK, CHUNK // 2, bits)] if full else []
-    if rest:
-        pairs = (rest + 1) // 2
-        runs.append(_Chunks(1, rest, pairs, -(-pairs * bits // _HALF)))
-    return runs
 
 
 def words_per_vector(bits: int, dim: int) -> int:
     """Number of uint32 words that hold ``dim`` codes of ``bits`` bits each."""
-    return sum(run.chunks * run.words for run in _runs(bits, dim))
+    chunks, alone = divmod(-(-dim // GROUP), 2)
+    return chunks * bits + alone * ((bits + 1) // 2)
+
+
+def _fields(bits: int) -> list[tuple[int, int]]:
+    """Per field of a group: whole pairs in it, and spare bits above them."""
+    widths = [_HALF] * (bits // 2) + [_HALF // 2] * (bits % 2)
+    return [(width // bits, width % bits) for width in widths]
+
+
+def _shifts(count: int, step: int) -> mx.array:
+    return (mx.arange(count, dtype=mx.uint32) * step)[:, None]
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
@@ -56,73 +54,84 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     Returns:
         uint32 (..., words_per_vector(bits, dim)).
 
-    >>> pack(mx.array([1, 2, 3, 0]), 4).tolist()  # 0x00020001 | 0x00000030
-    [131121]
+    >>> pack(mx.array([1, 2, 3, 0]), 4).tolist()  # 0x00020001 | 0x00000030, 0
+    [131121, 0]
     """
     lead, dim = codes.shape[:-1], codes.shape[-1]
     codes = codes.astype(mx.uint32)
-    words, start = [], 0
-    for run in _runs(bits, dim):
-        stop = start + run.chunks * run.elements
-        chunk = codes[..., start:stop].reshape(*lead, run.chunks, run.elements)
-        if run.elements < 2 * run.pairs:
-            chunk = mx.pad(chunk, [(0, 0)] * (chunk.ndim - 1) + [(0, 1)])
-        pairs = chunk.reshape(*lead, run.chunks, run.pairs, 2)
-        words.append(_pack_chunks(pairs, bits, run.words).reshape(*lead, -1))
-        start = stop
-    return mx.concatenate(words, axis=-1) if len(words) > 1 else words[0]
+    if dim % GROUP:
+        codes = mx.pad(codes, [(0, 0)] * len(lead) + [(0, -dim % GROUP)])
+    fields = _pack_fields(codes.reshape(*lead, -1, _PAIRS, 2), bits)
+    groups = fields[0].shape[-2]
+    halves = _HALF // 2 if bits % 2 else 0
+    parts = []
+    for start, count in ((0, groups // 2 * 2), (groups // 2 * 2, groups % 2)):
+        if not count:
+            continue
+        own = [f[..., start : start + count, :] for f in fields[: bits // 2]]
+        width = 2 if count > 1 else 1
+        chunks = [f.reshape(*lead, -1, width, 2) for f in own]
+        words = [chunk[..., g, :] for g in range(width) for chunk in chunks]
+        if halves:
+            shared = fields[-1][..., start : start + count, :]
+            shared = shared.reshape(*lead, -1, width, 2)
+            word = shared[..., 0, :]
+            words.append(word | (shared[..., 1, :] << halves) if width > 1 else word)
+        stacked = mx.stack(words, axis=-2)
+        joined = stacked[..., 0] | (stacked[..., 1] << _HALF)
+        parts.append(joined.reshape(*lead, -1))
+    return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     """The inverse of `pack`: words (..., W) uint32 to codes (..., dim) uint32."""
     lead = words.shape[:-1]
-    codes, start = [], 0
-    for run in _runs(bits, dim):
-        stop = start + run.chunks * run.words
-        chunk = words[..., start:stop].reshape(*lead, run.chunks, run.words)
-        pairs = _unpack_chunks(chunk, bits, run.pairs)
-        flat = pairs.reshape(*lead, run.chunks, 2 * run.pairs)
-        if run.elements < 2 * run.pairs:
-            flat = flat[..., : run.elements]
-        codes.append(flat.reshape(*lead, -1))
-        start = stop
-    return mx.concatenate(codes, axis=-1) if len(codes) > 1 else codes[0]
-
-
-def _shifts(count: int, step: int) -> mx.array:
-    return (mx.arange(count, dtype=mx.uint32) * step)[:, None]
-
-
-def _pack_chunks(pairs: mx.array, bits: int, words: int) -> mx.array:
-    """Pairs (..., P, 2) of codes to (..., words)."""
-    per_half = _HALF // bits
-    spare = _HALF - per_half * bits
-    direct = pairs[..., : per_half * words, :]
-    missing = per_half * words - direct.shape[-2]
-    if missing:
-        direct = mx.pad(direct, [(0, 0)] * (direct.ndim - 2) + [(0, missing), (0, 0)])
-    direct = direct.reshape(*direct.shape[:-2], words, per_half, 2)
-    halves = mx.sum(direct << _shifts(per_half, bits), axis=-2)
-    late = pairs[..., per_half * words :, :]
-    if late.shape[-2]:
-        stream = mx.sum(late << _shifts(late.shape[-2], bits), axis=-2, keepdims=True)
-        field = (stream >> _shifts(words, spare)) & ((1 << spare) - 1)
-        halves = halves | (field << (_HALF - spare))
-    return halves[..., 0] | (halves[..., 1] << _HALF)
-
-
-def _unpack_chunks(words: mx.array, bits: int, pairs: int) -> mx.array:
-    """Words (..., W) of chunks to pairs (..., pairs, 2) of codes."""
-    count = words.shape[-1]
-    per_half = _HALF // bits
-    spare = _HALF - per_half * bits
-    mask = (1 << bits) - 1
+    chunks, alone = divmod(-(-dim // GROUP), 2)
     halves = mx.stack([words & 0xFFFF, words >> _HALF], axis=-1)
-    direct = (halves[..., None, :] >> _shifts(per_half, bits)) & mask
-    codes = direct.reshape(*words.shape[:-1], count * per_half, 2)
-    late = pairs - count * per_half
-    if late <= 0:
-        return codes[..., :pairs, :]
-    field = halves >> (_HALF - spare)
-    stream = mx.sum(field << _shifts(count, spare), axis=-2, keepdims=True)
-    return mx.concatenate([codes, (stream >> _shifts(late, bits)) & mask], axis=-2)
+    parts = []
+    if chunks:
+        whole = halves[..., : chunks * bits, :].reshape(*lead, chunks, bits, 2)
+        parts.append(_unpack_chunks(whole, bits, 2).reshape(*lead, -1))
+    if alone:
+        rest = halves[..., None, chunks * bits :, :]
+        parts.append(_unpack_chunks(rest, bits, 1).reshape(*lead, -1))
+    codes = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    return codes[..., :dim]
+
+
+def _pack_fields(pairs: mx.array, bits: int) -> list[mx.array]:
+    """Groups (..., 8, 2) of codes to the fields (..., 2) of each."""
+    shape = _fields(bits)
+    late = pairs[..., sum(count for count, _ in shape) :, :]
+    stream = mx.sum(late << _shifts(late.shape[-2], bits), axis=-2)
+    fields, first, taken = [], 0, 0
+    for count, spare in shape:
+        direct = pairs[..., first : first + count, :]
+        field = mx.sum(direct << _shifts(count, bits), axis=-2)
+        extra = (stream >> taken) & ((1 << spare) - 1)
+        fields.append(field | (extra << (count * bits)))
+        first, taken = first + count, taken + spare
+    return fields
+
+
+def _unpack_chunks(halves: mx.array, bits: int, width: int) -> mx.array:
+    """Halves (..., words, 2) of chunks of ``width`` groups to (..., width, 8, 2)."""
+    own = bits // 2
+    mask = (1 << bits) - 1
+    groups = []
+    for g in range(width):
+        fields = [halves[..., g * own + i, :] for i in range(own)]
+        if bits % 2:
+            shared = halves[..., width * own, :]
+            fields.append((shared >> (g * _HALF // 2)) & 0xFF)
+        pairs, taken = [], 0
+        stream = mx.zeros_like(halves[..., 0, :])
+        for field, (count, spare) in zip(fields, _fields(bits), strict=True):
+            pairs.append((field[..., None, :] >> _shifts(count, bits)) & mask)
+            stream = stream | ((field >> (count * bits)) << taken)
+            taken += spare
+        if taken:
+            late = _shifts(taken // bits, bits)
+            pairs.append((stream[..., None, :] >> late) & mask)
+        groups.append(mx.concatenate(pairs, axis=-2))
+    return mx.stack(groups, axis=-3)

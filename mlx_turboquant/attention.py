@@ -1,7 +1,8 @@
 """`attend`: attention over whatever a cache returned, and the only basis crossing.
 
 Owns validation, the change of basis (rotate q once, un-rotate the output once) and
-the loop over rows of a ragged batch. The arithmetic is the backend's.
+the loop over rows of a ragged batch. The arithmetic is the backend's, which
+`backends.select` chooses.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from .backends import reference
+from .backends import select
 from .segments import Handle, RowSegments, Segments
 
 Mask = mx.array | str | None
@@ -51,7 +52,8 @@ def attend(
         )
     _check(q, keys, mask)
     q_rot = keys.codec.rotation.forward(q).astype(q.dtype)
-    out_rot = reference.attend_rot(q_rot, keys, values, scale, mask, sinks)
+    backend, _ = select.choose(q.shape[2], keys, values)
+    out_rot = backend.attend_rot(q_rot, keys, values, scale, mask, sinks)
     return values.codec.rotation.inverse(out_rot).astype(q.dtype)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .backends import select
 from .cache import BatchTurboQuantCache, TurboQuantCache
 
 #: Why a cache of mlx-lm's is not replaced, by class name.
@@ -31,7 +32,7 @@ class LayerReport:
         layer: Index in the prompt cache, ``"3.0"`` inside a list of caches.
         cache: Class name.
         spec: The `CacheSpec`'s text, or "" if left alone.
-        backend: What computes its attention.
+        backend: What computes its attention, and why not a kernel if none does.
         tokens: Sink, packed and recent tokens; empty if unknown.
         nbytes: Bytes of its buffers.
         elements: Key and value elements held; 0 if unknown.
@@ -143,7 +144,7 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
                 layer,
                 type(entry).__name__,
                 spec=str(entry.spec),
-                backend="reference",
+                backend=_backend(entry),
                 tokens=(entry.sink_length, entry.packed_length, entry.recent_length),
                 nbytes=entry.nbytes,
                 elements=0 if entry.empty() else entry.elements,
@@ -152,6 +153,14 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
             name = type(entry).__name__
             reason = LEFT_ALONE.get(name, "not a plain KVCache")
             yield LayerReport(layer, name, nbytes=_nbytes(entry), reason=reason)
+
+
+def _backend(entry: TurboQuantCache) -> str:
+    """What computes the next decoded token, and why it is not a kernel."""
+    if entry.empty():
+        return ""
+    backend, reason = select.choose(1, *entry.keys_and_values())
+    return backend.name if reason is None else f"{backend.name}: {reason}"
 
 
 def _nbytes(entry: Any) -> int:

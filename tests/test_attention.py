@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import each_dim, each_spec
-from conftest import relative_error, softmax_attention
+from helpers import relative_error, softmax_attention
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import reference

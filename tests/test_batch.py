@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from conftest import relative_error
+from helpers import relative_error
 from mlx_lm import batch_generate, stream_generate
 from mlx_lm.models import llama
 

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import MODEL, ROOT
+from helpers import MODEL, ROOT
 
 import mlx_turboquant as tq
 

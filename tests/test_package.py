@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import mlx.core as mx
-from conftest import ROOT
+from helpers import ROOT
 
 import mlx_turboquant as tq
 
@@ -19,6 +19,7 @@ LAYERS = (
     ("spec", "rotation", "codebook"),
     ("codecs",),
     ("segments",),
+    ("kernels",),
     ("backends",),
     ("attention",),
     ("cache",),

@@ -6,7 +6,7 @@ form. Every stored bit is counted, windows and sinks included.
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from mlx_lm import generate, stream_generate
 from quality import affine, compare, log_probs, ours, stock, windows
 

@@ -1,0 +1,1 @@
+"""Kernels written once in ``metal/`` and launched on Metal or CUDA."""

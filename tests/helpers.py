@@ -1,0 +1,40 @@
+"""What several tests measure with: paths, float64 attention, relative error."""
+
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "examples" / "books-20m"
+
+
+def softmax_attention(q, k, v, scale, mask=None, sinks=None):
+    """Float64 attention in numpy: what every backend is held to.
+
+    q (B, Hq, L, Dk), k and v (B, H, T, .); mask as for `tq.attend`.
+    """
+    q, k, v = (np.array(a, dtype=np.float64) for a in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
+    logits = q @ k.swapaxes(-1, -2) * scale
+    length, total = logits.shape[-2:]
+    if isinstance(mask, str):
+        mask = np.arange(total)[None] <= np.arange(total - length, total)[:, None]
+    if mask is not None:
+        mask = np.array(mask)
+        logits = (
+            np.where(mask, logits, -np.inf) if mask.dtype == bool else logits + mask
+        )
+    if sinks is not None:
+        column = np.array(sinks, dtype=np.float64)[None, :, None, None]
+        column = np.broadcast_to(column, (*logits.shape[:3], 1))
+        logits = np.concatenate([logits, column], axis=-1)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return weights[..., :total] @ v
+
+
+def relative_error(got, want):
+    """Root of the relative squared error, over all elements."""
+    got, want = np.array(got, dtype=np.float64), np.array(want, dtype=np.float64)
+    return float(np.sqrt(((got - want) ** 2).sum() / (want**2).sum()))

@@ -1,0 +1,70 @@
+"""The lane that runs kernels: the simulator where clang >= 17 is, else loud skips."""
+
+import os
+from dataclasses import dataclass
+
+import metalsim
+import mlx.core as mx
+import pytest
+
+from mlx_turboquant.kernels import source
+
+
+@dataclass(frozen=True)
+class Simulator:
+    """A `Launcher` that runs the real Metal sources on this CPU."""
+
+    name = "simulator"
+
+    def __call__(
+        self,
+        kernel,
+        inputs,
+        template,
+        grid,
+        threadgroup,
+        output_shapes,
+        output_dtypes,
+    ):
+        assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True))
+        assert all(array.size >= 8 for array in inputs), "would be constant memory"
+        run = metalsim.metal_kernel(
+            name=kernel.name,
+            input_names=list(kernel.inputs),
+            output_names=list(kernel.outputs),
+            source=kernel.entry,
+            header=source.header(kernel.file, "metal"),
+        )
+        mx.eval(inputs)
+        return run(
+            inputs=list(inputs),
+            template=list(template.items()),
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=list(output_shapes),
+            output_dtypes=list(output_dtypes),
+        )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clang():
+    try:
+        metalsim.find_clang()
+    except metalsim.MetalSimError as error:
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must run the Metal simulator: {error}")
+        pytest.skip(f"KERNELS NOT TESTED: {error}")
+
+
+@pytest.fixture
+def simulator():
+    return Simulator()
+
+
+@pytest.fixture(params=["plain", "debug", "random"])
+def mode(request, monkeypatch):
+    """The simulator's modes: as is, with shadow memory, in a random schedule."""
+    monkeypatch.setattr(metalsim.config, "debug", request.param == "debug")
+    sched = "random" if request.param == "random" else "forward"
+    monkeypatch.setattr(metalsim.config, "sched", sched)
+    return request.param

@@ -18,6 +18,9 @@ from ..segments import Segments
 from . import gpu, reference
 
 VARIABLE = "MLX_TQ_BACKEND"
+#: Launchers whose kernels are used unasked. The Metal ones have passed the simulator
+#: and, as CUDA, a GPU, but no Mac yet.
+TRUSTED = ("cuda",)
 
 
 class Backend(Protocol):
@@ -80,6 +83,8 @@ def choose(steps: int, keys: Segments, values: Segments) -> tuple[Backend, str |
     backend = gpu_backend()
     if backend is None:
         reason: str | None = "MLX runs on the CPU here"
+    elif wanted != "gpu" and backend.name not in TRUSTED:
+        reason = f"{backend.name} kernels await a first run; try {VARIABLE}=gpu"
     else:
         reason = gpu.refuse(steps, keys, values)
     if backend is not None and reason is None:

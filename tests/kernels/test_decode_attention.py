@@ -146,6 +146,8 @@ def test_choice_of_backend_is_shown_and_can_be_forced(simulator, monkeypatch):
     plain = tq.attend(q, *sides, 0.125)
     assert tq.explain(cache).layers[0].backend.startswith("reference: MLX runs on")
     monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(simulator))
+    assert "try MLX_TQ_BACKEND=gpu" in tq.explain(cache).layers[0].backend
+    monkeypatch.setattr(select, "TRUSTED", ("simulator",))
     assert tq.explain(cache).layers[0].backend == "simulator"
     fused = tq.attend(q, *sides, 0.125)
     assert 0 < relative_error(fused, plain) < TOLERANCE

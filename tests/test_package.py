@@ -23,7 +23,7 @@ LAYERS = (
     ("backends",),
     ("attention",),
     ("cache",),
-    ("report",),
+    ("report", "diagnosis"),
     ("integrations",),
     ("cli",),
 )

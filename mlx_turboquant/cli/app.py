@@ -15,6 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import TurboQuantError
+from .doctor import doctor
 from .generate import generate
 
 P = ParamSpec("P")
@@ -61,6 +62,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 
 app.command()(guarded(generate))
+app.command()(guarded(doctor))
 
 
 def main() -> None:
@@ -70,6 +72,15 @@ def main() -> None:
 
 def main_generate() -> None:
     """Entry point of ``mlx_tq.generate``, mlx-lm's spelling of a command."""
+    _run_alone(generate)
+
+
+def main_doctor() -> None:
+    """Entry point of ``mlx_tq.doctor``."""
+    _run_alone(doctor)
+
+
+def _run_alone(command: Callable[..., None]) -> None:
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command()(guarded(generate))
+    single.command()(guarded(command))
     single()

@@ -1,6 +1,8 @@
 """The lane that runs kernels: the simulator where clang >= 17 is, else loud skips."""
 
 import os
+import platform
+import sys
 from dataclasses import dataclass
 
 import metalsim
@@ -48,6 +50,8 @@ class Simulator:
 
 @pytest.fixture(autouse=True, scope="session")
 def _clang():
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        pytest.skip("the Metal simulator runs on x86-64 Linux only")
     try:
         metalsim.find_clang()
     except metalsim.MetalSimError as error:

@@ -1,0 +1,128 @@
+"""What ``mlx_tq.doctor`` finds out: the machine, every kernel, one timing.
+
+Owns the cases that a first run on a new machine should cover. A kernel is right if it
+agrees with the reference backend; a timing is a median and says what it compares.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import mlx.core as mx
+import numpy as np
+
+from .attention import attend
+from .backends import gpu, reference, select
+from .cache import TurboQuantCache
+from .segments import Segments
+
+#: Half arithmetic and polynomial levels differ from the definition by this much.
+TOLERANCE = 5e-3
+#: spec, key dim, value dim, query heads per KV head, query rows, mask.
+CASES: tuple[tuple[str, int, int, int, int, str | None], ...] = (
+    ("k3v3", 128, 128, 4, 1, None),
+    ("k4v3", 64, 64, 2, 1, None),
+    ("k2v2", 80, 80, 1, 1, None),
+    ("k5v4", 96, 96, 3, 4, "causal"),
+    ("k8v6", 192, 128, 2, 2, "causal"),
+    ("k1v7", 256, 256, 1, 8, "causal"),
+    ("k3v3", 512, 512, 2, 1, None),
+)
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One case run on kernels: its name, its error, or why it could not run."""
+
+    name: str
+    error: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it ran and agrees with the reference."""
+        return not self.failure and self.error < TOLERANCE
+
+
+def machine() -> dict[str, str]:
+    """Names and versions that a report about this package should carry."""
+    info = mx.device_info()
+    return {
+        "mlx-turboquant": _version("mlx-turboquant"),
+        "mlx": _version("mlx"),
+        "mlx-lm": _version("mlx-lm"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "device": f"{mx.default_device()} {info.get('device_name', '')}".strip(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def check_kernels(backend: gpu.Gpu, tokens: int = 700) -> Iterator[KernelCheck]:
+    """Run every kernel over `CASES`, each against the reference backend."""
+    for spec, k_dim, v_dim, group, rows, mask in CASES:
+        name = f"{spec} dims {k_dim}/{v_dim} group {group} rows {rows}"
+        keys, values = _segments(spec, 2, tokens, k_dim, v_dim)
+        q = mx.random.normal((1, 2 * group, rows, k_dim)).astype(mx.float16)
+        try:
+            got = backend.attend_rot(q, keys, values, k_dim**-0.5, mask)
+            mx.eval(got)
+        except Exception as problem:  # a compiler's message, whatever its type
+            yield KernelCheck(name, float("nan"), str(problem).strip())
+            continue
+        wide = q.astype(mx.float32)
+        want = reference.attend_rot(wide, keys, values, k_dim**-0.5, mask)
+        error = mx.linalg.norm(got.astype(mx.float32) - want) / mx.linalg.norm(want)
+        yield KernelCheck(name, float(np.array(error)))
+
+
+def _segments(
+    spec: str, heads: int, tokens: int, k_dim: int, v_dim: int
+) -> tuple[Segments, Segments]:
+    cache = TurboQuantCache(spec)
+    for start in range(0, tokens, 8192):
+        count = min(8192, tokens - start)
+        k = mx.random.normal((1, heads, count, k_dim)).astype(mx.float16)
+        v = mx.random.normal((1, heads, count, v_dim)).astype(mx.float16)
+        cache.update_and_fetch(k, v)
+        mx.eval(cache.state)
+    return cache.keys_and_values()
+
+
+def time_decode(tokens: int, repeats: int = 9) -> dict[str, float]:
+    """Milliseconds of one decode attention, by what computes it.
+
+    32 query heads, 8 KV heads, head_dim 128, fp16, k3v3; medians, host included.
+    """
+    keys, values = _segments("k3v3", 8, tokens, 128, 128)
+    plain = mx.random.normal((2, 1, 8, tokens, 128)).astype(mx.float16)
+    mx.eval(plain)
+    chosen, _ = select.choose(1, keys, values)
+    return {
+        "fp16": _median_ms(lambda q: attend(q, plain[0], plain[1], 0.09), repeats),
+        f"k3v3 on {chosen.name}": _median_ms(
+            lambda q: attend(q, keys, values, 0.09), repeats
+        ),
+    }
+
+
+def _median_ms(call: Callable[[mx.array], mx.array], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        q = mx.random.normal((1, 32, 1, 128)).astype(mx.float16)
+        mx.eval(q)
+        start = time.perf_counter()
+        mx.eval(call(q))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])

@@ -1,0 +1,32 @@
+from mlx_turboquant import diagnosis
+from mlx_turboquant.backends import reference
+
+
+def test_doctor_reports_this_machine(run_cli):
+    code, out, err = run_cli("doctor", "--tokens", "600")
+    assert code == 0, err
+    for text in ("mlx-turboquant  ", "mlx-lm ", "device ", "fp16: ", "at 600 tokens"):
+        assert text in out
+
+
+class Fake:
+    """Stands in for kernels: right, wrong, or not compiling."""
+
+    name = "fake"
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def attend_rot(self, *args):
+        if self.mode == "broken":
+            raise RuntimeError("error: use of undeclared identifier\n")
+        out = reference.attend_rot(*args)
+        return out * 1.1 if self.mode == "wrong" else out
+
+
+def test_right_kernels_pass_and_wrong_ones_fail():
+    for mode, passed in (("right", True), ("wrong", False), ("broken", False)):
+        checks = list(diagnosis.check_kernels(Fake(mode), tokens=200))
+        assert len(checks) == len(diagnosis.CASES)
+        assert all(check.passed is passed for check in checks)
+    assert "undeclared" in checks[0].failure

@@ -84,7 +84,7 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
-    """The inverse of `pack`: words (..., W) uint32 to codes (..., dim) uint32."""
+    """The inverse of `pack`: words (..., W) uint32 to codes (..., dim) uint8."""
     lead = words.shape[:-1]
     chunks, alone = divmod(-(-dim // GROUP), 2)
     halves = mx.stack([words & 0xFFFF, words >> _HALF], axis=-1)
@@ -127,11 +127,12 @@ def _unpack_chunks(halves: mx.array, bits: int, width: int) -> mx.array:
         pairs, taken = [], 0
         stream = mx.zeros_like(halves[..., 0, :])
         for field, (count, spare) in zip(fields, _fields(bits), strict=True):
-            pairs.append((field[..., None, :] >> _shifts(count, bits)) & mask)
+            direct = (field[..., None, :] >> _shifts(count, bits)) & mask
+            pairs.append(direct.astype(mx.uint8))
             stream = stream | ((field >> (count * bits)) << taken)
             taken += spare
         if taken:
             late = _shifts(taken // bits, bits)
-            pairs.append((stream[..., None, :] >> late) & mask)
+            pairs.append(((stream[..., None, :] >> late) & mask).astype(mx.uint8))
         groups.append(mx.concatenate(pairs, axis=-2))
     return mx.stack(groups, axis=-3)

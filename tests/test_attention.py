@@ -169,7 +169,7 @@ def test_bounded_prefill_memory(monkeypatch):
     """At 8k tokens: the cache, one slice, and what stock needs besides its cache."""
     from mlx_lm.models.cache import KVCache
 
-    layers, heads, dim, chunk, total = 6, 2, 128, 256, 8192
+    layers, heads, dim, chunk, total = 8, 2, 128, 256, 8192
     one_head = total * 2 * dim * reference._BYTES_PER_ELEMENT
     monkeypatch.setattr(reference, "SLICE_BYTES", one_head)
 

@@ -16,8 +16,9 @@ from ..segments import Segments
 
 #: Bound on the decoded slice and the intermediates of decoding it.
 SLICE_BYTES = 256 << 20
-# uint32 codes, float32 levels and product, then the result and its concatenation.
-_BYTES_PER_ELEMENT = 16
+# uint8 codes, float32 levels and product, the result and its concatenation: what MLX's
+# allocator was seen to hold at once for float32 models.
+_BYTES_PER_ELEMENT = 20
 
 
 def attend_rot(

@@ -1,8 +1,8 @@
 # Two commands for a fresh machine: `make demo` and `make test`.
-# They need Python >= 3.10 and nothing else; everything goes into .venv.
+# They need Python >= 3.11 (as mlx-lm 0.32 does) and nothing else; everything goes into .venv.
 
-PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; do \
-	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' \
 	2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,7 +32,7 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/python:
-	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.10 with venv found; install one or run make PYTHON=/path/to/python3"; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; install one or run make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 

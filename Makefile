@@ -14,7 +14,7 @@ MODEL := examples/books-20m
 .PHONY: demo test check bench clean
 
 demo: $(VENV)/demo
-	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 120 --temp 0.7 \
+	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 40 --temp 0.7 \
 		--top-p 0.9 --seed 7 --prompt - < examples/needle.txt
 
 test: $(VENV)/dev

@@ -9,7 +9,6 @@ struct MergeSizes {
   int blocks;
   int rows;        // query rows per KV head: group * steps
   int steps;       // query rows per query head
-  int heads;       // KV heads
   int sink;        // tokens
   int recent;      // tokens in use
   int recent_capacity;

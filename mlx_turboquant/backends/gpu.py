@@ -84,7 +84,7 @@ MERGE_ROW = Kernel(
     entry="""
     threadgroup float scratch[SIMDGROUPS * (DV + 2)];
     MergeSizes all = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-                      sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
+                      sizes[5], sizes[6], sizes[7], sizes[8]};
     merge_row<T, DK, DV, SIMDGROUPS, MASKED, LEARNED>(
         q, q_scale[0], partial, sink_keys, sink_values, recent_keys, recent_values,
         mean, mask, learned, all, out, scratch, threadgroup_position_in_grid.y,
@@ -247,7 +247,6 @@ class Gpu:
             partial.shape[2],
             rows,
             steps,
-            heads,
             keys.sink_length,
             keys.recent.shape[2],
             keys.recent.shape[2],

@@ -1,8 +1,9 @@
 """Which backend takes a call, and why another did not.
 
 Owns the table of backends and the one environment variable, ``MLX_TQ_BACKEND``:
-``reference``, or ``gpu`` to make any refusal an error. Nothing falls back silently:
-`explain` shows what `choose` would say.
+``reference``, or ``gpu`` to use kernels that await a first run and to make it an error
+if they refuse a decode step over packed tokens. Nothing falls back silently: `explain`
+shows what `choose` would say.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from ..errors import BackendUnavailableError, SpecError
+from ..kernels.kernel import MlxLauncher
 from ..segments import Segments
 from . import gpu, reference
 
@@ -57,8 +59,6 @@ REFERENCE = Reference()
 @functools.cache
 def gpu_backend() -> gpu.Gpu | None:
     """Kernels on this machine's GPU, or None if MLX has none to run them on."""
-    from ..kernels.kernel import MlxLauncher
-
     if mx.default_device().type == mx.DeviceType.cpu:
         return None
     if mx.metal.is_available():

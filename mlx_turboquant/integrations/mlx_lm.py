@@ -179,11 +179,12 @@ def make_prompt_cache(
         UnsupportedModelError: if no layer can take the cache.
     """
     caches = _make(model, CacheSpec.parse(spec))
-    left = explain(caches).left_alone
+    explanation = explain(caches)
+    left = explanation.left_alone
     if left:
         kinds = sorted({f"{row.cache} ({row.reason})" for row in left})
         warnings.warn(
-            f"{len(left)} of {len(explain(caches).layers)} caches stay in the "
+            f"{len(left)} of {len(explanation.layers)} caches stay in the "
             f"model's dtype: {', '.join(kinds)}",
             stacklevel=2,
         )

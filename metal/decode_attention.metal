@@ -1,275 +1,304 @@
-// Decode attention, pass 1: one simdgroup attends ROWS query rows of one KV head to a
-// run of packed tokens and writes an unnormalised partial result. Every code is decoded
-// once for all ROWS. Pass 2 is merge_blocks.metal.
+// Decode attention, pass 1: one simdgroup attends ROWS = 8 query rows of one KV head to
+// a run of packed tokens and writes an unnormalised partial result. Every code is
+// decoded once for all rows, straight into the fragments of matrix products; pass 2 is
+// merge_blocks.metal.
 //
-// A vector of D elements has D / 16 groups; a lane decodes one group, so LANES =
-// D / 16 rounded up to a power of two lanes own a token, and a simdgroup holds
-// STEP = 32 / LANES tokens at a time. Work goes in tiles of 32 tokens:
-//   1. logits: after step i, lane (i mod LANES) of each token keeps its logit, so that
-//      a full tile leaves one token's logits on every lane;
-//   2. one softmax update per tile: maximum over lanes, rescale, exponentials;
-//   3. values: the weights travel back by shuffle, each lane adds its 16 elements.
-// Logits are in units of log2. Products of 16 elements, and sums of a lane's tokens of
-// one tile, are in half2; everything longer is float.
+// A lane has a major index 0..7 and a minor one 0..3 (compat says which). In a tile of
+// 32 tokens it decodes
+//   keys     of token `major` of each 8, the groups (16 elements) that `minor` owns;
+//   values   of tokens 2 * minor and 2 * minor + 1 of each 8, groups major + 8 * i.
+// Per 8 tokens, the logits of token `major` and rows 2 * minor and 2 * minor + 1 stay on
+// a lane, where the softmax is done once per tile. Logits are in units of log2. Products
+// are of halves, every sum is float.
 
 #include "unpack.h"
+#include "hadamard.h"
 
 constant constexpr int TILE = 32;
-
-constexpr int tq_lanes(int dim) {
-  int groups = (dim + 15) / 16;
-  int lanes = 1;
-  while (lanes < groups) lanes *= 2;
-  return lanes;
-}
+constant constexpr int ROWS = 8;
 
 // What a launch is told besides templates; each field an int of `sizes`, in order.
 struct Sizes {
   int length;    // packed tokens in use
-  int capacity;  // tokens the packed buffers hold
   int blocks;    // partial results per KV head
   int run;       // tokens per block, a multiple of TILE
   int heads;     // KV heads
-  int rows;      // query rows per KV head: group * L
+  int rows;      // query rows per KV head: group * steps
+  int steps;     // query rows per query head
   int first;     // column of the mask that belongs to packed token 0
   int columns;   // columns of the mask
 };
 
-// A token of the tile lives on this lane after the logits of a tile.
-TQ_FUNC uint owner_lane(uint token, uint lanes) {
-  uint step = 32u / lanes;
-  return (token % step) * lanes + token / step;
-}
-
-// Sum each of N values over N neighbouring lanes; lane i (mod N) gets sum i. N - 1
-// shuffles, where summing one value at a time would take N log2(N).
-template <int N>
-TQ_FUNC float transpose_sum(thread float* values, uint lane) {
-  TQ_UNROLL
-  for (int half_n = N / 2; half_n > 0; half_n /= 2) {
-    bool upper = (lane & uint(half_n)) != 0u;
+// Rows of `query` (threadgroup, ROWS x DK): rotated queries times `factor`, as halves.
+// Rows past the last are zero and count for nothing.
+template <typename T, int DK, bool ROTATE, int SIMDGROUPS>
+TQ_FUNC void load_queries(
+    const device T* q, size_t head_stride, size_t step_stride, size_t stride,
+    const device float* signs, float factor, int first_row, const thread Sizes& sizes,
+    threadgroup half* query, uint simdgroup, uint lane) {
+  constexpr int PER = (DK + 31) / 32;
+  for (int r = int(simdgroup); r < ROWS; r += SIMDGROUPS) {
+    int row = first_row + r < sizes.rows ? first_row + r : sizes.rows - 1;
+    float x[PER];
+    size_t at = (row / sizes.steps) * head_stride + (row % sizes.steps) * step_stride;
+    load_rot<T, DK, ROTATE>(q + at, stride, signs, lane, x);
     TQ_UNROLL
-    for (int i = 0; i < half_n; i++) {
-      float kept = upper ? values[i + half_n] : values[i];
-      float sent = upper ? values[i] : values[i + half_n];
-      values[i] = kept + simd_shuffle_xor(sent, ushort(half_n));
+    for (int i = 0; i < PER; i++) {
+      int d = int(lane) + 32 * i;
+      if (d < DK) query[r * DK + d] = half(first_row + r < sizes.rows ? x[i] * factor : 0.0f);
     }
   }
-  return values[0];
 }
 
-// Tokens past the end and lanes past the last group read something that is there, so
-// that loads need no branch and can all be in flight; it then counts for nothing.
-template <int DIM, int BITS, int TERMS, int ROWS>
+// Logits of a tile, not yet scaled: 2 rows per 8 tokens.
+template <int DIM, int BITS, int TERMS>
 TQ_FUNC void tile_logits(
-    const thread half2* q, const thread Levels<BITS, TERMS>& levels,
-    const device uint* words, const device half* scales, int first, int last,
-    uint lane, thread float* logits) {
-  constexpr int LANES = tq_lanes(DIM);
-  constexpr uint GROUPS = (DIM + 15) / 16;
-  constexpr int WORDS = (GROUPS / 2) * BITS + (GROUPS % 2) * ((BITS + 1) / 2);
-  constexpr int STEP = 32 / LANES;
-  uint group = tq_min(lane % LANES, GROUPS - 1u);
-  uint place = lane / LANES;
-  GroupCodes<BITS> codes[LANES];
+    const thread half2* query, const thread Levels<TERMS>& levels,
+    const thread GroupPlace<BITS>* places, thread float* logits) {
+  constexpr int OWNED = ((DIM + 15) / 16 + 3) / 4;
+  constexpr int WORDS = tq_words(DIM, BITS);
+  // Blocks of 16 tokens loaded before any is decoded: their loads are in flight together.
+  constexpr int AHEAD = OWNED * (BITS / 2 + 1) <= 8 ? 2 : 1;
   TQ_UNROLL
-  for (int i = 0; i < LANES; i++) {
-    uint token = tq_min(uint(first) + i * STEP + place, uint(last) - 1u);
-    codes[i] = load_group<BITS>(words + size_t(token) * WORDS, group, GROUPS);
-  }
-  uint own = tq_min(uint(first) + (lane % LANES) * STEP + place, uint(last) - 1u);
-  float scale = float(scales[own]);
-  float sums[ROWS * LANES];
-  TQ_UNROLL
-  for (int i = 0; i < LANES; i++) {
-    half2 dots[ROWS];
+  for (int b0 = 0; b0 < TILE / 16; b0 += AHEAD) {
+    GroupCodes<BITS> codes[2 * AHEAD * OWNED];
     TQ_UNROLL
-    for (int p = 0; p < 8; p++) {
-      half2 level = level_pair<BITS, TERMS>(levels, codes[i], p);
+    for (int j = 0; j < 2 * AHEAD; j++) {
       TQ_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        dots[r] = p == 0 ? q[r * 8] * level : tq_fma(q[r * 8 + p], level, dots[r]);
+      for (int i = 0; i < OWNED; i++) {
+        codes[j * OWNED + i] = load_group<BITS>(places[i], (16 * b0 + 8 * j) * WORDS);
       }
     }
     TQ_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      sums[r * LANES + i] = tq_low(dots[r]) + tq_high(dots[r]);
+    for (int b = 0; b < AHEAD; b++) {
+      thread float* block = logits + 4 * (b0 + b);
+      TQ_UNROLL
+      for (int i = 0; i < 4; i++) block[i] = 0.0f;
+      TQ_UNROLL
+      for (int i = 0; i < OWNED; i++) {
+        GroupCodes<BITS> close = codes[2 * b * OWNED + i];
+        GroupCodes<BITS> far = codes[(2 * b + 1) * OWNED + i];
+        TQ_UNROLL
+        for (int p = 0; p < 8; p += 2) {
+          tq_logits_product(
+              block, query[i * 8 + p], query[i * 8 + p + 1],
+              pair_levels<BITS, TERMS>(levels, close, p),
+              pair_levels<BITS, TERMS>(levels, close, p + 1),
+              pair_levels<BITS, TERMS>(levels, far, p),
+              pair_levels<BITS, TERMS>(levels, far, p + 1));
+        }
+      }
     }
-  }
-  TQ_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    logits[r] = transpose_sum<LANES>(sums + r * LANES, lane) * scale;
   }
 }
 
-template <int DIM, int BITS, int TERMS, int ROWS, int KEY_LANES>
+// Codes of a tile's values: 2 tokens per 8, of every owned group.
+template <int DIM, int BITS>
+TQ_FUNC void load_values(
+    const thread GroupPlace<BITS>* places, thread GroupCodes<BITS>* codes) {
+  constexpr int OWNED = ((DIM + 15) / 16 + 7) / 8;
+  constexpr int WORDS = tq_words(DIM, BITS);
+  TQ_UNROLL
+  for (int i = 0; i < OWNED; i++) {
+    TQ_UNROLL
+    for (int j = 0; j < TILE / 4; j++) {
+      codes[i * (TILE / 4) + j] = load_group<BITS>(places[i], (8 * (j / 2) + j % 2) * WORDS);
+    }
+  }
+}
+
+// Add a tile's weighted values to `sums`: per owned group and pair 4 floats, the even
+// element of rows 2 * minor and 2 * minor + 1, then the odd one.
+template <int DIM, int BITS, int TERMS>
 TQ_FUNC void tile_values(
-    const thread float* weights, const thread Levels<BITS, TERMS>& levels,
-    const device uint* words, const device half* scales, int first, int last,
-    uint lane, thread float* sums) {
-  constexpr int LANES = tq_lanes(DIM);
-  constexpr uint GROUPS = (DIM + 15) / 16;
-  constexpr int WORDS = (GROUPS / 2) * BITS + (GROUPS % 2) * ((BITS + 1) / 2);
-  constexpr int STEP = 32 / LANES;
-  uint group = tq_min(lane % LANES, GROUPS - 1u);
-  uint place = lane / LANES;
-  // The token this lane has weights of: scale them once, before they travel.
-  uint own = (lane % KEY_LANES) * (32 / KEY_LANES) + lane / KEY_LANES;
-  float scale = float(scales[tq_min(uint(first) + own, uint(last) - 1u)]);
-  GroupCodes<BITS> codes[LANES];
+    const thread half2* weights, const thread Levels<TERMS>& levels,
+    const thread GroupCodes<BITS>* codes, thread float* sums) {
+  constexpr int OWNED = ((DIM + 15) / 16 + 7) / 8;
   TQ_UNROLL
-  for (int i = 0; i < LANES; i++) {
-    uint token = tq_min(uint(first) + i * STEP + place, uint(last) - 1u);
-    codes[i] = load_group<BITS>(words + size_t(token) * WORDS, group, GROUPS);
-  }
-  // Weights of a tile are at most 1 in half precision, whatever the scales are.
-  float largest = tq_max(simd_max(scale), 1e-30f);
-  float scaled[ROWS];
-  TQ_UNROLL
-  for (int r = 0; r < ROWS; r++) scaled[r] = weights[r] * (scale / largest);
-  half2 tile_sums[ROWS * 8];
-  TQ_UNROLL
-  for (int i = 0; i < LANES; i++) {
-    ushort owner = ushort(owner_lane(i * STEP + place, KEY_LANES));
-    half2 weight[ROWS];
+  for (int i = 0; i < OWNED; i++) {
     TQ_UNROLL
-    for (int r = 0; r < ROWS; r++) weight[r] = tq_splat(simd_shuffle(scaled[r], owner));
-    TQ_UNROLL
-    for (int p = 0; p < 8; p++) {
-      half2 level = level_pair<BITS, TERMS>(levels, codes[i], p);
+    for (int s = 0; s < TILE / 16; s++) {
+      const thread GroupCodes<BITS>* four = codes + i * (TILE / 4) + 4 * s;
+      GroupCodes<BITS> even0, odd0, even1, odd1;
+      pair_tokens<BITS>(four[0], four[1], even0, odd0);
+      pair_tokens<BITS>(four[2], four[3], even1, odd1);
       TQ_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        int at = r * 8 + p;
-        tile_sums[at] =
-            i == 0 ? weight[r] * level : tq_fma(weight[r], level, tile_sums[at]);
+      for (int p = 0; p < 8; p++) {
+        tq_values_product(
+            sums + (i * 8 + p) * 4, pair_levels<BITS, TERMS>(levels, even0, p),
+            pair_levels<BITS, TERMS>(levels, odd0, p),
+            pair_levels<BITS, TERMS>(levels, even1, p),
+            pair_levels<BITS, TERMS>(levels, odd1, p), weights[2 * s],
+            weights[2 * s + 1]);
       }
     }
   }
-  TQ_UNROLL
-  for (int at = 0; at < ROWS * 8; at++) {
-    sums[2 * at] += tq_low(tile_sums[at]) * largest;
-    sums[2 * at + 1] += tq_high(tile_sums[at]) * largest;
-  }
 }
 
-// Grid: (32 * SIMDGROUPS * ceil(blocks / SIMDGROUPS), row tiles * heads, batch) threads.
-//   q          T (batch, heads * rows, DK), rotated; q_scale is scale * log2(e)
-//   *_words    uint (batch, heads, capacity, words), *_scales half (.., capacity)
-//   k_levels, v_levels   float: coefficients if TERMS > 0, else the table of levels
-//   mask       float (batch, heads * rows, columns), in log2 units; read if MASKED
-//   partial    float (batch, heads * rows, blocks, DV + 2): sums, maximum, denominator
-template <typename T, int DK, int DV, int KB, int VB, int K_TERMS, int V_TERMS, int ROWS, bool MASKED>
+// All at this KV head: words uint (capacity, words), scales half (capacity), where
+// capacity reaches to the end of the last tile; mask float
+// (rows, columns) in log2 units, read if MASKED; out_sums float (rows, blocks, DV) and
+// out_tops float (rows, blocks, 2): unnormalised sums, their maximum and denominator.
+// v_gain: see Levels.
+template <int DK, int DV, int KB, int VB, int K_TERMS, int V_TERMS, bool MASKED>
 TQ_FUNC void attend_block(
-    const device T* q, float q_scale, const device uint* k_words, const device half* k_scales,
-    const device uint* v_words, const device half* v_scales, const device float* mask,
-    const thread Levels<KB, K_TERMS>& k_levels,
-    const thread Levels<VB, V_TERMS>& v_levels, const thread Sizes& sizes,
-    device float* partial, uint block, uint head, uint row_tile, uint batch, uint lane) {
-  constexpr int K_LANES = tq_lanes(DK);
-  constexpr int V_LANES = tq_lanes(DV);
+    const threadgroup half* queries, const device uint* k_words,
+    const device half* k_scales, const device uint* v_words, const device half* v_scales,
+    const device float* mask, const thread Levels<K_TERMS>& k_levels,
+    const thread Levels<V_TERMS>& v_levels, float v_gain, const thread Sizes& sizes,
+    int first_row, device float* out_sums, device float* out_tops, uint block, uint lane) {
   constexpr uint K_GROUPS = (DK + 15) / 16;
   constexpr uint V_GROUPS = (DV + 15) / 16;
-  constexpr int K_WORDS = (K_GROUPS / 2) * KB + (K_GROUPS % 2) * ((KB + 1) / 2);
-  constexpr int V_WORDS = (V_GROUPS / 2) * VB + (V_GROUPS % 2) * ((VB + 1) / 2);
-  size_t place = size_t(batch) * sizes.heads + head;
-  k_words += place * sizes.capacity * K_WORDS;
-  v_words += place * sizes.capacity * V_WORDS;
-  k_scales += place * sizes.capacity;
-  v_scales += place * sizes.capacity;
-  int row0 = int(row_tile) * ROWS;
-  size_t first_row = place * sizes.rows + row0;
+  constexpr int K_OWNED = (K_GROUPS + 3) / 4;
+  constexpr int V_OWNED = (V_GROUPS + 7) / 8;
+  constexpr int SUMS = V_OWNED * 8 * 4;
+  constexpr int K_WORDS = tq_words(DK, KB);
+  constexpr int V_WORDS = tq_words(DV, VB);
 
-  half2 query[ROWS * 8];
-  int first_element = int(lane % K_LANES) * 16;
+  half2 query[K_OWNED * 8];
   TQ_UNROLL
-  for (int r = 0; r < ROWS; r++) {
+  for (int i = 0; i < K_OWNED; i++) {
     TQ_UNROLL
     for (int p = 0; p < 8; p++) {
-      int d = first_element + 2 * p;
-      size_t at = (first_row + r) * DK + d;
-      bool there = row0 + r < sizes.rows;  // else zero: counts for nothing
-      float low = there && d < DK ? float(q[at]) * q_scale : 0.0f;
-      float high = there && d + 1 < DK ? float(q[at + 1]) * q_scale : 0.0f;
-      query[r * 8 + p] = tq_half2(low, high);
+      float pair[2];
+      TQ_UNROLL
+      for (int e = 0; e < 2; e++) {
+        int d = int(tq_query_owner(lane) * K_OWNED + i) * 16 + tq_query_element(lane, e, p);
+        pair[e] = d < DK ? float(queries[tq_query_row(lane, e) * DK + d]) : 0.0f;
+      }
+      query[i * 8 + p] = tq_half2(pair[0], pair[1]);
     }
   }
-  float sums[ROWS * 16];
-  float maximum[ROWS];
-  float denominator[ROWS];
-  TQ_UNROLL
-  for (int i = 0; i < ROWS * 16; i++) sums[i] = 0.0f;
-  TQ_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    maximum[r] = -1e30f;
-    denominator[r] = 0.0f;
-  }
-
   int start = int(block) * sizes.run;
   int stop = start + sizes.run < sizes.length ? start + sizes.run : sizes.length;
-  // The token whose logits this lane keeps after each tile.
-  int own = int(lane % K_LANES) * (32 / K_LANES) + int(lane / K_LANES);
-  for (int tile = start; tile < stop; tile += TILE) {
-    float logits[ROWS];
-    tile_logits<DK, KB, K_TERMS, ROWS>(
-        query, k_levels, k_words, k_scales, tile, stop, lane, logits);
-    bool there = tile + own < stop;
-    TQ_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      float logit = logits[r];
-      if (MASKED && there && row0 + r < sizes.rows) {
-        logit += mask[(first_row + r) * sizes.columns + sizes.first + tile + own];
-      }
-      float top = tq_max(maximum[r], simd_max(there ? logit : -1e30f));
-      if (top > maximum[r]) {  // the same on every lane
-        float shrink = tq_exp2(maximum[r] - top);
-        denominator[r] *= shrink;
-        TQ_UNROLL
-        for (int e = 0; e < 16; e++) sums[r * 16 + e] *= shrink;
-        maximum[r] = top;
-      }
-      logits[r] = there ? tq_exp2(logit - top) : 0.0f;
-      denominator[r] += logits[r];
-    }
-    tile_values<DV, VB, V_TERMS, ROWS, K_LANES>(
-        logits, v_levels, v_words, v_scales, tile, stop, lane, sums);
-  }
-
-  uint v_group = lane % V_LANES;
+  // Where this lane's groups of the tile at hand are. A group past the last one has zero
+  // queries, or sums nobody reads: any group will do for it.
+  GroupPlace<KB> k_places[K_OWNED];
+  GroupPlace<VB> v_places[V_OWNED];
   TQ_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    float total = simd_sum(denominator[r]);
-    device float* out = partial + ((first_row + r) * sizes.blocks + block) * (DV + 2);
-    TQ_UNROLL
-    for (int e = 0; e < 16; e++) {
-      float sum = sums[r * 16 + e];
-      TQ_UNROLL
-      for (int step = V_LANES; step < 32; step *= 2) {
-        sum += simd_shuffle_xor(sum, ushort(step));
-      }
-      int d = int(v_group) * 16 + e;
-      if (lane < V_LANES && d < DV && row0 + r < sizes.rows) out[d] = sum;
-    }
-    if (lane == 0u && row0 + r < sizes.rows) {
-      out[DV] = maximum[r];
-      out[DV + 1] = total;
-    }
+  for (int i = 0; i < K_OWNED; i++) {
+    uint group = tq_minor(lane) * K_OWNED + i;
+    if (K_OWNED * 4 != K_GROUPS) group = tq_min(group, K_GROUPS - 1u);
+    k_places[i] = place_group<KB>(k_words, group, K_GROUPS);
   }
-}
+  TQ_UNROLL
+  for (int i = 0; i < V_OWNED; i++) {
+    uint group = tq_min(tq_major(lane) + 8 * i, V_GROUPS - 1u);
+    v_places[i] = place_group<VB>(v_words, group, V_GROUPS);
+  }
+  advance<KB>(k_places, K_OWNED, size_t(start + tq_major(lane)) * K_WORDS);
+  advance<VB>(v_places, V_OWNED, size_t(start + 2 * tq_minor(lane)) * V_WORDS);
+  k_scales += start + tq_major(lane);
+  v_scales += start + tq_major(lane);
 
-// Fill a side's decoder: coefficients into registers, or the table into threadgroup
-// memory (every thread of the threadgroup calls it, then a barrier).
-template <int BITS, int TERMS>
-TQ_FUNC Levels<BITS, TERMS> make_levels(
-    const device float* given, threadgroup float* table, uint thread_index, uint threads) {
-  Levels<BITS, TERMS> levels;
-  levels.table = table;
-  if (TERMS > 0) {
-    TQ_UNROLL
-    for (int i = 0; i < (TERMS > 0 ? TERMS : 1); i++) {
-      levels.coefficients[i] = tq_splat(given[i]);
-    }
-  } else {
-    for (uint i = thread_index; i < (1u << BITS); i += threads) table[i] = given[i];
+  float sums[SUMS];
+  float top[2];
+  float denominator[2];
+  float reach = 0.0f;  // values are weighted in units of this scale, above all so far
+  float unit = 0.0f;   // 1 / reach
+  TQ_UNROLL
+  for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
+  TQ_UNROLL
+  for (int e = 0; e < 2; e++) {
+    top[e] = -1e30f;
+    denominator[e] = 0.0f;
   }
-  return levels;
+
+  for (int tile = start; tile < stop; tile += TILE) {
+    float logits[TILE / 4];
+    float scales[TILE / 8];
+    float highest[2] = {-1e30f, -1e30f};
+    float largest = 0.0f;
+    GroupCodes<VB> v_codes[V_OWNED * (TILE / 4)];
+    tile_logits<DK, KB, K_TERMS>(query, k_levels, k_places, logits);
+    load_values<DV, VB>(v_places, v_codes);  // in flight during the softmax
+    TQ_UNROLL
+    for (int j = 0; j < TILE / 8; j++) {
+      int token = tile + 8 * j + int(tq_major(lane));
+      float k_scale = float(k_scales[8 * j]);
+      scales[j] = float(v_scales[8 * j]);
+      largest = tq_max(largest, scales[j]);
+      TQ_UNROLL
+      for (int e = 0; e < 2; e++) {
+        int row = first_row + int(2 * tq_minor(lane)) + e;
+        logits[2 * j + e] *= k_scale;
+        if (MASKED && row < sizes.rows && token < stop) {
+          logits[2 * j + e] += mask[size_t(row) * sizes.columns + sizes.first + token];
+        }
+        if (token >= stop) logits[2 * j + e] = -3e38f;
+        highest[e] = tq_max(highest[e], logits[2 * j + e]);
+      }
+    }
+    TQ_UNROLL
+    for (int i = 0; i < 3; i++) {
+      ushort step = ushort(TQ_MAJOR_STEPS[i]);
+      largest = tq_max(largest, simd_shuffle_xor(largest, step));
+      highest[0] = tq_max(highest[0], simd_shuffle_xor(highest[0], step));
+      highest[1] = tq_max(highest[1], simd_shuffle_xor(highest[1], step));
+    }
+    bool higher = highest[0] > top[0] || highest[1] > top[1];
+    if (simd_any(higher || largest > reach)) {
+      float shrink[2];
+      float wider = tq_max(2.0f * largest, 1e-30f);
+      float relative = 1.0f;
+      if (largest > reach) {  // the same on every lane
+        relative = reach / wider;
+        reach = wider;
+        unit = 1.0f / wider;
+      }
+      TQ_UNROLL
+      for (int e = 0; e < 2; e++) {
+        float next = tq_max(top[e], highest[e]);
+        shrink[e] = tq_exp2(top[e] - next);
+        top[e] = next;
+        denominator[e] *= shrink[e];
+      }
+      TQ_UNROLL
+      for (int i = 0; i < SUMS; i++) sums[i] *= shrink[i % 2] * relative;
+    }
+    half2 weights[TILE / 8];
+    TQ_UNROLL
+    for (int j = 0; j < TILE / 8; j++) {
+      float first = tq_exp2(logits[2 * j] - top[0]);
+      float second = tq_exp2(logits[2 * j + 1] - top[1]);
+      float scale = scales[j] * unit;
+      denominator[0] += first;
+      denominator[1] += second;
+      weights[j] = tq_weights(tq_half2(first * scale, second * scale));
+    }
+    tile_values<DV, VB, V_TERMS>(weights, v_levels, v_codes, sums);
+    advance<KB>(k_places, K_OWNED, TILE * K_WORDS);
+    advance<VB>(v_places, V_OWNED, TILE * V_WORDS);
+    k_scales += TILE;
+    v_scales += TILE;
+  }
+
+  float out_scale = reach * v_gain;
+  TQ_UNROLL
+  for (int i = 0; i < 3; i++) {
+    ushort step = ushort(TQ_MAJOR_STEPS[i]);
+    denominator[0] += simd_shuffle_xor(denominator[0], step);
+    denominator[1] += simd_shuffle_xor(denominator[1], step);
+  }
+  TQ_UNROLL
+  for (int e = 0; e < 2; e++) {
+    int row = first_row + int(2 * tq_minor(lane)) + e;
+    if (row >= sizes.rows) continue;
+    size_t at = size_t(row) * sizes.blocks + block;
+    if (tq_major(lane) == 0u) {
+      out_tops[2 * at] = top[e];
+      out_tops[2 * at + 1] = denominator[e];
+    }
+    device float* out = out_sums + at * DV;
+    TQ_UNROLL
+    for (int i = 0; i < V_OWNED; i++) {
+      int group = int(tq_major(lane)) + 8 * i;
+      TQ_UNROLL
+      for (int p = 0; p < 8; p++) {
+        int d = 16 * group + 2 * p;
+        if (d < DV) out[d] = sums[(i * 8 + p) * 4 + e] * out_scale;
+        if (d + 1 < DV) out[d + 1] = sums[(i * 8 + p) * 4 + 2 + e] * out_scale;
+      }
+    }
+  }
 }

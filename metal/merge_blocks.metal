@@ -1,23 +1,25 @@
 // Decode attention, pass 2: one threadgroup per query row merges the partial results of
 // pass 1 with the tokens that were never packed (sink and recent, model dtype, rotated)
-// and the learned sink logit. The result is normalised and still rotated.
+// and the learned sink logit, normalises, and takes the result out of the rotated basis.
 //
 // Unpacked keys are not centred, packed ones are: q . mean is taken off the former's
 // logits, and off a learned sink's, so that one shift is common to all of them.
+
+#include "hadamard.h"
 
 struct MergeSizes {
   int blocks;
   int rows;        // query rows per KV head: group * steps
   int steps;       // query rows per query head
   int sink;        // tokens
-  int recent;      // tokens in use
-  int recent_capacity;
+  int recent;      // tokens
   int causal;      // 1: query i of `steps` does not see the last steps - 1 - i tokens
   int packed;      // tokens, for the mask's columns
   int columns;     // columns of the mask
+  int heads;       // KV heads
 };
 
-// One running softmax per simdgroup; every lane holds DV / 32 of the sums.
+// One running softmax per simdgroup; a lane holds elements lane + 32 * i of the sums.
 template <int PER>
 struct Running {
   float sums[PER];
@@ -26,84 +28,130 @@ struct Running {
 };
 
 template <int PER>
-TQ_FUNC float raise(thread Running<PER>* run, float logit) {
-  float top = tq_max(run->maximum, logit);
-  float shrink = tq_exp2(run->maximum - top);
-  run->maximum = top;
-  run->denominator *= shrink;
+TQ_FUNC float raise(thread Running<PER>& run, float logit) {
+  float top = tq_max(run.maximum, logit);
+  float shrink = tq_exp2(run.maximum - top);
+  run.maximum = top;
+  run.denominator *= shrink;
   TQ_UNROLL
-  for (int i = 0; i < PER; i++) run->sums[i] *= shrink;
+  for (int i = 0; i < PER; i++) run.sums[i] *= shrink;
   return tq_exp2(logit - top);
 }
 
-// Dot product of a row of DK with q, over the simdgroup; every lane gets it.
-template <typename T, typename K, int DK>
-TQ_FUNC float row_dot(const device T* q, const device K* keys, uint lane) {
+// Dot product of a row of DIM with q_rot, over the simdgroup; every lane gets it.
+template <typename K, int DIM>
+TQ_FUNC float row_dot(const thread float* q_rot, const device K* keys, uint lane) {
   float sum = 0.0f;
-  for (int d = int(lane); d < DK; d += 32) sum += float(q[d]) * float(keys[d]);
+  TQ_UNROLL
+  for (int i = 0; i < (DIM + 31) / 32; i++) {
+    int d = int(lane) + 32 * i;
+    if (d < DIM) sum += q_rot[i] * float(keys[d]);
+  }
   return simd_sum(sum);
 }
 
-// Grid: (32 * SIMDGROUPS, batch * heads * rows, 1) threads.
-//   q         T (batch, heads * rows, DK), as in pass 1; q_scale too
-//   partial   float (batch, heads * rows, blocks, DV + 2), from pass 1
-//   sink_*    T (batch, heads, sink, D); recent_*  T (batch, heads, recent_capacity, D)
-//   mean      float (batch, heads, DK); zeros if keys are not centred
-//   mask      float (batch, heads * rows, columns), log2 units; read if MASKED
-//   learned   float (batch, heads * rows) sink logits, log2 units; read if LEARNED
+// Rows in flight at once: one at a time, each would wait for memory.
+constant constexpr int AHEAD = 8;
+
+// Add `count` weighted rows of DIM, `stride` elements apart.
+template <typename T, int DIM, int PER>
+TQ_FUNC void add_rows(
+    thread Running<PER>& run, const thread float* weights, const device T* rows, size_t stride,
+    int count, uint lane) {
+  float x[AHEAD * PER];
+  TQ_UNROLL
+  for (int a = 0; a < AHEAD; a++) {
+    const device T* row = rows + (a < count ? a : 0) * stride;
+    TQ_UNROLL
+    for (int i = 0; i < PER; i++) {
+      int d = int(lane) + 32 * i;
+      x[a * PER + i] = d < DIM ? float(row[d]) : 0.0f;
+    }
+  }
+  TQ_UNROLL
+  for (int a = 0; a < AHEAD; a++) {
+    TQ_UNROLL
+    for (int i = 0; i < PER; i++) run.sums[i] += (a < count ? weights[a] : 0.0f) * x[a * PER + i];
+  }
+}
+
+// Attend to `count` (at most AHEAD) unpacked tokens.
+template <typename T, int DK, int DV, int PER>
+TQ_FUNC void attend_tokens(
+    thread Running<PER>& run, const thread float* q_rot, float shift, const device T* keys,
+    size_t key_stride, const device T* values, size_t value_stride, const device float* mask,
+    bool masked, int count, uint lane) {
+  float weights[AHEAD];
+  float top = -1e30f;
+  TQ_UNROLL
+  for (int a = 0; a < AHEAD; a++) {
+    int at = a < count ? a : 0;
+    weights[a] = row_dot<T, DK>(q_rot, keys + at * key_stride, lane) - shift;
+    if (masked) weights[a] += mask[at];
+    top = tq_max(top, weights[a]);
+  }
+  raise(run, top);
+  TQ_UNROLL
+  for (int a = 0; a < AHEAD; a++) {
+    weights[a] = a < count ? tq_exp2(weights[a] - run.maximum) : 0.0f;
+    run.denominator += weights[a];
+  }
+  add_rows<T, DV>(run, weights, values, value_stride, count, lane);
+}
+
+// All at this row: sums and tops from pass 1; keys and values at this KV head, rows of
+// contiguous elements, `recent_*_stride` elements apart (the sink's are packed); mean
+// float (DK), zeros if keys are not centred; mask float (columns), log2 units, read if
+// MASKED; learned sink logit, log2 units, used if LEARNED.
 //   scratch   threadgroup float (SIMDGROUPS * (DV + 2))
-//   out       T (batch, heads * rows, DV)
-template <typename T, int DK, int DV, int SIMDGROUPS, bool MASKED, bool LEARNED>
+//   out       T (DV)
+template <typename T, int DK, int DV, int SIMDGROUPS, bool ROTATE_V, bool MASKED, bool LEARNED>
 TQ_FUNC void merge_row(
-    const device T* q, float q_scale, const device float* partial, const device T* sink_keys,
-    const device T* sink_values, const device T* recent_keys,
-    const device T* recent_values, const device float* mean, const device float* mask,
-    const device float* learned, const thread MergeSizes& sizes, device T* out,
-    threadgroup float* scratch, uint row, uint simdgroup, uint lane) {
+    const thread float* q_rot, const device float* sums, const device float* tops,
+    const device T* sink_keys, const device T* sink_values, const device T* recent_keys,
+    size_t key_stride, const device T* recent_values, size_t value_stride,
+    const device float* mean, const device float* mask, float learned,
+    const device float* v_signs, const thread MergeSizes& sizes, int step, device T* out,
+    threadgroup float* scratch, uint simdgroup, uint lane) {
   constexpr int PER = (DV + 31) / 32;
-  uint place = row / uint(sizes.rows);  // batch * heads + head
-  q += size_t(row) * DK;
-  mask += size_t(row) * sizes.columns;
   Running<PER> run;
-  run.maximum = -1e30f;
   run.denominator = 0.0f;
   TQ_UNROLL
   for (int i = 0; i < PER; i++) run.sums[i] = 0.0f;
 
-  float shift = q_scale * row_dot<T, float, DK>(q, mean + size_t(place) * DK, lane);
+  // Start from the blocks' common maximum: then their sums need no order.
+  float top = -1e30f;
+  for (int block = int(lane); block < sizes.blocks; block += 32) {
+    top = tq_max(top, tops[2 * block]);
+  }
+  run.maximum = simd_max(top);
+  for (int block = int(simdgroup) * AHEAD; block < sizes.blocks; block += SIMDGROUPS * AHEAD) {
+    int count = sizes.blocks - block;
+    float weights[AHEAD];
+    TQ_UNROLL
+    for (int a = 0; a < AHEAD; a++) {
+      int at = 2 * (a < count ? block + a : block);
+      weights[a] = a < count ? tq_exp2(tops[at] - run.maximum) : 0.0f;
+      run.denominator += weights[a] * tops[at + 1];
+    }
+    add_rows<float, DV>(run, weights, sums + size_t(block) * DV, DV, count, lane);
+  }
+
+  float shift = row_dot<float, DK>(q_rot, mean, lane);
+  for (int at = int(simdgroup) * AHEAD; at < sizes.sink; at += SIMDGROUPS * AHEAD) {
+    attend_tokens<T, DK, DV>(
+        run, q_rot, shift, sink_keys + size_t(at) * DK, DK, sink_values + size_t(at) * DV, DV,
+        mask + (MASKED ? at : 0), MASKED, sizes.sink - at, lane);
+  }
   int seen = sizes.recent;
-  if (sizes.causal) seen -= sizes.steps - 1 - int(row) % sizes.steps;
-  for (int token = int(simdgroup); token < sizes.sink + seen; token += SIMDGROUPS) {
-    bool in_sink = token < sizes.sink;
-    int at = in_sink ? token : token - sizes.sink;
-    size_t stride = size_t(in_sink ? sizes.sink : sizes.recent_capacity);
-    const device T* keys = in_sink ? sink_keys : recent_keys;
-    const device T* values = in_sink ? sink_values : recent_values;
-    keys += (place * stride + at) * DK;
-    values += (place * stride + at) * DV;
-    float logit = q_scale * row_dot<T, T, DK>(q, keys, lane) - shift;
-    if (MASKED) logit += mask[in_sink ? token : token + sizes.packed];
-    float weight = raise<PER>(&run, logit);
-    run.denominator += weight;
-    TQ_UNROLL
-    for (int i = 0; i < PER; i++) {
-      int d = int(lane) + 32 * i;
-      if (d < DV) run.sums[i] += weight * float(values[d]);
-    }
+  if (sizes.causal) seen -= sizes.steps - 1 - step;
+  for (int at = int(simdgroup) * AHEAD; at < seen; at += SIMDGROUPS * AHEAD) {
+    attend_tokens<T, DK, DV>(
+        run, q_rot, shift, recent_keys + at * key_stride, key_stride,
+        recent_values + at * value_stride, value_stride,
+        mask + (MASKED ? sizes.sink + sizes.packed + at : 0), MASKED, seen - at, lane);
   }
-  for (int block = int(simdgroup); block < sizes.blocks; block += SIMDGROUPS) {
-    const device float* from = partial + (size_t(row) * sizes.blocks + block) * (DV + 2);
-    float weight = raise<PER>(&run, from[DV]);
-    run.denominator += weight * from[DV + 1];
-    TQ_UNROLL
-    for (int i = 0; i < PER; i++) {
-      int d = int(lane) + 32 * i;
-      if (d < DV) run.sums[i] += weight * from[d];
-    }
-  }
-  if (LEARNED && simdgroup == 0u) {
-    run.denominator += raise<PER>(&run, learned[row] - shift);
-  }
+  if (LEARNED && simdgroup == 0u) run.denominator += raise(run, learned - shift);
 
   threadgroup float* mine = scratch + simdgroup * (DV + 2);
   TQ_UNROLL
@@ -116,19 +164,25 @@ TQ_FUNC void merge_row(
     mine[DV + 1] = run.denominator;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  float top = -1e30f;
-  for (int s = 0; s < SIMDGROUPS; s++) top = tq_max(top, scratch[s * (DV + 2) + DV]);
-  float total = 0.0f;
-  for (int s = 0; s < SIMDGROUPS; s++) {
+  if (simdgroup != 0u) return;
+
+  TQ_UNROLL
+  for (int s = 1; s < SIMDGROUPS; s++) {
     const threadgroup float* other = scratch + s * (DV + 2);
-    total += other[DV + 1] * tq_exp2(other[DV] - top);
-  }
-  for (int d = int(simdgroup * 32u + lane); d < DV; d += 32 * SIMDGROUPS) {
-    float sum = 0.0f;
-    for (int s = 0; s < SIMDGROUPS; s++) {
-      const threadgroup float* other = scratch + s * (DV + 2);
-      sum += other[d] * tq_exp2(other[DV] - top);
+    float weight = raise(run, other[DV]);
+    run.denominator += weight * other[DV + 1];
+    TQ_UNROLL
+    for (int i = 0; i < PER; i++) {
+      int d = int(lane) + 32 * i;
+      if (d < DV) run.sums[i] += weight * other[d];
     }
-    out[size_t(row) * DV + d] = T(total > 0.0f ? sum / total : 0.0f);
+  }
+  if (ROTATE_V) simd_hadamard<PER>(run.sums, lane);
+  float unit = run.denominator > 0.0f ? 1.0f / run.denominator : 0.0f;
+  if (ROTATE_V) unit *= tq_rsqrt(float(DV));
+  TQ_UNROLL
+  for (int i = 0; i < PER; i++) {
+    int d = int(lane) + 32 * i;
+    if (d < DV) out[d] = T(run.sums[i] * (ROTATE_V ? v_signs[d] * unit : unit));
   }
 }

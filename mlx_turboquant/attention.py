@@ -1,8 +1,8 @@
-"""`attend`: attention over whatever a cache returned, and the only basis crossing.
+"""`attend`: attention over whatever a cache returned.
 
-Owns validation, the change of basis (rotate q once, un-rotate the output once) and
-the loop over rows of a ragged batch. The arithmetic is the backend's, which
-`backends.select` chooses.
+Owns validation and the loop over rows of a ragged batch. The arithmetic, and with it
+the change of basis (q into it, the output out of it), is the `attend` of the backend
+that `backends.select` chooses.
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ def attend(
             q, keys, values, scale=scale, mask=mask, sinks=sinks
         )
     _check(q, keys, mask)
-    q_rot = keys.codec.rotation.forward(q).astype(q.dtype)
-    backend, _ = select.choose(q.shape[2], keys, values)
-    out_rot = backend.attend_rot(q_rot, keys, values, scale, mask, sinks)
-    return values.codec.rotation.inverse(out_rot).astype(q.dtype)
+    backend, _ = select.choose(keys, values)
+    return backend.attend(q, keys, values, scale, mask, sinks)
 
 
 def _check(q: mx.array, keys: Segments, mask: Mask) -> None:

@@ -64,7 +64,11 @@ def lloyd_max(dim: int, bits: int) -> Codebook:
     """
     shipped = _table().get(f"{dim}/{bits}")
     upper = np.array(shipped) if shipped else solve(dim, bits)
-    levels = np.concatenate([-upper[::-1], upper])
+    return codebook_of(dim, bits, np.concatenate([-upper[::-1], upper]))
+
+
+def codebook_of(dim: int, bits: int, levels: Array) -> Codebook:
+    """The codebook with the given ascending levels (2**bits,)."""
     boundaries = (levels[1:] + levels[:-1]) / 2
     book = Codebook(
         dim=dim,
@@ -75,6 +79,12 @@ def lloyd_max(dim: int, bits: int) -> Codebook:
     )
     mx.eval(book.levels, book.boundaries)
     return book
+
+
+def cell_masses(dim: int, levels: Array) -> Array:
+    """How likely each level (ascending) is the nearest to a coordinate."""
+    mass: Array = _Density(dim).cells(levels)[1]
+    return mass
 
 
 def solve(dim: int, bits: int) -> Array:

@@ -76,13 +76,13 @@ def check_kernels(backend: gpu.Gpu, tokens: int = 700) -> Iterator[KernelCheck]:
         keys, values = _segments(spec, 2, tokens, k_dim, v_dim)
         q = mx.random.normal((1, 2 * group, rows, k_dim)).astype(mx.float16)
         try:
-            got = backend.attend_rot(q, keys, values, k_dim**-0.5, mask)
+            got = backend.attend(q, keys, values, k_dim**-0.5, mask)
             mx.eval(got)
         except Exception as problem:  # a compiler's message, whatever its type
             yield KernelCheck(name, float("nan"), str(problem).strip())
             continue
         wide = q.astype(mx.float32)
-        want = reference.attend_rot(wide, keys, values, k_dim**-0.5, mask)
+        want = reference.attend(wide, keys, values, k_dim**-0.5, mask)
         error = mx.linalg.norm(got.astype(mx.float32) - want) / mx.linalg.norm(want)
         yield KernelCheck(name, float(np.array(error)))
 
@@ -108,7 +108,7 @@ def time_decode(tokens: int, repeats: int = 9) -> dict[str, float]:
     keys, values = _segments("k3v3", 8, tokens, 128, 128)
     plain = mx.random.normal((2, 1, 8, tokens, 128)).astype(mx.float16)
     mx.eval(plain)
-    chosen, _ = select.choose(1, keys, values)
+    chosen, _ = select.choose(keys, values)
     return {
         "fp16": _median_ms(lambda q: attend(q, plain[0], plain[1], 0.09), repeats),
         f"k3v3 on {chosen.name}": _median_ms(

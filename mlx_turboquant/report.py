@@ -159,7 +159,7 @@ def _backend(entry: TurboQuantCache) -> str:
     """What computes the next decoded token, and why it is not a kernel."""
     if entry.empty():
         return ""
-    backend, reason = select.choose(1, *entry.keys_and_values())
+    backend, reason = select.choose(*entry.keys_and_values())
     return backend.name if reason is None else f"{backend.name}: {reason}"
 
 

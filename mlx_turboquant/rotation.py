@@ -68,7 +68,7 @@ class Rotation:
         if self.kind == "identity":
             return x
         if self.kind == "hadamard":
-            return mx.hadamard_transform(x * self._signs, scale=self.dim**-0.5)
+            return mx.hadamard_transform(x * self.signs, scale=self.dim**-0.5)
         return x @ self._matrix.T
 
     def inverse(self, x_rot: mx.array) -> mx.array:
@@ -77,11 +77,12 @@ class Rotation:
         if self.kind == "identity":
             return x_rot
         if self.kind == "hadamard":
-            return mx.hadamard_transform(x_rot, scale=self.dim**-0.5) * self._signs
+            return mx.hadamard_transform(x_rot, scale=self.dim**-0.5) * self.signs
         return x_rot @ self._matrix
 
     @property
-    def _signs(self) -> mx.array:
+    def signs(self) -> mx.array:
+        """The signs as float32 (dim,)."""
         return _sign_array(self.dim, self.seed)
 
     @property

@@ -17,10 +17,10 @@ class Fake:
     def __init__(self, mode):
         self.mode = mode
 
-    def attend_rot(self, *args):
+    def attend(self, *args):
         if self.mode == "broken":
             raise RuntimeError("error: use of undeclared identifier\n")
-        out = reference.attend_rot(*args)
+        out = reference.attend(*args)
         return out * 1.1 if self.mode == "wrong" else out
 
 

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "mlx_turboquant"
 LAYERS = (
     ("errors", "blas", "codes", "packing"),
     ("spec", "rotation", "codebook"),
+    ("polynomial",),
     ("codecs",),
     ("segments",),
     ("kernels",),

@@ -1,110 +1,43 @@
-"""Decode attention on packed codes, in two kernel launches.
+"""The GPU backend: fused decode attention in two launches, prefill by decoding.
 
-Owns the translation of a call into launches: rows, blocks, sizes, templates. The
+Owns the translation of an attention call into launches: rows, blocks, sizes. The
 arithmetic is in ``metal/decode_attention.metal`` and ``metal/merge_blocks.metal``;
-`reference` is what it is held to.
+`reference` is what it is held to. Moving tokens in and out of codes is `tokens`'.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..codecs import Codec
 from ..codecs.turboquant import TurboQuant
-from ..kernels.kernel import Kernel, Launcher
-from ..kernels.polynomial import TERMS, decoder_table
+from ..codes import PackedCodes
+from ..kernels.decode_attention import ATTEND_BLOCK, MERGE_ROW
+from ..kernels.kernel import Launcher
 from ..segments import Segments
+from . import reference, tokens
+from .plan import (
+    BLOCK_SIMDGROUPS,
+    LOG2E,
+    MERGE_SIMDGROUPS,
+    Plan,
+    plan_for,
+    sizes_array,
+)
 
+#: Query tokens that one fused step takes; more of them are prefill.
 MAX_ROWS = 8
-MAX_DIM = 512
 _TILE = 32
-_LOG2E = math.log2(math.e)
-#: Query rows a simdgroup keeps in registers.
-_ROWS = 4
-#: Simdgroups to a threadgroup, in pass 1 and in pass 2.
-_BLOCK_SIMDGROUPS, _MERGE_SIMDGROUPS = 4, 8
-
-ATTEND_BLOCK = Kernel(
-    name="attend_block",
-    file="decode_attention.metal",
-    inputs=(
-        "q",
-        "k_words",
-        "k_scales",
-        "v_words",
-        "v_scales",
-        "mask",
-        "k_given",
-        "v_given",
-        "q_scale",
-        "sizes",
-    ),
-    outputs=("partial",),
-    entry="""
-    threadgroup float k_table[K_TABLE];
-    threadgroup float v_table[V_TABLE];
-    uint3 group = threadgroup_position_in_grid;
-    uint index = thread_index_in_threadgroup;
-    Levels<KB, K_TERMS> k_levels =
-        make_levels<KB, K_TERMS>(k_given, k_table, index, 32 * SIMDGROUPS);
-    Levels<VB, V_TERMS> v_levels =
-        make_levels<VB, V_TERMS>(v_given, v_table, index, 32 * SIMDGROUPS);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    Sizes all = {sizes[0], sizes[1], sizes[2], sizes[3],
-                 sizes[4], sizes[5], sizes[6], sizes[7]};
-    uint block = group.x * SIMDGROUPS + simdgroup_index_in_threadgroup;
-    if (block < uint(all.blocks)) {
-      attend_block<T, DK, DV, KB, VB, K_TERMS, V_TERMS, ROWS, MASKED>(
-          q, q_scale[0], k_words, k_scales, v_words, v_scales, mask, k_levels,
-          v_levels, all, partial, block, group.y / ROW_TILES, group.y % ROW_TILES,
-          group.z, thread_index_in_simdgroup);
-    }
-    """,
-)
-MERGE_ROW = Kernel(
-    name="merge_row",
-    file="merge_blocks.metal",
-    inputs=(
-        "q",
-        "partial",
-        "sink_keys",
-        "sink_values",
-        "recent_keys",
-        "recent_values",
-        "mean",
-        "mask",
-        "learned",
-        "q_scale",
-        "sizes",
-    ),
-    outputs=("out",),
-    entry="""
-    threadgroup float scratch[SIMDGROUPS * (DV + 2)];
-    MergeSizes all = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-                      sizes[5], sizes[6], sizes[7], sizes[8]};
-    merge_row<T, DK, DV, SIMDGROUPS, MASKED, LEARNED>(
-        q, q_scale[0], partial, sink_keys, sink_values, recent_keys, recent_values,
-        mean, mask, learned, all, out, scratch, threadgroup_position_in_grid.y,
-        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-    """,
-)
 
 
-def refuse(steps: int, keys: Segments, values: Segments) -> str | None:
-    """Why these kernels cannot take ``steps`` query rows, or None if they can."""
+def refuse(keys: Segments, values: Segments) -> str | None:
+    """Why these kernels cannot attend to what is stored, or None if they can."""
     if keys.packed is None or values.packed is None:
         return "nothing is packed yet"
-    for side in (keys, values):
-        if not isinstance(side.codec, TurboQuant):
-            return f"codec {side.codec.spec} has no kernel"
-        if side.codec.dim > MAX_DIM:
-            return f"head_dim {side.codec.dim} is over {MAX_DIM}"
-    if steps > MAX_ROWS:
-        return f"a step of {steps} tokens is over {MAX_ROWS}"
-    return None
+    return tokens.refuse(keys.codec, values.codec)
 
 
 @dataclass(frozen=True)
@@ -113,191 +46,228 @@ class Gpu:
 
     Args:
         launcher: What runs them.
-        blocks: Parts that the packed tokens of a KV head are split into, at most;
-            enough to fill the machine over all heads.
+        simdgroups: How many pass 1 may use over all heads; enough to fill the machine.
     """
 
     launcher: Launcher
-    blocks: int = 128
+    simdgroups: int = 1024
 
     @property
     def name(self) -> str:
         """What `explain` calls it."""
         return self.launcher.name
 
-    def attend_rot(
+    def attend(
         self,
-        q_rot: mx.array,
+        q: mx.array,
         keys: Segments,
         values: Segments,
         scale: float,
         mask: mx.array | str | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """As `reference.attend_rot`, for calls that `refuse` has nothing against."""
-        batch, heads, total, k_dim = keys.shape
-        v_dim, steps = values.shape[3], q_rot.shape[2]
-        rows = q_rot.shape[1] // heads * steps
-        q = q_rot.astype(keys.dtype).reshape(batch, -1, k_dim)
-        bias = self._bias(mask, batch, heads * rows, q_rot.shape, total)
-        partial = self._attend_blocks(q, scale, keys, values, rows, bias)
-        learned = None
-        if sinks is not None:
-            wide = (sinks.astype(mx.float32) * _LOG2E)[None, :, None]
-            learned = mx.broadcast_to(wide, (batch, q_rot.shape[1], steps))
-            learned = mx.pad(learned.reshape(-1), (0, 8))  # at least 8 elements
-        causal = isinstance(mask, str) and steps > 1
-        out = self._merge(
-            q, scale, partial, keys, values, (rows, steps, causal), bias, learned
-        )
-        return out.reshape(batch, -1, steps, v_dim).astype(q_rot.dtype)
+        """As `reference.attend`, for what `refuse` has nothing against.
 
-    def _bias(
+        Up to `MAX_ROWS` query tokens are fused; with more, the codes are decoded by a
+        kernel and attended as the reference does.
+        """
+        if q.shape[2] > MAX_ROWS:
+            return reference.attend(q, keys, values, scale, mask, sinks, self.decode)
+        return self._attend_fused(q, keys, values, scale, mask, sinks)
+
+    def decode(self, side: Segments, heads: slice, dtype: mx.Dtype) -> mx.array:
+        """As `reference.decode`, by a kernel."""
+        assert isinstance(side.codec, TurboQuant)
+        assert side.packed is not None
+        return tokens.decode(self.launcher, side.codec, side.packed, dtype, heads)
+
+    def rotate(
+        self, keys: mx.array, values: mx.array, codecs: tuple[Codec, Codec]
+    ) -> tuple[mx.array, mx.array]:
+        """As `reference.rotate`; dims that are no power of two are left to it."""
+        rotations = (codecs[0].rotation, codecs[1].rotation)
+        if not tokens.can_rotate(*rotations) or keys.dtype != values.dtype:
+            return reference.rotate(keys, values, codecs)
+        return tokens.rotate(self.launcher, keys, values, rotations)
+
+    def encode(
         self,
+        keys_rot: mx.array,
+        values_rot: mx.array,
+        mean: mx.array | None,
+        codecs: tuple[Codec, Codec],
+    ) -> tuple[PackedCodes, PackedCodes]:
+        """As `reference.encode`; codecs without a kernel are left to it."""
+        k_codec, v_codec = codecs
+        if not isinstance(k_codec, TurboQuant) or not isinstance(v_codec, TurboQuant):
+            return reference.encode(keys_rot, values_rot, mean, codecs)
+        if tokens.refuse(*codecs) or keys_rot.dtype != values_rot.dtype:
+            return reference.encode(keys_rot, values_rot, mean, codecs)
+        sides = (k_codec, v_codec)
+        return tokens.encode(self.launcher, keys_rot, values_rot, mean, sides)
+
+    def _attend_fused(
+        self,
+        q: mx.array,
+        keys: Segments,
+        values: Segments,
+        scale: float,
         mask: mx.array | str | None,
-        batch: int,
-        rows: int,
-        q_shape: tuple[int, ...],
-        total: int,
-    ) -> mx.array | None:
-        """An array mask as additive float32 (batch, heads * rows, total), log2."""
-        if not isinstance(mask, mx.array):
-            return None
-        if mask.dtype == mx.bool_:
-            mask = mx.where(mask, 0.0, -math.inf)
-        wide = mx.broadcast_to(mask.astype(mx.float32), (*q_shape[:3], total))
-        return mx.contiguous(wide * _LOG2E).reshape(batch, rows, total)
+        sinks: mx.array | None,
+    ) -> mx.array:
+        k_codec, v_codec = keys.codec, values.codec
+        assert isinstance(k_codec, TurboQuant)
+        assert isinstance(v_codec, TurboQuant)
+        batch, heads, total, _ = keys.shape
+        query_heads, steps = q.shape[1:3]
+        counts = (batch, heads, query_heads)
+        bias = _bias(mask, (batch, query_heads, steps, total))
+        learned = None if sinks is None else _learned(sinks, batch, steps)
+        plan = plan_for(
+            k_codec,
+            v_codec,
+            keys.dtype,
+            counts,
+            steps,
+            scale,
+            bias is not None,
+            learned is not None,
+        )
+        dtype = q.dtype
+        if plan.rotate_q:
+            q = plan.rotate_q.forward(q)
+        if q.dtype != keys.dtype:
+            q = q.astype(keys.dtype)
+        bias = plan.zeros if bias is None else bias
+        sums, tops = self._attend_blocks(plan, q, keys, values, counts, bias)
+        causal = isinstance(mask, str) and steps > 1
+        out = self._merge(plan, q, (sums, tops), keys, values, bias, learned, causal)
+        if plan.rotate_out:
+            out = plan.rotate_out.inverse(out)
+        return out if out.dtype == dtype else out.astype(dtype)
 
     def _attend_blocks(
         self,
+        plan: Plan,
         q: mx.array,
-        scale: float,
         keys: Segments,
         values: Segments,
-        rows: int,
-        bias: mx.array | None,
-    ) -> mx.array:
+        counts: tuple[int, int, int],
+        bias: mx.array,
+    ) -> list[mx.array]:
+        """Pass 1: unnormalised sums, and their maxima and denominators."""
         assert keys.packed is not None
         assert values.packed is not None
-        batch, heads, total, k_dim = keys.shape
-        v_dim = values.shape[3]
+        batch, heads, query_heads = counts
         length = keys.packed.length
+        lanes = batch * heads * plan.block["ROW_TILES"]
         tiles = -(-length // _TILE)
-        run = -(-tiles // min(self.blocks, tiles)) * _TILE
+        blocks = min(tiles, max(1, self.simdgroups // lanes))
+        run = -(-tiles // blocks) * _TILE
         blocks = -(-length // run)
-        capacity = keys.packed.arrays["words"].shape[2]
-        sizes = (length, capacity, blocks, run, heads, rows, keys.sink_length, total)
-        per_tile = min(_ROWS, rows)
-        row_tiles = -(-rows // per_tile)
-        groups = -(-blocks // _BLOCK_SIMDGROUPS)
-        k_bits, v_bits = keys.codec.spec.bits, values.codec.spec.bits
-        template = {
-            "T": q.dtype,
-            "DK": k_dim,
-            "DV": v_dim,
-            "KB": k_bits,
-            "VB": v_bits,
-            "K_TERMS": TERMS[k_bits],
-            "V_TERMS": TERMS[v_bits],
-            "K_TABLE": 1 if TERMS[k_bits] else 2**k_bits,
-            "V_TABLE": 1 if TERMS[v_bits] else 2**v_bits,
-            "ROWS": per_tile,
-            "ROW_TILES": row_tiles,
-            "SIMDGROUPS": _BLOCK_SIMDGROUPS,
-            "MASKED": bias is not None,
-        }
-        inputs = [
-            q,
-            keys.packed.arrays["words"],
-            keys.packed.arrays["scales"],
-            values.packed.arrays["words"],
-            values.packed.arrays["scales"],
-            _given((0.0,) * 8) if bias is None else bias,
-            _given(decoder_table(k_dim, k_bits)),
-            _given(decoder_table(v_dim, v_bits)),
-            _given((scale * _LOG2E,) * 8),
-            _sizes(sizes),
-        ]
-        threads = 32 * _BLOCK_SIMDGROUPS
+        rows, steps = plan.rows, q.shape[2]
+        first, columns = keys.sink_length, bias.shape[-1]
+        sizes = sizes_array((length, blocks, run, heads, rows, steps, first, columns))
+        threads = 32 * BLOCK_SIMDGROUPS
+        partial = batch * query_heads * steps * blocks
         return self.launcher(
             ATTEND_BLOCK,
-            inputs,
-            template,
-            grid=(threads * groups, heads * row_tiles, batch),
+            [
+                q,
+                *_whole_tiles(keys.packed, tiles),
+                *_whole_tiles(values.packed, tiles),
+                bias,
+                *plan.decoders,
+                plan.signs[0],
+                plan.q_scale,
+                sizes,
+            ],
+            plan.block,
+            grid=(
+                threads * -(-blocks // BLOCK_SIMDGROUPS),
+                heads * plan.block["ROW_TILES"],
+                batch,
+            ),
             threadgroup=(threads, 1, 1),
-            output_shapes=[(batch, heads * rows, blocks, v_dim + 2)],
-            output_dtypes=[mx.float32],
-        )[0]
+            # Buffers of fewer than 8 elements would be constant memory in pass 2.
+            output_shapes=[(partial, values.codec.dim), (max(4, partial), 2)],
+            output_dtypes=[mx.float32, mx.float32],
+        )
 
     def _merge(
         self,
+        plan: Plan,
         q: mx.array,
-        scale: float,
-        partial: mx.array,
+        partial: tuple[mx.array, mx.array],
         keys: Segments,
         values: Segments,
-        shape: tuple[int, int, bool],
-        bias: mx.array | None,
+        bias: mx.array,
         learned: mx.array | None,
+        causal: bool,
     ) -> mx.array:
-        batch, heads, total, k_dim = keys.shape
-        v_dim = values.shape[3]
-        rows, steps, causal = shape
+        """Pass 2: the output, in the keys' dtype."""
+        batch, query_heads, steps, _ = q.shape
         sizes = (
-            partial.shape[2],
-            rows,
+            partial[0].shape[0] // (batch * query_heads * steps),
+            plan.rows,
             steps,
             keys.sink_length,
             keys.recent.shape[2],
-            keys.recent.shape[2],
             int(causal),
             keys.packed_length,
-            total,
+            bias.shape[-1],
+            keys.recent.shape[1],
         )
-        mean = keys.mean
-        if mean is None:
-            mean = _given((0.0,) * (batch * heads * k_dim))
-        template = {
-            "T": keys.dtype,
-            "DK": k_dim,
-            "DV": v_dim,
-            "SIMDGROUPS": _MERGE_SIMDGROUPS,
-            "MASKED": bias is not None,
-            "LEARNED": learned is not None,
-        }
-        inputs = [
-            q,
-            partial,
-            keys.recent if keys.sink is None else keys.sink,
-            values.recent if values.sink is None else values.sink,
-            keys.recent,
-            values.recent,
-            mean,
-            _given((0.0,) * 8) if bias is None else bias,
-            _given((0.0,) * 8) if learned is None else learned,
-            _given((scale * _LOG2E,) * 8),
-            _sizes(sizes),
-        ]
+        threads = 32 * MERGE_SIMDGROUPS
         return self.launcher(
             MERGE_ROW,
-            inputs,
-            template,
-            grid=(32 * _MERGE_SIMDGROUPS, batch * heads * rows, 1),
-            threadgroup=(32 * _MERGE_SIMDGROUPS, 1, 1),
-            output_shapes=[(batch, heads * rows, v_dim)],
+            [
+                q,
+                *partial,
+                keys.recent if keys.sink is None else keys.sink,
+                values.recent if values.sink is None else values.sink,
+                keys.recent,
+                values.recent,
+                plan.zeros if keys.mean is None else keys.mean,
+                bias,
+                plan.zeros if learned is None else learned,
+                *plan.signs,
+                plan.q_scale,
+                sizes_array(sizes),
+            ],
+            plan.merge,
+            grid=(threads, batch * query_heads * steps, 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(batch, query_heads, steps, values.codec.dim)],
             output_dtypes=[q.dtype],
         )[0]
 
 
-@functools.lru_cache(maxsize=256)
-def _given(numbers: tuple[float, ...]) -> mx.array:
-    """A float32 constant, made once."""
-    array = mx.array(numbers, dtype=mx.float32)
-    mx.eval(array)
-    return array
+def _whole_tiles(codes: PackedCodes, tiles: int) -> list[mx.array]:
+    """Words and scales whose capacity reaches to the end of the last tile.
+
+    The kernel reads there and counts it for nothing. A cache's buffers always do.
+    """
+    arrays = [codes.arrays["words"], codes.arrays["scales"]]
+    missing = tiles * _TILE - arrays[0].shape[2]
+    if missing <= 0:
+        return arrays
+    return [mx.pad(a, [(0, 0), (0, 0), (0, missing), (0, 0)]) for a in arrays]
 
 
-@functools.lru_cache(maxsize=64)
-def _sizes(numbers: tuple[int, ...]) -> mx.array:
-    """An int32 constant; all layers of a step share it."""
-    return mx.array(numbers, dtype=mx.int32)
+def _bias(
+    mask: mx.array | str | None, shape: tuple[int, int, int, int]
+) -> mx.array | None:
+    """An array mask as additive float32 of ``shape``, log2 units."""
+    if not isinstance(mask, mx.array):
+        return None
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, -math.inf)
+    return mx.contiguous(mx.broadcast_to(mask.astype(mx.float32), shape) * LOG2E)
+
+
+def _learned(sinks: mx.array, batch: int, steps: int) -> mx.array:
+    """Sink logits (Hq,) per query row, log2 units, at least 8 of them."""
+    wide = (sinks.astype(mx.float32) * LOG2E)[None, :, None]
+    rows = mx.broadcast_to(wide, (batch, sinks.shape[0], steps))
+    return mx.pad(rows.reshape(-1), (0, 8))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import os
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import mlx.core as mx
 
+from ..codecs import Codec
+from ..codes import PackedCodes
 from ..errors import BackendUnavailableError, SpecError
 from ..kernels.kernel import MlxLauncher
 from ..segments import Segments
@@ -26,23 +28,39 @@ TRUSTED = ("cuda",)
 
 
 class Backend(Protocol):
-    """Attention over segments in the rotated basis; see `reference.attend_rot`."""
+    """What a machine does with compressed tokens; defined by `reference`."""
 
     @property
     def name(self) -> str:
         """What `explain` calls it."""
         ...
 
-    def attend_rot(
+    def attend(
         self,
-        q_rot: mx.array,
+        q: mx.array,
         keys: Segments,
         values: Segments,
         scale: float,
         mask: mx.array | str | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """As `reference.attend_rot`."""
+        """As `reference.attend`."""
+        ...
+
+    def rotate(
+        self, keys: mx.array, values: mx.array, codecs: tuple[Codec, Codec]
+    ) -> tuple[mx.array, mx.array]:
+        """As `reference.rotate`."""
+        ...
+
+    def encode(
+        self,
+        keys_rot: mx.array,
+        values_rot: mx.array,
+        mean: mx.array | None,
+        codecs: tuple[Codec, Codec],
+    ) -> tuple[PackedCodes, PackedCodes]:
+        """As `reference.encode`."""
         ...
 
 
@@ -50,7 +68,9 @@ class Reference:
     """`reference` as a `Backend`; takes every call."""
 
     name = "reference"
-    attend_rot = staticmethod(reference.attend_rot)
+    attend = staticmethod(reference.attend)
+    rotate = staticmethod(reference.rotate)
+    encode = staticmethod(reference.encode)
 
 
 REFERENCE = Reference()
@@ -68,11 +88,11 @@ def gpu_backend() -> gpu.Gpu | None:
     return None
 
 
-def choose(steps: int, keys: Segments, values: Segments) -> tuple[Backend, str | None]:
-    """The backend for ``steps`` query rows, and why it is not the GPU's, if so.
+def machine_backend() -> tuple[Backend, str | None]:
+    """The backend of this machine, and why it is not the GPU's, if so.
 
     Raises:
-        BackendUnavailableError: if ``MLX_TQ_BACKEND=gpu`` and the GPU's refuses.
+        BackendUnavailableError: if ``MLX_TQ_BACKEND=gpu`` and there is no GPU.
         SpecError: if the variable has another value.
     """
     wanted = os.environ.get(VARIABLE, "")
@@ -82,19 +102,39 @@ def choose(steps: int, keys: Segments, values: Segments) -> tuple[Backend, str |
         return REFERENCE, f"{VARIABLE} is set"
     backend = gpu_backend()
     if backend is None:
-        reason: str | None = "MLX runs on the CPU here"
-    elif wanted != "gpu" and backend.name not in TRUSTED:
-        reason = f"{backend.name} kernels await a first run; try {VARIABLE}=gpu"
-    else:
-        reason = gpu.refuse(steps, keys, values)
-    if backend is not None and reason is None:
-        return backend, None
-    # Prefill and short caches are the reference's own work on every machine.
-    if wanted == "gpu" and (
-        backend is None or (keys.packed is not None and steps <= gpu.MAX_ROWS)
-    ):
-        raise BackendUnavailableError(
-            f"the GPU backend cannot take this call: {reason}",
-            f"unset {VARIABLE} to use the reference backend",
+        reason = "MLX runs on the CPU here"
+        if wanted == "gpu":
+            _unavailable(reason)
+        return REFERENCE, reason
+    if wanted != "gpu" and backend.name not in TRUSTED:
+        return (
+            REFERENCE,
+            f"{backend.name} kernels await a first run; try {VARIABLE}=gpu",
         )
+    return backend, None
+
+
+def choose(keys: Segments, values: Segments) -> tuple[Backend, str | None]:
+    """The backend for attention over these, and why it is not the GPU's, if so.
+
+    Raises:
+        BackendUnavailableError: if ``MLX_TQ_BACKEND=gpu`` and it refuses the codes.
+        SpecError: if the variable has another value.
+    """
+    backend, reason = machine_backend()
+    if backend is REFERENCE:
+        return backend, reason
+    reason = gpu.refuse(keys, values)
+    if reason is None:
+        return backend, None
+    # A cache with nothing packed yet is the reference's own work on every machine.
+    if os.environ.get(VARIABLE) == "gpu" and keys.packed is not None:
+        _unavailable(reason)
     return REFERENCE, reason
+
+
+def _unavailable(reason: str) -> NoReturn:
+    raise BackendUnavailableError(
+        f"the GPU backend cannot take this call: {reason}",
+        f"unset {VARIABLE} to use the reference backend",
+    )

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..backends import select
 from ..codecs import Codec, codec_for
 from ..codes import PackedCodes
 from ..errors import UnsupportedError
@@ -82,11 +83,9 @@ class TurboQuantCache:
         first = self.offset == 0
         k_codec, v_codec = self._codecs(keys.shape[3], values.shape[3])
         self._pack(self._due())
-        new = {
-            "keys": k_codec.rotation.forward(keys).astype(keys.dtype),
-            "values": v_codec.rotation.forward(values).astype(values.dtype),
-        }
-        self._recent.append(new)
+        backend, _ = select.machine_backend()
+        k_rot, v_rot = backend.rotate(keys, values, (k_codec, v_codec))
+        self._recent.append({"keys": k_rot, "values": v_rot})
         fetched = (keys, values) if first else self.keys_and_values()
         if keys.shape[2] > DECODE_TOKENS:
             self._pack(self._due())
@@ -160,19 +159,15 @@ class TurboQuantCache:
             chosen["keys"].shape[3], chosen["values"].shape[3]
         )
         keys = chosen["keys"]
-        if self.spec.center and k_codec.centered:
-            keys = keys.astype(mx.float32)
-            if self._mean is None:
-                page = keys[:, :, : self.spec.page]
-                self._mean = mx.mean(page, axis=2, keepdims=True)
-            keys = keys - self._mean
+        if self.spec.center and k_codec.centered and self._mean is None:
+            page = keys[:, :, : self.spec.page].astype(mx.float32)
+            self._mean = mx.mean(page, axis=2, keepdims=True)
+        backend, _ = select.machine_backend()
+        encoded = backend.encode(keys, chosen["values"], self._mean, (k_codec, v_codec))
         codes = {
             f"{side}_{name}": array
-            for side, encoded in (
-                ("keys", k_codec.encode(keys)),
-                ("values", v_codec.encode(chosen["values"])),
-            )
-            for name, array in encoded.arrays.items()
+            for side, packed in zip(("keys", "values"), encoded, strict=True)
+            for name, array in packed.arrays.items()
         }
         self._packed.append(codes)
         self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})

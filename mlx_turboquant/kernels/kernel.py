@@ -26,7 +26,8 @@ class Kernel:
         name: Of the kernel.
         file: Its source in ``metal/``.
         inputs: Names of the input buffers, each of at least 8 elements: smaller ones
-            would arrive in another address space.
+            would arrive in another address space. They arrive as they lie; entries
+            that take slices use ``<name>_strides``.
         outputs: Names of the output buffers.
         entry: Body that declares threadgroup memory and makes one call.
     """
@@ -98,5 +99,6 @@ def _build(kernel: Kernel, dialect: source.Dialect) -> Callable[..., Any]:
         output_names=list(kernel.outputs),
         source=source.spell(kernel.entry, dialect),
         header=source.header(kernel.file, dialect),
+        ensure_row_contiguous=False,
     )
     return build

@@ -36,6 +36,7 @@ class Simulator:
             output_names=list(kernel.outputs),
             source=kernel.entry,
             header=source.header(kernel.file, "metal"),
+            ensure_row_contiguous=False,
         )
         mx.eval(inputs)
         return run(

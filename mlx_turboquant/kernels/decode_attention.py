@@ -1,0 +1,106 @@
+"""The two kernels of decode attention: their buffers and entry calls.
+
+Owns no arithmetic (``metal/decode_attention.metal``, ``metal/merge_blocks.metal``) and
+no choice of launch sizes (`backends.gpu`).
+"""
+
+from __future__ import annotations
+
+from .kernel import Kernel
+
+ATTEND_BLOCK = Kernel(
+    name="attend_block",
+    file="decode_attention.metal",
+    inputs=(
+        "q",
+        "k_words",
+        "k_scales",
+        "v_words",
+        "v_scales",
+        "mask",
+        "k_given",
+        "v_given",
+        "k_signs",
+        "q_scale",
+        "sizes",
+    ),
+    outputs=("sums", "tops"),
+    entry="""
+    threadgroup half queries[ROWS * DK];
+    uint3 place = threadgroup_position_in_grid;
+    uint lane = thread_index_in_simdgroup;
+    uint simdgroup = simdgroup_index_in_threadgroup;
+    Sizes all = {sizes[0], sizes[1], sizes[2], sizes[3],
+                 sizes[4], sizes[5], sizes[6], sizes[7]};
+    size_t batch = place.z;
+    size_t head = place.y / ROW_TILES;
+    int first_row = int(place.y % ROW_TILES) * ROWS;
+    Levels<K_TERMS> k_levels = make_levels<K_TERMS>(k_given);
+    Levels<V_TERMS> v_levels = make_levels<V_TERMS>(v_given);
+    load_queries<T, DK, ROTATE_K, SIMDGROUPS>(
+        q + batch * q_strides[0] + head * (all.rows / all.steps) * q_strides[1],
+        q_strides[1], q_strides[2], q_strides[3], k_signs,
+        q_scale[0] * k_given[0], first_row, all, queries, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint block = place.x * SIMDGROUPS + simdgroup;
+    size_t rows = (batch * all.heads + head) * all.rows;
+    if (block < uint(all.blocks)) {
+      attend_block<DK, DV, KB, VB, K_TERMS, V_TERMS, MASKED>(
+          queries, k_words + batch * k_words_strides[0] + head * k_words_strides[1],
+          k_scales + batch * k_scales_strides[0] + head * k_scales_strides[1],
+          v_words + batch * v_words_strides[0] + head * v_words_strides[1],
+          v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1],
+          mask + (MASKED ? rows * all.columns : 0), k_levels, v_levels,
+          v_given[0], all, first_row,
+          sums + rows * all.blocks * DV, tops + rows * all.blocks * 2, block, lane);
+    }
+    """,
+)
+MERGE_ROW = Kernel(
+    name="merge_row",
+    file="merge_blocks.metal",
+    inputs=(
+        "q",
+        "sums",
+        "tops",
+        "sink_keys",
+        "sink_values",
+        "recent_keys",
+        "recent_values",
+        "mean",
+        "mask",
+        "learned",
+        "k_signs",
+        "v_signs",
+        "q_scale",
+        "sizes",
+    ),
+    outputs=("out",),
+    entry="""
+    threadgroup float scratch[SIMDGROUPS * (DV + 2)];
+    uint lane = thread_index_in_simdgroup;
+    MergeSizes all = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                      sizes[5], sizes[6], sizes[7], sizes[8]};
+    size_t row = threadgroup_position_in_grid.y;
+    size_t kv_head = row / all.rows;
+    size_t batch = kv_head / all.heads;
+    size_t head = kv_head % all.heads;
+    size_t q_head = row / all.steps % (all.heads * (all.rows / all.steps));
+    int step = int(row % all.steps);
+    float q_rot[(DK + 31) / 32];
+    load_rot<T, DK, ROTATE_K>(
+        q + batch * q_strides[0] + q_head * q_strides[1] + step * q_strides[2],
+        q_strides[3], k_signs, lane, q_rot);
+    for (int i = 0; i < (DK + 31) / 32; i++) q_rot[i] *= q_scale[0];
+    merge_row<T, DK, DV, SIMDGROUPS, ROTATE_V, MASKED, LEARNED>(
+        q_rot, sums + row * all.blocks * DV, tops + row * all.blocks * 2,
+        sink_keys + kv_head * all.sink * DK, sink_values + kv_head * all.sink * DV,
+        recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1],
+        recent_keys_strides[2],
+        recent_values + batch * recent_values_strides[0]
+            + head * recent_values_strides[1],
+        recent_values_strides[2], mean + kv_head * DK,
+        mask + (MASKED ? row * all.columns : 0), LEARNED ? learned[row] : 0.0f, v_signs,
+        all, step, out + row * DV, scratch, simdgroup_index_in_threadgroup, lane);
+    """,
+)

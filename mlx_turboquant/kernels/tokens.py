@@ -1,0 +1,120 @@
+"""The kernels that move tokens in and out of codes: their buffers and entry calls.
+
+Owns no arithmetic (``metal/rotate.metal``, ``encode.metal``, ``decode.metal``) and no
+choice of launch sizes (`backends.tokens`).
+"""
+
+from __future__ import annotations
+
+from .kernel import Kernel
+
+#: Keys and values of new tokens in one launch, ``SIMDGROUPS`` vectors a threadgroup.
+ROTATE_TOKENS = Kernel(
+    name="rotate_tokens",
+    file="rotate.metal",
+    inputs=("keys", "values", "k_signs", "v_signs", "sizes"),
+    outputs=("k_rot", "v_rot"),
+    entry="""
+    uint3 place = threadgroup_position_in_grid;
+    uint lane = thread_index_in_simdgroup;
+    size_t vector = size_t(place.x) * SIMDGROUPS + simdgroup_index_in_threadgroup;
+    size_t tokens = sizes[0];
+    size_t heads = sizes[1];
+    if (vector >= size_t(sizes[2]) * heads * tokens) return;
+    size_t token = vector % tokens;
+    size_t head = vector / tokens % heads;
+    size_t batch = vector / tokens / heads;
+    if (place.y == 0u) {
+      rotate_vector<T, DK, ROTATE_K>(
+          keys + batch * keys_strides[0] + head * keys_strides[1]
+              + token * keys_strides[2],
+          keys_strides[3], k_signs, k_rot + vector * DK, lane);
+    } else {
+      rotate_vector<T, DV, ROTATE_V>(
+          values + batch * values_strides[0] + head * values_strides[1]
+              + token * values_strides[2],
+          values_strides[3], v_signs, v_rot + vector * DV, lane);
+    }
+    """,
+)
+#: Keys and values of a page in one launch, ``SIMDGROUPS`` vectors a threadgroup.
+ENCODE_TOKENS = Kernel(
+    name="encode_tokens",
+    file="encode.metal",
+    inputs=(
+        "keys",
+        "values",
+        "mean",
+        "k_levels",
+        "k_boundaries",
+        "v_levels",
+        "v_boundaries",
+        "inverse_gains",
+        "sizes",
+    ),
+    outputs=("k_words", "k_scales", "v_words", "v_scales"),
+    entry="""
+    threadgroup float levels[LEVELS];
+    threadgroup float boundaries[LEVELS];
+    threadgroup uint codes[CODES];
+    uint3 place = threadgroup_position_in_grid;
+    uint lane = thread_index_in_simdgroup;
+    uint simdgroup = simdgroup_index_in_threadgroup;
+    bool of_keys = place.y == 0u;
+    uint count = of_keys ? 1u << KB : 1u << VB;
+    for (uint i = thread_index_in_threadgroup; i < count; i += 32 * SIMDGROUPS) {
+      levels[i] = of_keys ? k_levels[i] : v_levels[i];
+      if (i + 1u < count) boundaries[i] = of_keys ? k_boundaries[i] : v_boundaries[i];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    size_t tokens = sizes[0];
+    size_t heads = sizes[1];
+    size_t vectors = size_t(sizes[2]) * heads * tokens;
+    size_t vector = size_t(place.x) * SIMDGROUPS + simdgroup;
+    bool there = vector < vectors;
+    if (!there) vector = vectors - 1;
+    size_t token = vector % tokens;
+    size_t head = vector / tokens % heads;
+    size_t batch = vector / tokens / heads;
+    if (of_keys) {
+      encode_vector<T, DK, KB, GAINS, CENTER, true>(
+          keys + batch * keys_strides[0] + head * keys_strides[1]
+              + token * keys_strides[2],
+          mean + (batch * heads + head) * (CENTER ? DK : 0), levels, boundaries,
+          inverse_gains, codes + simdgroup * (CODES / SIMDGROUPS), there,
+          k_words + vector * tq_words(DK, KB), k_scales + vector, lane);
+    } else {
+      encode_vector<T, DV, VB, GAINS, false, false>(
+          values + batch * values_strides[0] + head * values_strides[1]
+              + token * values_strides[2],
+          mean, levels, boundaries, inverse_gains,
+          codes + simdgroup * (CODES / SIMDGROUPS), there,
+          v_words + vector * tq_words(DV, VB), v_scales + vector, lane);
+    }
+    """,
+)
+#: One side's codes to vectors, a thread to a group.
+DECODE_TOKENS = Kernel(
+    name="decode_tokens",
+    file="decode.metal",
+    inputs=("words", "scales", "coefficients", "sizes"),
+    outputs=("out",),
+    entry="""
+    size_t groups = (DIM + 15) / 16;
+    size_t index = size_t(threadgroup_position_in_grid.x) * THREADS
+                   + thread_index_in_threadgroup;
+    size_t tokens = sizes[0];
+    size_t heads = sizes[1];
+    size_t vector = index / groups;
+    if (vector >= size_t(sizes[2]) * heads * tokens) return;
+    size_t token = vector % tokens;
+    size_t head = vector / tokens % heads;
+    size_t batch = vector / tokens / heads;
+    decode_group<T, DIM, BITS, TERMS>(
+        words + batch * words_strides[0] + head * words_strides[1]
+            + token * words_strides[2],
+        float(scales[batch * scales_strides[0] + head * scales_strides[1]
+                     + token * scales_strides[2]]),
+        coefficients, uint(index % groups), out + vector * DIM);
+    """,
+)

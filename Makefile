@@ -18,7 +18,7 @@ demo: $(VENV)/demo
 		--top-p 0.9 --seed 7 --prompt - < examples/needle.txt
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -93,12 +93,14 @@ def decode(model: Any, cache: list[Any], steps: int) -> float:
     return steps / (time.perf_counter() - start)
 
 
-def measure(model: Any, length: int) -> dict[str, dict[str, float]]:
+def measure(model: Any, length: int, chosen: list[str]) -> dict[str, dict[str, float]]:
     """Per cache: prefill seconds, tokens/s, cache bytes, peak bytes."""
     prompt = mx.random.randint(5, 1000, (1, length))
     rows: dict[str, dict[str, float]] = {}
     filled = {}
     for name, make in caches(model).items():
+        if chosen and name not in chosen:
+            continue
         mx.clear_cache()
         mx.reset_peak_memory()
         cache = make()
@@ -125,12 +127,13 @@ def main() -> None:
     parser.add_argument("--model", default=str(BUNDLED))
     parser.add_argument("--made-up", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
+    parser.add_argument("--caches", nargs="+", default=[], help="only these rows")
     options = parser.parse_args()
     model = made_up() if options.made_up else tq.load(options.model)[0]
     results = {}
     for length in options.tokens:
-        rows = results[length] = measure(model, length)
-        base = rows["uncompressed"]["tokens_per_s"]
+        rows = results[length] = measure(model, length, options.caches)
+        base = next(iter(rows.values()))["tokens_per_s"]
         print(f"\n{length} tokens     tokens/s  x plain  prefill s  cache MB  peak MB")
         for name, row in rows.items():
             print(

@@ -9,15 +9,16 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import mlx.core as mx
 import numpy as np
 
 from .attention import attend
-from .backends import gpu, reference, select
+from .backends import select
 from .cache import TurboQuantCache
 from .segments import Segments
 
@@ -69,22 +70,65 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def check_kernels(backend: gpu.Gpu, tokens: int = 700) -> Iterator[KernelCheck]:
+def check_kernels(backend: select.Backend, tokens: int = 700) -> Iterator[KernelCheck]:
     """Run every kernel over `CASES`, each against the reference backend."""
     for spec, k_dim, v_dim, group, rows, mask in CASES:
-        name = f"{spec} dims {k_dim}/{v_dim} group {group} rows {rows}"
-        keys, values = _segments(spec, 2, tokens, k_dim, v_dim)
+        sides = _segments(spec, 2, tokens, k_dim, v_dim)
         q = mx.random.normal((1, 2 * group, rows, k_dim)).astype(mx.float16)
-        try:
-            got = backend.attend(q, keys, values, k_dim**-0.5, mask)
-            mx.eval(got)
-        except Exception as problem:  # a compiler's message, whatever its type
-            yield KernelCheck(name, float("nan"), str(problem).strip())
-            continue
-        wide = q.astype(mx.float32)
-        want = reference.attend(wide, keys, values, k_dim**-0.5, mask)
-        error = mx.linalg.norm(got.astype(mx.float32) - want) / mx.linalg.norm(want)
-        yield KernelCheck(name, float(np.array(error)))
+        long = mx.random.normal((1, 2 * group, 9, k_dim)).astype(mx.float16)
+        shape = f"{spec} dims {k_dim}/{v_dim}"
+        scale = k_dim**-0.5
+        work: dict[str, Work] = {
+            f"attention {shape} group {group} rows {rows}": partial(
+                _attention, q, sides, scale, mask
+            ),
+            f"prefill {shape}": partial(_attention, long, sides, scale, "causal"),
+            f"rotate {shape}": partial(_rotation, sides),
+            f"encode {shape}": partial(_round_trip, sides),
+        }
+        for name, run in work.items():
+            yield _check(name, run, backend)
+
+
+Sides = tuple[Segments, Segments]
+Work = Callable[[select.Backend], Sequence[mx.array]]
+
+
+def _attention(
+    q: mx.array, sides: Sides, scale: float, mask: str | None, backend: select.Backend
+) -> list[mx.array]:
+    return [backend.attend(q, *sides, scale, mask)]
+
+
+def _rotation(sides: Sides, backend: select.Backend) -> Sequence[mx.array]:
+    keys, values = sides
+    codecs = (keys.codec, values.codec)
+    return backend.rotate(keys.recent, values.recent, codecs)
+
+
+def _round_trip(sides: Sides, backend: select.Backend) -> list[mx.array]:
+    """What decoding gives of both sides' codes: the codes may differ by ties."""
+    keys, values = sides
+    codecs = (keys.codec, values.codec)
+    encoded = backend.encode(keys.recent, values.recent, keys.mean, codecs)
+    return [
+        codec.decode(codes, mx.float32)
+        for codec, codes in zip(codecs, encoded, strict=True)
+    ]
+
+
+def _check(name: str, run: Work, backend: select.Backend) -> KernelCheck:
+    try:
+        got = list(run(backend))
+        mx.eval(got)
+    except Exception as problem:  # a compiler's message, whatever its type
+        return KernelCheck(name, float("nan"), str(problem).strip())
+    errors = []
+    for a, b in zip(got, run(select.REFERENCE), strict=True):
+        wide = np.array(b.astype(mx.float32), dtype=np.float64)
+        distance = np.array(a.astype(mx.float32)) - wide
+        errors.append(float(np.linalg.norm(distance) / np.linalg.norm(wide)))
+    return KernelCheck(name, max(errors))
 
 
 def _segments(

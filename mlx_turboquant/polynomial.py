@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 
+import mlx.core as mx
 import numpy as np
 
 from .codebook import Array, Codebook, cell_masses, codebook_of, lloyd_max
@@ -46,6 +47,24 @@ def computable(dim: int, bits: int) -> Codebook:
     u = _centred(bits)
     levels = sum(c * u ** (2 * k + 1) for k, c in enumerate(coefficients(dim, bits)))
     return codebook_of(dim, bits, np.asarray(levels))
+
+
+def levels_of(codes: mx.array, dim: int, bits: int) -> mx.array:
+    """Levels of codes, any integer dtype and shape, as float32.
+
+    Arithmetic, because a gather costs MLX's CPU backend 10 to 25 ns an element. Equal
+    to ``computable(dim, bits).levels[codes]`` up to float32 rounding.
+    """
+    count = 2**bits
+    u: mx.array = codes.astype(mx.float32) * (1 / count) - (count - 1) / (2 * count)
+    *rest, last = coefficients(dim, bits)
+    if not rest:
+        return u * last
+    square = u * u
+    total = square * last + rest[-1]
+    for c in reversed(rest[:-1]):
+        total = total * square + c
+    return total * u
 
 
 def decoder_table(dim: int, bits: int) -> tuple[float, ...]:

@@ -17,6 +17,15 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kernels",
+        default="simulator",
+        choices=["simulator", "metal", "cuda"],
+        help="what runs tests/kernels: the Metal simulator, or this machine's GPU",
+    )
+
+
 def pytest_report_header(config):
     return f"mlx on {mx.default_device()}, OpenBLAS {'yes' if FAST_BLAS else 'no'}"
 

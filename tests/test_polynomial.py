@@ -1,9 +1,10 @@
+import mlx.core as mx
 import numpy as np
 import pytest
 from cases import each_bits
 
 from mlx_turboquant.codebook import lloyd_max
-from mlx_turboquant.polynomial import TERMS, computable, decoder_table
+from mlx_turboquant.polynomial import TERMS, computable, decoder_table, levels_of
 
 
 @pytest.mark.parametrize("dim", [32, 64, 100, 128, 256, 512])
@@ -38,3 +39,11 @@ def test_the_kernels_form_gives_the_levels_in_halves(dim, bits):
     weight = np.exp(-(levels**2) / 2)
     extra = ((value - levels) ** 2 * weight).sum() / weight.sum()
     assert extra < (1e-3 if bits < 7 else 0.02) * book.mse
+
+
+@each_bits
+def test_levels_of_codes_are_the_codebook(bits):
+    levels = computable(80, bits).levels
+    got = levels_of(mx.arange(2**bits).astype(mx.uint8), 80, bits)
+    assert got.dtype == mx.float32
+    assert mx.allclose(got, levels, rtol=1e-5, atol=1e-6).item()

@@ -19,7 +19,7 @@ from ..codes import PackedCodes
 from ..errors import BackendUnavailableError, SpecError
 from ..kernels.kernel import MlxLauncher
 from ..segments import Segments
-from . import gpu, reference
+from . import cpu, gpu, reference
 
 VARIABLE = "MLX_TQ_BACKEND"
 #: Launchers whose kernels are used unasked. The Metal ones have passed the simulator
@@ -74,6 +74,7 @@ class Reference:
 
 
 REFERENCE = Reference()
+CPU = cpu.Cpu()
 
 
 @functools.cache
@@ -89,7 +90,7 @@ def gpu_backend() -> gpu.Gpu | None:
 
 
 def machine_backend() -> tuple[Backend, str | None]:
-    """The backend of this machine, and why it is not the GPU's, if so.
+    """The backend of this machine's device, and why it is not that, if so.
 
     Raises:
         BackendUnavailableError: if ``MLX_TQ_BACKEND=gpu`` and there is no GPU.
@@ -102,10 +103,9 @@ def machine_backend() -> tuple[Backend, str | None]:
         return REFERENCE, f"{VARIABLE} is set"
     backend = gpu_backend()
     if backend is None:
-        reason = "MLX runs on the CPU here"
         if wanted == "gpu":
-            _unavailable(reason)
-        return REFERENCE, reason
+            _unavailable("MLX runs on the CPU here")
+        return CPU, None
     if wanted != "gpu" and backend.name not in TRUSTED:
         return (
             REFERENCE,
@@ -115,7 +115,7 @@ def machine_backend() -> tuple[Backend, str | None]:
 
 
 def choose(keys: Segments, values: Segments) -> tuple[Backend, str | None]:
-    """The backend for attention over these, and why it is not the GPU's, if so.
+    """The backend for attention over these, and why it is not the device's, if so.
 
     Raises:
         BackendUnavailableError: if ``MLX_TQ_BACKEND=gpu`` and it refuses the codes.
@@ -124,7 +124,8 @@ def choose(keys: Segments, values: Segments) -> tuple[Backend, str | None]:
     backend, reason = machine_backend()
     if backend is REFERENCE:
         return backend, reason
-    reason = gpu.refuse(keys, values)
+    refuse = cpu.refuse if backend is CPU else gpu.refuse
+    reason = refuse(keys, values)
     if reason is None:
         return backend, None
     # A cache with nothing packed yet is the reference's own work on every machine.

@@ -22,7 +22,7 @@ import mlx.core as mx
 from ..codebook import Codebook
 from ..codes import PackedCodes
 from ..packing import pack, unpack, words_per_vector
-from ..polynomial import computable
+from ..polynomial import computable, levels_of
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
 from .base import Side, register
@@ -74,7 +74,7 @@ class TurboQuant:
         best: tuple[mx.array, mx.array, mx.array] | None = None
         for gain in self.gains:
             codes = self.book.nearest(y * (1 / gain))
-            level = self.book.levels[codes]
+            level = levels_of(codes, self.dim, self.spec.bits)
             dot = mx.sum(y * level, axis=-1, keepdims=True)
             code_sq = mx.sum(level * level, axis=-1, keepdims=True)
             tried = (codes, dot, code_sq)
@@ -97,7 +97,8 @@ class TurboQuant:
         """S * c for every used token: (B, heads, length, dim), still rotated."""
         index = unpack(codes.view("words", heads), self.spec.bits, self.dim)
         scales = codes.view("scales", heads).astype(mx.float32)
-        return (self.book.levels[index] * scales).astype(dtype)
+        levels = levels_of(index, self.dim, self.spec.bits)
+        return (levels * scales).astype(dtype)
 
     @property
     def bits_per_vector(self) -> int:

@@ -1,4 +1,5 @@
-"""The lane that runs kernels: the simulator where clang >= 17 is, else loud skips."""
+"""What runs the kernels: by default the simulator, where clang >= 17 is, else loud
+skips; with ``--kernels cuda`` or ``metal``, this machine's GPU."""
 
 import os
 import platform
@@ -10,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant.kernels import source
+from mlx_turboquant.kernels.kernel import MlxLauncher
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,16 @@ class Simulator:
         )
 
 
+@pytest.fixture(scope="session")
+def lane(pytestconfig):
+    """``simulator``, ``metal`` or ``cuda``."""
+    return pytestconfig.getoption("--kernels")
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _clang():
+def _clang(lane):
+    if lane != "simulator":
+        return
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         pytest.skip("the Metal simulator runs on x86-64 Linux only")
     try:
@@ -62,13 +72,18 @@ def _clang():
 
 
 @pytest.fixture
-def simulator():
-    return Simulator()
+def launcher(lane):
+    """What runs the kernels under test."""
+    return Simulator() if lane == "simulator" else MlxLauncher(lane)
 
 
 @pytest.fixture(params=["plain", "debug", "random"])
-def mode(request, monkeypatch):
+def mode(request, lane, monkeypatch):
     """The simulator's modes: as is, with shadow memory, in a random schedule."""
+    if lane != "simulator":
+        if request.param != "plain":
+            pytest.skip("a mode of the simulator")
+        return request.param
     monkeypatch.setattr(metalsim.config, "debug", request.param == "debug")
     sched = "random" if request.param == "random" else "forward"
     monkeypatch.setattr(metalsim.config, "sched", sched)

@@ -55,7 +55,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_the_reference(case, simulator, mode):
+def test_agrees_with_the_reference(case, launcher, mode):
     spec, dims, heads, group, steps, length, kind, learned = CASES[case]
     keys, values = filled(spec, length, heads, *dims)
     q = mx.random.normal((1, heads * group, steps, dims[0]))
@@ -63,16 +63,16 @@ def test_agrees_with_the_reference(case, simulator, mode):
     sinks = mx.random.normal((heads * group,)) if learned else None
     assert gpu.refuse(keys, values) is None
     args = (q, keys, values, dims[0] ** -0.5, mask, sinks)
-    got = gpu.Gpu(simulator, simdgroups=6).attend(*args)
+    got = gpu.Gpu(launcher, simdgroups=6).attend(*args)
     assert relative_error(got, reference.attend(*args)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_half_precision_models_and_batches(simulator, dtype):
+def test_half_precision_models_and_batches(launcher, dtype):
     keys, values = filled("k4v4", 300, 2, 64, 64, dtype, batch=2)
     q = mx.random.normal((2, 4, 2, 64)).astype(dtype)
     args = (q, keys, values, 0.125, "causal")
-    got = gpu.Gpu(simulator).attend(*args)
+    got = gpu.Gpu(launcher).attend(*args)
     assert got.dtype == dtype
     wide = reference.attend(q.astype(mx.float32), *args[1:])
     floor = 0.004 if dtype == mx.bfloat16 else 0
@@ -80,15 +80,15 @@ def test_half_precision_models_and_batches(simulator, dtype):
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 5, 64])
-def test_the_number_of_blocks_changes_nothing(simulator, blocks):
+def test_the_number_of_blocks_changes_nothing(launcher, blocks):
     keys, values = filled("k4v4", 500, 1, 64, 64)
     q = mx.random.normal((1, 2, 1, 64))
-    one = gpu.Gpu(simulator, simdgroups=6).attend(q, keys, values, 0.125)
-    other = gpu.Gpu(simulator, simdgroups=blocks).attend(q, keys, values, 0.125)
+    one = gpu.Gpu(launcher, simdgroups=6).attend(q, keys, values, 0.125)
+    other = gpu.Gpu(launcher, simdgroups=blocks).attend(q, keys, values, 0.125)
     assert relative_error(other, one) < 2e-3
 
 
-def test_error_falls_with_every_bit(simulator):
+def test_error_falls_with_every_bit(launcher):
     errors = []
     for bits in range(1, 7):
         mx.random.seed(5)
@@ -97,7 +97,7 @@ def test_error_falls_with_every_bit(simulator):
         cache.update_and_fetch(k, v)
         keys, values = cache.keys_and_values()
         q = mx.random.normal((1, 2, 1, 64))
-        got = gpu.Gpu(simulator).attend(q, keys, values, 0.2)
+        got = gpu.Gpu(launcher).attend(q, keys, values, 0.2)
         errors.append(relative_error(got, softmax_attention(q, k, v, 0.2)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
@@ -113,18 +113,22 @@ def test_refusals_are_words():
     assert "nothing is packed" in gpu.refuse(*cache.keys_and_values())
 
 
-def test_choice_of_backend_is_shown_and_can_be_forced(simulator, monkeypatch):
+def test_choice_of_backend_is_shown_and_can_be_forced(launcher, monkeypatch):
+    monkeypatch.setattr(select, "gpu_backend", lambda: None)
     cache = tq.TurboQuantCache("k4v4")
     kv = mx.random.normal((1, 2, 300, 64))
     cache.update_and_fetch(kv, kv)
     sides = cache.keys_and_values()
     q = mx.random.normal((1, 4, 1, 64))
+    on_cpu = tq.attend(q, *sides, 0.125)
+    assert tq.explain(cache).layers[0].backend == "cpu"
+    monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(launcher))
+    monkeypatch.setattr(select, "TRUSTED", ())
     plain = tq.attend(q, *sides, 0.125)
-    assert tq.explain(cache).layers[0].backend.startswith("reference: MLX runs on")
-    monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(simulator))
+    assert relative_error(on_cpu, plain) < 1e-6
     assert "try MLX_TQ_BACKEND=gpu" in tq.explain(cache).layers[0].backend
-    monkeypatch.setattr(select, "TRUSTED", ("simulator",))
-    assert tq.explain(cache).layers[0].backend == "simulator"
+    monkeypatch.setattr(select, "TRUSTED", (launcher.name,))
+    assert tq.explain(cache).layers[0].backend == launcher.name
     fused = tq.attend(q, *sides, 0.125)
     assert 0 < relative_error(fused, plain) < TOLERANCE
     monkeypatch.setenv(select.VARIABLE, "reference")

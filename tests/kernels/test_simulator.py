@@ -7,6 +7,12 @@ import pytest
 X = mx.arange(64, dtype=mx.float32)
 
 
+@pytest.fixture(autouse=True)
+def _only_here(lane):
+    if lane != "simulator":
+        pytest.skip("about the simulator")
+
+
 def run(body, debug=False, threads=64, header=""):
     kernel = metalsim.metal_kernel(
         name="planted", input_names=["x"], output_names=["out"], source=body,

@@ -45,25 +45,29 @@ def vectors(heads, count, dims, dtype=mx.float32):
 
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_encode_is_the_definition(case, centered, simulator, mode):
+def test_encode_is_the_definition(case, centered, launcher, mode):
     spec, dims, heads, count = CASES[case]
     codecs = codecs_of(spec, dims)
     keys, values = vectors(heads, count, dims)
     mean = mx.random.normal((2, heads, 1, dims[0])) if centered else None
-    got = gpu.Gpu(simulator).encode(keys, values, mean, codecs)
+    got = gpu.Gpu(launcher).encode(keys, values, mean, codecs)
     want = reference.encode(keys, values, mean, codecs)
     inputs = (keys if mean is None else keys - mean, values)
     for codec, x, a, b in zip(codecs, inputs, got, want, strict=True):
-        assert a.arrays["words"].shape == b.arrays["words"].shape
-        differ = mx.any(a.arrays["words"] != b.arrays["words"], axis=-1)
-        allowed = 0.1 if codec.spec.bits > 6 else 0
-        assert mx.mean(differ).item() <= allowed
-        decoded = [codec.decode(codes, mx.float32) for codes in (a, b)]
-        cosines = [cosine(x, y) for y in decoded]
-        assert np.abs(cosines[0] - cosines[1]).max() < 5e-7
-        assert relative_error(decoded[0], x) == pytest.approx(
-            relative_error(decoded[1], x), rel=0.01
-        )
+        assert_same_choice(codec, x, a, b)
+
+
+def assert_same_choice(codec, x, a, b):
+    assert a.arrays["words"].shape == b.arrays["words"].shape
+    differ = mx.any(a.arrays["words"] != b.arrays["words"], axis=-1)
+    allowed = 0.1 if codec.spec.bits > 6 else 0.02
+    assert mx.mean(differ).item() <= allowed
+    decoded = [codec.decode(codes, mx.float32) for codes in (a, b)]
+    cosines = [cosine(x, y) for y in decoded]
+    assert np.abs(cosines[0] - cosines[1]).max() < 5e-7
+    assert relative_error(decoded[0], x) == pytest.approx(
+        relative_error(decoded[1], x), rel=0.01
+    )
 
 
 def cosine(x, y):
@@ -71,10 +75,10 @@ def cosine(x, y):
     return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
-def test_encode_of_zeros_and_of_huge_vectors(simulator):
+def test_encode_of_zeros_and_of_huge_vectors(launcher):
     codecs = codecs_of("k3v3", (64, 64))
     keys, values = vectors(1, 16, (64, 64))
-    backend = gpu.Gpu(simulator)
+    backend = gpu.Gpu(launcher)
     k, v = backend.encode(keys * 0, values * 1e6, None, codecs)
     assert not np.array(k.arrays["scales"]).any()
     assert np.array(v.arrays["scales"]).max() == 65504
@@ -83,55 +87,56 @@ def test_encode_of_zeros_and_of_huge_vectors(simulator):
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
-def test_encode_of_model_dtypes(simulator, dtype):
+def test_encode_of_model_dtypes(launcher, dtype):
     codecs = codecs_of("k4v4", (64, 64))
     keys, values = vectors(2, 32, (64, 64), dtype)
     mean = mx.random.normal((2, 2, 1, 64))
-    got = gpu.Gpu(simulator).encode(keys, values, mean, codecs)
+    got = gpu.Gpu(launcher).encode(keys, values, mean, codecs)
     want = reference.encode(keys, values, mean, codecs)
-    for a, b in zip(got, want, strict=True):
-        assert mx.array_equal(a.arrays["words"], b.arrays["words"]).item()
+    inputs = (keys.astype(mx.float32) - mean, values.astype(mx.float32))
+    for codec, x, a, b in zip(codecs, inputs, got, want, strict=True):
+        assert_same_choice(codec, x, a, b)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dim", [8, 33, 80, 128])
-def test_decode_is_the_definition(bits, dim, simulator):
+def test_decode_is_the_definition(bits, dim, launcher):
     codec = codec_for(tq.CacheSpec.parse(f"k{bits}v{bits}").values, dim, "values", 0)
     x = mx.random.normal((2, 3, 16, dim))
     whole = codec.encode(x)
     codes = PackedCodes(whole.arrays, 13)
     side = Segments(codec, None, codes, x, None)
     for heads in (slice(0, 3), slice(1, 2)):
-        got = gpu.Gpu(simulator).decode(side, heads, mx.float32)
+        got = gpu.Gpu(launcher).decode(side, heads, mx.float32)
         want = codec.decode(codes, mx.float32, heads)
         assert got.shape == want.shape == (2, heads.stop - heads.start, 13, dim)
         assert relative_error(got, want) < 2e-6
 
 
-def test_decode_in_every_mode(simulator, mode):
+def test_decode_in_every_mode(launcher, mode):
     codec = codec_for(tq.CacheSpec.parse("k3v3").values, 128, "values", 0)
     codes = codec.encode(mx.random.normal((1, 2, 40, 128)))
     side = Segments(codec, None, codes, mx.zeros((1, 2, 1, 128)), None)
-    got = gpu.Gpu(simulator).decode(side, slice(0, 2), mx.float16)
+    got = gpu.Gpu(launcher).decode(side, slice(0, 2), mx.float16)
     want = codec.decode(codes, mx.float16)
     assert relative_error(got.astype(mx.float32), want.astype(mx.float32)) < 1e-3
 
 
 @pytest.mark.parametrize("dims", [(32, 64), (128, 256), (512, 64)])
-def test_rotate_is_the_definition(dims, simulator, mode):
+def test_rotate_is_the_definition(dims, launcher, mode):
     codecs = codecs_of("k3v3", dims)
     k = mx.random.normal((2, 5, 3, dims[0])).swapaxes(1, 2)
     v = mx.random.normal((2, 5, 3, dims[1])).swapaxes(1, 2)
-    got = gpu.Gpu(simulator).rotate(k, v, codecs)
+    got = gpu.Gpu(launcher).rotate(k, v, codecs)
     want = reference.rotate(k, v, codecs)
     for a, b in zip(got, want, strict=True):
         assert a.shape == b.shape
         assert relative_error(a, b) < 1e-6
 
 
-def test_sides_that_stay_and_dims_that_do_not_fit(simulator):
+def test_sides_that_stay_and_dims_that_do_not_fit(launcher):
     k, v = mx.random.normal((1, 2, 7, 64)), mx.random.normal((1, 2, 7, 64))
-    backend = gpu.Gpu(simulator)
+    backend = gpu.Gpu(launcher)
     kept, rotated = backend.rotate(k, v, codecs_of("k16v3", (64, 64)))
     assert mx.array_equal(kept, k).item()
     assert relative_error(rotated, rotation_for(64, 0).forward(v)) < 1e-6
@@ -140,16 +145,17 @@ def test_sides_that_stay_and_dims_that_do_not_fit(simulator):
     assert not tokens.can_rotate(rotation_for(1024, 0))
 
 
-def test_a_whole_cache_through_the_kernels_is_the_same(simulator, monkeypatch):
+def test_a_whole_cache_through_the_kernels_is_the_same(launcher, monkeypatch):
     """Prefill, steps and a long step: same text of codes, same attention."""
     mx.random.seed(11)
     k, v = mx.random.normal((1, 2, 330, 64)), mx.random.normal((1, 2, 330, 64))
     q = mx.random.normal((1, 4, 330, 64))
     caches, outputs = [], []
+    monkeypatch.setattr(select, "gpu_backend", lambda: None)
     for kernels in (False, True):
         if kernels:
-            monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(simulator))
-            monkeypatch.setattr(select, "TRUSTED", ("simulator",))
+            monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(launcher))
+            monkeypatch.setattr(select, "TRUSTED", (launcher.name,))
         cache = tq.TurboQuantCache("k3v4")
         got = []
         for start, stop in ((0, 200), (200, 301), (301, 302), (302, 306), (306, 330)):

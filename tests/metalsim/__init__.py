@@ -8,6 +8,7 @@ sufficient: a Mac has the last word.
     rewrite.py  token-level MSL to C++ for OpenCL     build.py  compilers and caches
     include/    the metal_stdlib shim                 check.py  static checks
     runtime/    fibers, collectives, shadow memory    core.py   metal_kernel, launching
+    mlx_kernels.py  runs kernels of MLX's own headers
 """
 
 from .build import CompileError, LaunchError, MetalSimError, config, find_clang

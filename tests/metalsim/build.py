@@ -1,6 +1,13 @@
 """Compilers, caches, the runtime library."""
 
-import ctypes, hashlib, os, re, shutil, subprocess, sys, threading
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import threading
+
 from . import rewrite as _rw
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -310,7 +317,7 @@ def prelude_pch(debug=False, fast=False):
                 "precompiling the prelude",
             )
             os.replace(tmp, pch)
-    return pch, flags + ["-include-pch", pch]
+    return pch, [*flags, "-include-pch", pch]
 
 
 def compile_tu(text, debug=False, includes=(), pch=False, name="kernel", fast=False):

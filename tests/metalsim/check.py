@@ -6,6 +6,7 @@ clang's AST and on the tokens."""
 
 import re
 import subprocess
+
 from . import build
 from .rewrite import tokenize
 
@@ -134,15 +135,15 @@ NODE = re.compile(r"^([ |`-]*)(\w+)(?: 0x([0-9a-f]+))?(.*)$")
 
 class Node:
     __slots__ = (
-        "depth",
-        "kind",
         "addr",
-        "text",
-        "file",
-        "line",
         "col",
-        "parent",
+        "depth",
+        "file",
         "kids",
+        "kind",
+        "line",
+        "parent",
+        "text",
     )
 
     def __repr__(self):
@@ -151,7 +152,7 @@ class Node:
 
 def parse_ast(out):
     nodes, stack = [], []
-    f, l, c = "", 0, 0
+    f, line, c = "", 0, 0
     for raw in out.split("\n"):
         m = NODE.match(raw)
         if not m:
@@ -166,17 +167,17 @@ def parse_ast(out):
             r"(?: prev 0x\w+)?(?: parent 0x\w+)? <(.*?)>( (?:line:\d+:\d+|col:\d+|[\w./-]+:\d+:\d+))?",
             rest,
         )
-        n.file, n.line, n.col = f, l, c
+        n.file, n.line, n.col = f, line, c
         if rm:
             for x in LOC.finditer(rm.group(0)):
                 if x.group(1):
-                    f, l, c = x.group(1), int(x.group(2)), int(x.group(3))
+                    f, line, c = x.group(1), int(x.group(2)), int(x.group(3))
                 elif x.group(4):
-                    l, c = int(x.group(4)), int(x.group(5))
+                    line, c = int(x.group(4)), int(x.group(5))
                 else:
                     c = int(x.group(6))
                 if first:
-                    n.file, n.line, n.col = f, l, c
+                    n.file, n.line, n.col = f, line, c
                     first = False
             n.text = rest[rm.end() :]
         while stack and stack[-1].depth >= n.depth:
@@ -197,13 +198,14 @@ def types_in(text):
 def is_vec(ty):
     return (
         "ext_vector_type" in ty
-        or re.search(
-            r"\b(?:bool|char|uchar|short|ushort|int|uint|long|ulong|half|float|bfloat)[234]\b(?!\s*[*&x])",
-            ty,
+        or (
+            re.search(
+                r"\b(?:bool|char|uchar|short|ushort|int|uint|long|ulong|half|float|bfloat)[234]\b(?!\s*[*&x])",
+                ty,
+            )
+            and "*" not in ty
         )
-        and "*" not in ty
-        or bool(re.search(r"\bvec<", ty))
-        and "*" not in ty
+        or (bool(re.search(r"\bvec<", ty)) and "*" not in ty)
     )
 
 
@@ -214,7 +216,7 @@ def ast_checks(nodes, label, kernel_prefix="custom_kernel_"):
     def where(n):
         return f"{n.file}:{n.line}:{n.col}"
 
-    calls, names, decl_of = {}, {}, {}
+    calls, names, _decl_of = {}, {}, {}
     func_stack = []
     for n in nodes:
         while func_stack and func_stack[-1].depth >= n.depth:
@@ -256,10 +258,8 @@ def ast_checks(nodes, label, kernel_prefix="custom_kernel_"):
             p = n
             while p is not None:
                 if (
-                    p.kind == "CXXRecordDecl"
-                    and "(lambda" in p.text
-                    or p.kind == "LambdaExpr"
-                ):
+                    p.kind == "CXXRecordDecl" and "(lambda" in p.text
+                ) or p.kind == "LambdaExpr":
                     lam = True
                 p = p.parent
             imp = (
@@ -381,14 +381,17 @@ def ast_checks(nodes, label, kernel_prefix="custom_kernel_"):
             and "__constant" not in ty
             and "msim_" not in n.text
             and " static" not in n.text.split("'")[0]
-        ):
-            if n.depth == 1 or (
-                n.parent is not None
-                and n.parent.kind in ("NamespaceDecl", "LinkageSpecDecl")
-            ):
-                err.append(
-                    f"{where(n)}: program scope variable must be in the constant address space"
+            and (
+                n.depth == 1
+                or (
+                    n.parent is not None
+                    and n.parent.kind in ("NamespaceDecl", "LinkageSpecDecl")
                 )
+            )
+        ):
+            err.append(
+                f"{where(n)}: program scope variable must be in the constant address space"
+            )
         if (
             n.kind == "VarDecl"
             and fn is not None
@@ -432,9 +435,9 @@ def ast_checks(nodes, label, kernel_prefix="custom_kernel_"):
             if b not in names:
                 continue
             if state.get(b) == 1:
-                warn.append("recursion: " + " -> ".join(names[x] for x in path + [b]))
+                warn.append("recursion: " + " -> ".join(names[x] for x in [*path, b]))
             elif b not in state:
-                visit(b, path + [b])
+                visit(b, [*path, b])
         state[a] = 2
 
     for a in list(names):
@@ -496,16 +499,16 @@ def check(tu, header, source, label, flags, nbuffers=0, name="kernel"):
         text=True,
     )
     if r.returncode:
-        msgs = [l for l in build.clean(r.stderr).split("\n")]
+        msgs = list(build.clean(r.stderr).split("\n"))
         raise build.CompileError(
             f"{name} does not compile:\n"
             + ("\n".join(err) + "\n" if err else "")
             + "\n".join(msgs)
         )
-    for l in r.stderr.split("\n"):
+    for line in r.stderr.split("\n"):
         m = re.match(
             r"^([\w./-]+\.(?:source|header)):(\d+):(\d+): warning: (.*?) \[(-W[^\],]+)",
-            l,
+            line,
         )
         if m:
             msg = f"{m.group(1)}:{m.group(2)}:{m.group(3)}: {build.clean(m.group(4))} [{m.group(5)}]"

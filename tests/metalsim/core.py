@@ -1,9 +1,15 @@
 """mx.fast.metal_kernel on the CPU."""
 
-import ctypes, os, re, subprocess, time
+import ctypes
+import os
+import re
+import subprocess
+
 import numpy as np
-from . import build, check as _check
-from .build import config, MetalSimError, CompileError, LaunchError
+
+from . import build
+from . import check as _check
+from .build import CompileError, LaunchError, config
 from .rewrite import rewrite
 
 try:
@@ -187,9 +193,11 @@ def symbolize(so, off):
                 capture_output=True,
                 text=True,
             ).stdout
-            fr = [l for l in out.split("\n") if l.strip() and "??" not in l]
-            user = [l for l in fr if "/include/msim" not in l and "/k-" not in l]
-            return " <- ".join(os.path.basename(l) for l in (user or fr)[:3])
+            fr = [line for line in out.split("\n") if line.strip() and "??" not in line]
+            user = [
+                line for line in fr if "/include/msim" not in line and "/k-" not in line
+            ]
+            return " <- ".join(os.path.basename(line) for line in (user or fr)[:3])
         except FileNotFoundError:
             continue
     try:
@@ -197,9 +205,9 @@ def symbolize(so, off):
             ["addr2line", "-e", so, "-i", hex(off)], capture_output=True, text=True
         ).stdout
         return " <- ".join(
-            os.path.basename(l)
-            for l in out.split("\n")
-            if l and "msim" not in l and "??" not in l
+            os.path.basename(line)
+            for line in out.split("\n")
+            if line and "msim" not in line and "??" not in line
         )
     except FileNotFoundError:
         return ""
@@ -384,7 +392,7 @@ MAX_CONSTANT_ARRAY_SIZE = 8
 
 def write_template(template):
     out = []
-    for n, v in template:
+    for _n, v in template:
         if isinstance(v, bool):
             out.append(str(int(v)))
         elif isinstance(v, int):
@@ -460,7 +468,7 @@ def generate(
         )
     s += f"[[kernel]] void {kname}(\n"
     idx = 0
-    for n, x, info in zip(input_names, inputs, shape_infos):
+    for n, x, info in zip(input_names, inputs, shape_infos, strict=False):
         loc = "constant" if x.a.size < MAX_CONSTANT_ARRAY_SIZE else "device"
         ty = DTYPES[x.dt][0]
         ref = "&" if x.a.ndim == 0 else "*"
@@ -473,12 +481,13 @@ def generate(
                 ("int*", "int64_t*", "int&"),
                 ("_shape", "_strides", "_ndim"),
                 "**&",
+                strict=False,
             ):
                 if has:
                     s += f"  const constant {decl} {n}{sfx} [[buffer({idx})]],\n"
                     args.append((f"const constant {decl[:-1]}", r))
                     idx += 1
-    for n, d in zip(output_names, output_dtypes):
+    for n, d in zip(output_names, output_dtypes, strict=False):
         ty = DTYPES[d][0]
         if atomic_outputs:
             ty = f"atomic<{ty}>"
@@ -520,7 +529,7 @@ def make_tu(
     for i, (ty, ref) in enumerate(args):
         p = f"({ty}*)b[{i}]"
         call.append(p if ref == "*" else f"*{p}")
-    for a, d in attributes:
+    for a, _d in attributes:
         call.append(ATTR_EXPR[a])
     tu = (
         f'#line 1 "{label}.header"\n{h}\n#line 1 "{label}.signature"\n{m}\n#line 1 "{label}.source"\n{b}\n'
@@ -595,7 +604,7 @@ class CustomKernel:
         size(len(output_shapes), len(self.output_names), "output_shapes")
         size(len(output_dtypes), len(self.output_names), "output_dtypes")
         template = list(template or [])
-        for n, v in template:
+        for _, v in template:
             if not (
                 isinstance(v, (bool, int))
                 or (mx is not None and isinstance(v, mx.Dtype))
@@ -642,10 +651,10 @@ class CustomKernel:
             raise LaunchError(
                 f"{self.name}: grid {grid} and threadgroup {tg} must be positive"
             )
-        tg = tuple(min(a, b) for a, b in zip(tg, grid))  # as MLX does
+        tg = tuple(min(a, b) for a, b in zip(tg, grid, strict=False))  # as MLX does
 
-        bufs, keep = [], []
-        for name, x, info in zip(self.input_names, ins, infos):
+        bufs, _keep = [], []
+        for name, x, info in zip(self.input_names, ins, infos, strict=False):
             a = x.a if x.a.size else np.zeros(1, x.a.dtype)
             bufs.append(Buffer(name, a, False))
             if x.a.ndim > 0:
@@ -668,7 +677,7 @@ class CustomKernel:
                         Buffer(name + "_ndim", np.array([x.a.ndim], np.int32), False)
                     )
         outs = []
-        for name, shape, d in zip(self.output_names, output_shapes, odt):
+        for name, shape, d in zip(self.output_names, output_shapes, odt, strict=False):
             shape = (shape,) if isinstance(shape, int) else tuple(shape)
             st = DTYPES[d][1]
             o = aligned(shape, st)
@@ -687,12 +696,12 @@ class CustomKernel:
                 )
             )
         launch(so, "msim_entry", bufs, grid, tg, debug=debug, name=self.name)
-        if any(g % t for g, t in zip(grid, tg)):
+        if any(g % t for g, t in zip(grid, tg, strict=False)):
             self.warnings.append(
                 f"grid {grid} is no multiple of the threadgroup {tg}: edge threadgroups are smaller (CUDA would run full ones)"
             )
         res = []
-        for o, d in zip(outs, odt):
+        for o, d in zip(outs, odt, strict=False):
             if want_mx:
                 r = mx.array(o)
                 res.append(r.view(mx.bfloat16) if d == "bfloat16" else r)
@@ -705,7 +714,7 @@ class CustomKernel:
         if key not in self._cache:
             label = re.sub(r"\W", "_", self.name)
             tu, issues = make_tu(src, full, args, attrs, off, len(self.header), label)
-            for line, msg in issues:
+            for _line, msg in issues:
                 raise CompileError(f"{self.name}: {msg}")
             if config.check:
                 _, flags = build.prelude_pch(debug, self.fast)

@@ -24,12 +24,25 @@ TOKEN = re.compile(
     re.X | re.S,
 )
 
-SCALARS = "bool char uchar short ushort int uint long ulong half float bfloat".split()
+SCALARS = [
+    "bool",
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "half",
+    "float",
+    "bfloat",
+]
 VECTORS = {f"{s}{n}" for s in SCALARS for n in (2, 3, 4)}
 
 
 class Tok:
-    __slots__ = ("k", "s", "line")
+    __slots__ = ("k", "line", "s")
 
     def __init__(self, k, s, line):
         self.k, self.s, self.line = k, s, line
@@ -136,7 +149,6 @@ def rewrite(
 
     uid = 0
     i = 0
-    depth = 0  # brace depth, to know "inside a function body"
     bracestack = []  # kind of each open brace: 'fn' or 'other'
     in_define = False
     parens = 0
@@ -203,9 +215,8 @@ def rewrite(
                     else "other"
                 )
                 bracestack.append(kind)
-            elif k.s == "}":
-                if bracestack:
-                    bracestack.pop()
+            elif k.s == "}" and bracestack:
+                bracestack.pop()
             i += 1
             continue
         if k.k == "num":
@@ -527,9 +538,7 @@ def _declares(t, p, q, nxt, n):
 def _tgvar(t, i, n, nxt, match, text):
     """Parses `threadgroup <type> a[..], b;` from token i; None for pointers, references, casts."""
     j = nxt(i)
-    ty_end = None
     last_id = None
-    ang = 0
     k = j
     while k < n:
         s = t[k].s

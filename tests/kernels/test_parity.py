@@ -1,0 +1,123 @@
+"""Decode attention against float64, over a pruned matrix of everything it takes.
+
+The kernel multiplies in half precision whatever the model's dtype, so its error may be
+twice that of the reference at the same dtype, and for float32 models twice that of the
+reference in float16: what a GPU does for half-precision models anyway.
+"""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import relative_error, softmax_attention
+
+import mlx_turboquant as tq
+from mlx_turboquant.backends import gpu, reference
+from mlx_turboquant.codecs import codec_for
+from mlx_turboquant.codes import PackedCodes
+from mlx_turboquant.segments import Segments
+
+AXES = {
+    "bits": ((3, 3), (4, 2), (1, 5), (8, 6), (2, 7), (4, 4)),
+    "dim": (64, 80, 96, 128, 192, 256, 512),
+    "group": (1, 2, 4, 7),
+    "steps": (1, 2, 5, 8),
+    "length": (1, 31, 32, 33, 255, 256, 257),
+    "mask": (None, "causal", "bool", "additive", "left padding"),
+    "dtype": (mx.float16, mx.bfloat16, mx.float32),
+}
+
+
+def pruned(seed=0):
+    """Cases that cover every pair of values of any two axes, found greedily."""
+    rng = np.random.default_rng(seed)
+    sizes = [len(values) for values in AXES.values()]
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(sizes)), 2)
+        for i in range(sizes[a])
+        for j in range(sizes[b])
+    }
+    cases = []
+    while missing:
+        best, gain = None, -1
+        for _ in range(60):
+            tried = [int(rng.integers(size)) for size in sizes]
+            found = sum(
+                (a, tried[a], b, tried[b]) in missing
+                for a, b in itertools.combinations(range(len(sizes)), 2)
+            )
+            if found > gain:
+                best, gain = tried, found
+        missing -= {
+            (a, best[a], b, best[b])
+            for a, b in itertools.combinations(range(len(sizes)), 2)
+        }
+        if gain:
+            cases.append([v[i] for v, i in zip(AXES.values(), best, strict=True)])
+    return cases
+
+
+CASES = [[(3, 3), 128, 4, 1, 5000, None, mx.float16], *pruned()]
+#: The simulator takes seconds for each; a GPU runs them all.
+SIMULATED = 28
+
+
+def made_up(bits, dim, length, dtype):
+    sides = []
+    for side, b in zip(("keys", "values"), bits, strict=True):
+        codec = codec_for(tq.CodecSpec("turboquant", b), dim, side, 0)
+        x = mx.random.normal((2, 1, length, dim))
+        ends = [mx.random.normal((2, 1, n, dim)).astype(dtype) for n in (3, 20)]
+        mean = mx.random.normal((2, 1, 1, dim)) if side == "keys" else None
+        codes = PackedCodes(codec.encode(x).arrays, length)
+        sides.append(Segments(codec, ends[0], codes, ends[1], mean))
+    return sides
+
+
+def mask_of(kind, heads, steps, total):
+    if kind == "bool":
+        return mx.random.uniform(shape=(steps, total)) > 0.3
+    if kind == "additive":
+        return mx.random.normal((1, heads, steps, total)).astype(mx.float16)
+    if kind == "left padding":
+        # Row 0 is whole, row 1 begins after five padding tokens, as in a batch.
+        start = mx.array([0, 5]).reshape(2, 1, 1, 1)
+        causal = mx.arange(total) <= mx.arange(total - steps, total)[:, None]
+        return causal & (mx.arange(total) >= start)
+    return kind
+
+
+def vectors(side):
+    """All tokens, un-rotated, the key mean put back, float64 but for the rotation."""
+    parts = [side.sink.astype(mx.float32)]
+    packed = side.codec.decode(side.packed, mx.float32)
+    parts.append(packed if side.mean is None else packed + side.mean)
+    parts.append(side.recent.astype(mx.float32))
+    joined = side.codec.rotation.inverse(mx.concatenate(parts, axis=2))
+    return np.array(joined, dtype=np.float64)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_error_is_at_most_twice_the_references(number, launcher, lane):
+    if lane == "simulator" and number >= SIMULATED:
+        pytest.skip("left to the GPU lanes")
+    case = CASES[number]
+    bits, dim, group, steps, length, mask, dtype = case
+    keys, values = made_up(bits, dim, length, dtype)
+    q = mx.random.normal((2, group, steps, dim)).astype(dtype)
+    mask = mask_of(mask, group, steps, length + 23)
+    args = (q, keys, values, dim**-0.5, mask)
+    wide = q.astype(mx.float32)
+    sides = (vectors(keys), vectors(values))
+    truth = softmax_attention(wide, *sides, dim**-0.5, mask)
+    got = gpu.Gpu(launcher, simdgroups=8).attend(*args)
+    assert got.dtype == dtype
+    error = relative_error(got.astype(mx.float32), truth)
+    half = mx.float16 if dtype == mx.float32 else dtype
+    if mask is not None and not isinstance(mask, str) and mask.dtype != mx.bool_:
+        mask = mask.astype(half)
+    plain = reference.attend(q.astype(half), keys, values, dim**-0.5, mask)
+    floor = relative_error(plain.astype(mx.float32), truth)
+    assert error < 2 * floor, f"{case}: {error:.1e} against {floor:.1e}"

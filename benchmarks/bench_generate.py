@@ -104,8 +104,12 @@ def measure(model: Any, length: int, chosen: list[str]) -> dict[str, dict[str, f
         mx.clear_cache()
         mx.reset_peak_memory()
         cache = make()
-        seconds = prefill(model, cache, prompt)
-        decode(model, cache, 2)
+        try:
+            seconds = prefill(model, cache, prompt)
+            decode(model, cache, 2)
+        except RuntimeError as problem:  # MLX has no kernel for it here
+            print(f"{name} at {length} tokens failed: {problem}", flush=True)
+            continue
         held = sum(row["cache_mb"] for row in rows.values())
         rows[name] = {
             "prefill_s": seconds,

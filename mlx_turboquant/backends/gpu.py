@@ -50,7 +50,7 @@ class Gpu:
     """
 
     launcher: Launcher
-    simdgroups: int = 1024
+    simdgroups: int = 512
 
     @property
     def name(self) -> str:

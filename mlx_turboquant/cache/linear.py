@@ -59,6 +59,8 @@ class TurboQuantCache:
         held = spec.sink + spec.window + spec.page + DECODE_TOKENS
         self._recent = TokenStore(held)
         self._mean: mx.array | None = None
+        self._sides: dict[str, tuple[Arrays, PackedCodes]] = {}
+        self._pairs: dict[tuple[int, int], tuple[Codec, Codec]] = {}
 
     # What models and generation loops use.
 
@@ -105,20 +107,27 @@ class TurboQuantCache:
         return side("keys", k_codec, self._mean), side("values", v_codec, None)
 
     def _packed_side(self, side: str) -> PackedCodes:
-        prefix = f"{side}_"
-        arrays = {
-            name.removeprefix(prefix): array
-            for name, array in self._packed.arrays.items()
-            if name.startswith(prefix)
-        }
-        return PackedCodes(arrays, self._packed.length)
+        held = self._sides.get(side)
+        arrays, length = self._packed.arrays, self._packed.length
+        # The same in all steps between two pages, so kept.
+        if held is None or held[0] is not arrays or held[1].length != length:
+            prefix = f"{side}_"
+            chosen = {
+                name.removeprefix(prefix): array
+                for name, array in arrays.items()
+                if name.startswith(prefix)
+            }
+            held = self._sides[side] = (arrays, PackedCodes(chosen, length))
+        return held[1]
 
     def _codecs(self, k_dim: int, v_dim: int) -> tuple[Codec, Codec]:
-        seed = self.spec.seed
-        return (
-            codec_for(self.spec.keys, k_dim, "keys", seed),
-            codec_for(self.spec.values, v_dim, "values", seed),
-        )
+        pair = self._pairs.get((k_dim, v_dim))
+        if pair is None:
+            pair = self._pairs[k_dim, v_dim] = (
+                codec_for(self.spec.keys, k_dim, "keys", self.spec.seed),
+                codec_for(self.spec.values, v_dim, "values", self.spec.seed),
+            )
+        return pair
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         for name, new in (("keys", keys), ("values", values)):
@@ -169,6 +178,7 @@ class TurboQuantCache:
             for side, packed in zip(("keys", "values"), encoded, strict=True)
             for name, array in packed.arrays.items()
         }
+        self._sides = {}  # or it would hold a buffer that is outgrown
         self._packed.append(codes)
         self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})
 

@@ -16,7 +16,7 @@ class TokenStore:
 
     Growing by a fixed step copies the buffer once per ``step`` tokens: at 256 that
     is under 1% of what attention reads in the same time, and it never leaves half
-    a buffer unused, as doubling does.
+    a buffer unused, as doubling does. `arrays` is a new dict whenever a buffer is new.
     """
 
     def __init__(self, step: int) -> None:
@@ -31,7 +31,8 @@ class TokenStore:
         for name, tokens in new.items():
             buffer = self.arrays.get(name)
             if buffer is None or stop > buffer.shape[2]:
-                buffer = self.arrays[name] = self._grown(name, tokens, stop)
+                buffer = self._grown(name, tokens, stop)
+                self.arrays = {**self.arrays, name: buffer}
             buffer[:, :, start:stop] = tokens
         self.length = stop
 

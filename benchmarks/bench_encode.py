@@ -1,0 +1,106 @@
+"""Moving tokens in and out of codes: rotate, encode a page, decode for prefill.
+
+Llama-3.1-8B's shape (8 KV heads, head_dim 128), keys and values, fp16, on whatever GPU
+MLX finds. Kernels beside the same work in plain MLX operations; medians over repeats of
+`CALLS` calls in one evaluation. Beside them one decode attention at 32,768 tokens, so
+that the cost of a page can be put on the 64 steps that fill it. The last line is JSON.
+
+    python benchmarks/bench_encode.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+# A sibling: the script's own folder is on the path.
+from bench_attention import DIM, HEADS, median_us, packed
+
+import mlx_turboquant as tq
+from mlx_turboquant.backends import gpu, reference
+from mlx_turboquant.backends.select import REFERENCE, Backend
+from mlx_turboquant.codecs import Codec, codec_for
+from mlx_turboquant.kernels.kernel import MlxLauncher
+from mlx_turboquant.segments import Segments
+
+CALLS, REPEATS = 32, 7
+PAGE, CHUNK = 64, 2048
+SPECS = ("k3v3", "k4v4", "k8v8")
+Tokens = tuple[mx.array, mx.array]
+
+
+def fresh(count: int) -> Tokens:
+    """Keys and values of some tokens."""
+    shape = (1, HEADS, count, DIM)
+    k, v = (mx.random.normal(shape).astype(mx.float16) for _ in range(2))
+    mx.eval(k, v)
+    return k, v
+
+
+def timed(call: Callable[[Tokens], object], count: int) -> float:
+    """Microseconds per call on ``count`` tokens."""
+    times = []
+    for _ in range(REPEATS + 2):
+        inputs = [fresh(count) for _ in range(CALLS)]
+        outputs = [call(tokens) for tokens in inputs]
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(outputs)
+        mx.synchronize()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return statistics.median(times[2:])
+
+
+def costs(moved: Backend, codecs: tuple[Codec, Codec]) -> dict[str, float]:
+    """Microseconds of each kind of work, by number of tokens."""
+    mean = mx.random.normal((1, HEADS, 1, DIM))
+    codes = moved.encode(*fresh(8192), None, codecs)[1]
+    mx.eval(list(codes.arrays.values()))
+    side = Segments(codecs[1], None, codes, fresh(1)[0], None)
+
+    def encode(tokens: Tokens) -> object:
+        sides = moved.encode(*tokens, mean, codecs)
+        return [list(codes.arrays.values()) for codes in sides]
+
+    row = {}
+    for count in (1, PAGE, CHUNK):
+        row[f"rotate {count}"] = timed(lambda t: moved.rotate(*t, codecs), count)
+    for count in (PAGE, CHUNK):
+        row[f"encode {count}"] = timed(encode, count)
+    decode = moved.decode if isinstance(moved, gpu.Gpu) else reference.decode
+    heads = slice(0, HEADS)
+    row["decode 8192"] = timed(lambda _: decode(side, heads, mx.float16), 1)
+    return row
+
+
+def main() -> None:
+    dialect = "metal" if mx.metal.is_available() else "cuda"
+    backend = gpu.Gpu(MlxLauncher(dialect))
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for spec in SPECS:
+        parsed = tq.CacheSpec.parse(spec)
+        codecs = (
+            codec_for(parsed.keys, DIM, "keys", 0),
+            codec_for(parsed.values, DIM, "values", 0),
+        )
+        rows = {"kernel": costs(backend, codecs), "mlx": costs(REFERENCE, codecs)}
+        step = median_us(packed(backend, spec, 32768))
+        print(f"\n{spec}: us of keys and values    kernel       mlx")
+        for name, us in rows["kernel"].items():
+            print(f"{name:30} {us:12.1f} {rows['mlx'][name]:9.1f}", flush=True)
+        page = rows["kernel"][f"encode {PAGE}"]
+        print(
+            f"a page is {100 * page / step:.0f}% of an attention step at 32,768 tokens "
+            f"({step:.1f} us), {100 * page / step / PAGE:.2f}% of the {PAGE} it lasts"
+        )
+        results[spec] = {**rows, "step": {"attention at 32768": step}}
+    device = mx.device_info().get("device_name", str(mx.default_device()))
+    print(json.dumps({"device": device, "mlx": mx.__version__, "us": results}))
+
+
+if __name__ == "__main__":
+    main()

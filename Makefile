@@ -18,6 +18,7 @@ demo: $(VENV)/demo
 		--top-p 0.9 --seed 7 --prompt - < examples/needle.txt
 
 test: $(VENV)/dev
+	@tests/need_clang.sh
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 check: $(VENV)/dev

@@ -142,7 +142,7 @@ def test_wheel_carries_everything(tmp_path):
     assert "mlx_turboquant/py.typed" in names
     assert "mlx_turboquant/data/lloyd_max.json" in names
     sources = [p.relative_to(ROOT / "metal") for p in (ROOT / "metal").rglob("*.*")]
-    assert len(sources) >= 5
+    assert len(sources) >= 9
     assert {f"mlx_turboquant/_metal/{s.as_posix()}" for s in sources} <= set(names)
     assert not any(name.startswith(("tests", "examples")) for name in names)
     site = tmp_path / "site"
@@ -151,9 +151,10 @@ def test_wheel_carries_everything(tmp_path):
         "import mlx_turboquant as tq; print(tq.__file__); "
         "print(tq.lloyd_max(64, 3).mse); "
         "from mlx_turboquant.kernels import source; print(source.metal_folder()); "
-        "from mlx_turboquant.backends import gpu; "
+        "from mlx_turboquant.backends import gpu, tokens; "
         "print(*[len(source.header(k.file, d)) for d in ('metal', 'cuda')"
-        " for k in (gpu.ATTEND_BLOCK, gpu.MERGE_ROW)])"
+        " for k in (gpu.ATTEND_BLOCK, gpu.MERGE_ROW, tokens.ROTATE_TOKENS,"
+        " tokens.ENCODE_TOKENS, tokens.DECODE_TOKENS)])"
     )
     out = subprocess.check_output(
         [sys.executable, "-c", code], text=True, cwd=site, env={"PYTHONPATH": str(site)}
@@ -161,6 +162,6 @@ def test_wheel_carries_everything(tmp_path):
     path, mse, folder, *lengths = out.split()
     assert Path(path).is_relative_to(site)
     assert Path(folder).is_relative_to(site)
-    assert len(lengths) == 4
+    assert len(lengths) == 10
     assert all(int(length) > 3000 for length in lengths)
     assert 0.033 < float(mse) < 0.034

@@ -45,9 +45,6 @@ TQ_FUNC uint tq_min(uint a, uint b) { return a < b ? a : b; }
 TQ_FUNC uint tq_low_halves(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
 TQ_FUNC uint tq_high_halves(uint a, uint b) { return __byte_perm(a, b, 0x7632); }
 
-TQ_FUNC float simd_shuffle(float a, ushort lane) {
-  return __shfl_sync(0xffffffffu, a, lane);
-}
 TQ_FUNC float simd_shuffle_xor(float a, ushort mask) {
   return __shfl_xor_sync(0xffffffffu, a, mask);
 }

@@ -98,11 +98,11 @@ class Gpu:
         codecs: tuple[Codec, Codec],
     ) -> tuple[PackedCodes, PackedCodes]:
         """As `reference.encode`; codecs without a kernel are left to it."""
-        k_codec, v_codec = codecs
-        if not isinstance(k_codec, TurboQuant) or not isinstance(v_codec, TurboQuant):
-            return reference.encode(keys_rot, values_rot, mean, codecs)
         if tokens.refuse(*codecs) or keys_rot.dtype != values_rot.dtype:
             return reference.encode(keys_rot, values_rot, mean, codecs)
+        k_codec, v_codec = codecs
+        assert isinstance(k_codec, TurboQuant)
+        assert isinstance(v_codec, TurboQuant)
         sides = (k_codec, v_codec)
         return tokens.encode(self.launcher, keys_rot, values_rot, mean, sides)
 

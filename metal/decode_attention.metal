@@ -27,10 +27,13 @@ struct Sizes {
   int steps;     // query rows per query head
   int first;     // column of the mask that belongs to packed token 0
   int columns;   // columns of the mask
+  int page;      // packed tokens to a row of means, a multiple of TILE
+  int means;     // rows of means; the last serves all that follow it, too
 };
 
-// Rows of `query` (threadgroup, ROWS x DK): rotated queries times `factor`, as halves.
-// Rows past the last are zero and count for nothing.
+// Rows of `query` (threadgroup, ROWS x DK): queries in the codes' basis times `factor`, as
+// halves; signs are times the channels' gains. Rows past the last are zero and count for
+// nothing.
 template <typename T, int DK, bool ROTATE, int SIMDGROUPS>
 TQ_FUNC void load_queries(
     const device T* q, size_t head_stride, size_t step_stride, size_t stride,
@@ -48,6 +51,29 @@ TQ_FUNC void load_queries(
       if (d < DK) query[r * DK + d] = half(first_row + r < sizes.rows ? x[i] * factor : 0.0f);
     }
   }
+}
+
+// Logits of a page's mean for a lane's two rows, `factor` of the queries undone.
+template <int DK>
+TQ_FUNC void mean_logits(
+    const threadgroup half* queries, const device half* mean, float inverse, uint lane,
+    thread float* logits) {
+  logits[0] = logits[1] = 0.0f;
+  for (int d = int(tq_major(lane)); d < DK; d += 8) {
+    float m = float(mean[d]);
+    TQ_UNROLL
+    for (int e = 0; e < 2; e++) {
+      logits[e] += m * float(queries[(2 * int(tq_minor(lane)) + e) * DK + d]);
+    }
+  }
+  TQ_UNROLL
+  for (int i = 0; i < 3; i++) {
+    ushort step = ushort(TQ_MAJOR_STEPS[i]);
+    logits[0] += simd_shuffle_xor(logits[0], step);
+    logits[1] += simd_shuffle_xor(logits[1], step);
+  }
+  logits[0] *= inverse;
+  logits[1] *= inverse;
 }
 
 // Logits of a tile, not yet scaled: 2 rows per 8 tokens.
@@ -138,14 +164,16 @@ TQ_FUNC void tile_values(
 // All at this KV head: words uint (capacity, words), scales half (capacity), where
 // capacity reaches to the end of the last tile; mask float
 // (rows, columns) in log2 units, read if MASKED; out_sums float (rows, blocks, DV) and
-// out_tops float (rows, blocks, 2): unnormalised sums, their maximum and denominator.
-// v_gain: see Levels.
-template <int DK, int DV, int KB, int VB, int K_TERMS, int V_TERMS, bool MASKED>
+// out_tops float (rows, blocks, 2): unnormalised sums, their maximum and denominator;
+// means half (sizes.means, DK), read if CENTER. k_gain and v_gain: see Levels.
+template <
+    int DK, int DV, int KB, int VB, int K_TERMS, int V_TERMS, bool MASKED, bool CENTER>
 TQ_FUNC void attend_block(
     const threadgroup half* queries, const device uint* k_words,
     const device half* k_scales, const device uint* v_words, const device half* v_scales,
-    const device float* mask, const thread Levels<K_TERMS>& k_levels,
-    const thread Levels<V_TERMS>& v_levels, float v_gain, const thread Sizes& sizes,
+    const device float* mask, const device half* means,
+    const thread Levels<K_TERMS>& k_levels, const thread Levels<V_TERMS>& v_levels,
+    float k_gain, float v_gain, const thread Sizes& sizes,
     int first_row, device float* out_sums, device float* out_tops, uint block, uint lane) {
   constexpr uint K_GROUPS = (DK + 15) / 16;
   constexpr uint V_GROUPS = (DV + 15) / 16;
@@ -196,6 +224,7 @@ TQ_FUNC void attend_block(
   float denominator[2];
   float reach = 0.0f;  // values are weighted in units of this scale, above all so far
   float unit = 0.0f;   // 1 / reach
+  float centre[2] = {0.0f, 0.0f};
   TQ_UNROLL
   for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
   TQ_UNROLL
@@ -210,6 +239,10 @@ TQ_FUNC void attend_block(
     float highest[2] = {-1e30f, -1e30f};
     float largest = 0.0f;
     GroupCodes<VB> v_codes[V_OWNED * (TILE / 4)];
+    if (CENTER && (tile == start || tile % sizes.page == 0)) {
+      int row = tile / sizes.page < sizes.means ? tile / sizes.page : sizes.means - 1;
+      mean_logits<DK>(queries, means + size_t(row) * DK, 1.0f / k_gain, lane, centre);
+    }
     tile_logits<DK, KB, K_TERMS>(query, k_levels, k_places, logits);
     load_values<DV, VB>(v_places, v_codes);  // in flight during the softmax
     TQ_UNROLL
@@ -221,7 +254,7 @@ TQ_FUNC void attend_block(
       TQ_UNROLL
       for (int e = 0; e < 2; e++) {
         int row = first_row + int(2 * tq_minor(lane)) + e;
-        logits[2 * j + e] *= k_scale;
+        logits[2 * j + e] = logits[2 * j + e] * k_scale + centre[e];
         if (MASKED && row < sizes.rows && token < stop) {
           logits[2 * j + e] += mask[size_t(row) * sizes.columns + sizes.first + token];
         }

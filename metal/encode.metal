@@ -1,9 +1,11 @@
-// Rotated vectors to codes and one scale each: centre, normalise, search the gain,
-// quantize, pack. The definition is TurboQuant.encode in codecs/turboquant.py and pack in
-// packing.py; words differ from it only where two choices are equal up to the rounding of
-// a sum. One simdgroup encodes one vector, a lane elements lane + 32 * i.
+// Vectors to codes and one scale each: equalise, rotate, centre, normalise, search the
+// gain, quantize, pack. The definition is Basis.into in basis.py, TurboQuant.encode in
+// codecs/turboquant.py and pack in packing.py; words differ from it only where two choices
+// are equal up to the rounding of a sum. One simdgroup encodes one vector, a lane elements
+// lane + 32 * i.
 
 #include "unpack.h"
+#include "hadamard.h"
 
 // How many of 2^BITS - 1 ascending boundaries are at most x: ties go up.
 template <int BITS>
@@ -54,22 +56,25 @@ TQ_FUNC uint pack_word(const threadgroup uint* codes, int index) {
   return word | (next << 8);
 }
 
-// x: DIM contiguous elements; mean: DIM, read if CENTER; inverse_gains: GAINS of 1 / gain;
+// x: DIM contiguous elements; signs: DIM, over the channels' gains, read if ROTATE; mean:
+// DIM, in the basis, read if CENTER; inverse_gains: GAINS of 1 / gain;
 // codes: scratch for DIM rounded up to 32. MATCH_NORM: the keys' scale, else the values'.
 // Every simdgroup of the threadgroup must call it; `there` says whether to write.
-template <typename T, int DIM, int BITS, int GAINS, bool CENTER, bool MATCH_NORM>
+template <typename T, int DIM, int BITS, int GAINS, bool ROTATE, bool CENTER, bool MATCH_NORM>
 TQ_FUNC void encode_vector(
-    const device T* x, const device float* mean, const threadgroup float* levels,
+    const device T* x, const device float* signs, const device half* mean,
+    const threadgroup float* levels,
     const threadgroup float* boundaries, const device float* inverse_gains,
     threadgroup uint* codes, bool there, device uint* words, device half* scale, uint lane) {
   constexpr int PER = (DIM + 31) / 32;
   float y[PER];
   float norm_sq = 0.0f;
+  load_rot<T, DIM, ROTATE>(x, 1, signs, lane, y);
   TQ_UNROLL
   for (int i = 0; i < PER; i++) {
     int d = int(lane) + 32 * i;
-    y[i] = d < DIM ? float(x[d]) : 0.0f;
-    if (CENTER && d < DIM) y[i] -= mean[d];
+    if (ROTATE) y[i] *= tq_rsqrt(float(DIM));
+    if (CENTER && d < DIM) y[i] -= float(mean[d]);
     norm_sq += y[i] * y[i];
   }
   float rms = tq_sqrt(simd_sum(norm_sq) / float(DIM));

@@ -1,9 +1,6 @@
 // Decode attention, pass 2: one threadgroup per query row merges the partial results of
-// pass 1 with the tokens that were never packed (sink and recent, model dtype, rotated)
-// and the learned sink logit, normalises, and takes the result out of the rotated basis.
-//
-// Unpacked keys are not centred, packed ones are: q . mean is taken off the former's
-// logits, and off a learned sink's, so that one shift is common to all of them.
+// pass 1, taken out of the codes' basis, with the tokens that were never packed (sink and
+// recent, as the model gave them) and the learned sink logit, and normalises.
 
 #include "hadamard.h"
 
@@ -38,14 +35,14 @@ TQ_FUNC float raise(thread Running<PER>& run, float logit) {
   return tq_exp2(logit - top);
 }
 
-// Dot product of a row of DIM with q_rot, over the simdgroup; every lane gets it.
+// Dot product of a row of DIM with q, over the simdgroup; every lane gets it.
 template <typename K, int DIM>
-TQ_FUNC float row_dot(const thread float* q_rot, const device K* keys, uint lane) {
+TQ_FUNC float row_dot(const thread float* q, const device K* keys, uint lane) {
   float sum = 0.0f;
   TQ_UNROLL
   for (int i = 0; i < (DIM + 31) / 32; i++) {
     int d = int(lane) + 32 * i;
-    if (d < DIM) sum += q_rot[i] * float(keys[d]);
+    if (d < DIM) sum += q[i] * float(keys[d]);
   }
   return simd_sum(sum);
 }
@@ -78,15 +75,15 @@ TQ_FUNC void add_rows(
 // Attend to `count` (at most AHEAD) unpacked tokens.
 template <typename T, int DK, int DV, int PER>
 TQ_FUNC void attend_tokens(
-    thread Running<PER>& run, const thread float* q_rot, float shift, const device T* keys,
-    size_t key_stride, const device T* values, size_t value_stride, const device float* mask,
+    thread Running<PER>& run, const thread float* q, const device T* keys, size_t key_stride,
+    const device T* values, size_t value_stride, const device float* mask,
     bool masked, int count, uint lane) {
   float weights[AHEAD];
   float top = -1e30f;
   TQ_UNROLL
   for (int a = 0; a < AHEAD; a++) {
     int at = a < count ? a : 0;
-    weights[a] = row_dot<T, DK>(q_rot, keys + at * key_stride, lane) - shift;
+    weights[a] = row_dot<T, DK>(q, keys + at * key_stride, lane);
     if (masked) weights[a] += mask[at];
     top = tq_max(top, weights[a]);
   }
@@ -100,18 +97,18 @@ TQ_FUNC void attend_tokens(
 }
 
 // All at this row: sums and tops from pass 1; keys and values at this KV head, rows of
-// contiguous elements, `recent_*_stride` elements apart (the sink's are packed); mean
-// float (DK), zeros if keys are not centred; mask float (columns), log2 units, read if
-// MASKED; learned sink logit, log2 units, used if LEARNED.
+// contiguous elements, `*_stride` elements apart (the sink's are packed); mask float
+// (columns), log2 units, read if MASKED; learned sink logit, log2 units, used if LEARNED;
+// v_signs float (DV), times the channels' gains, read if ROTATE_V.
 //   scratch   threadgroup float (SIMDGROUPS * (DV + 2))
 //   out       T (DV)
 template <typename T, int DK, int DV, int SIMDGROUPS, bool ROTATE_V, bool MASKED, bool LEARNED>
 TQ_FUNC void merge_row(
-    const thread float* q_rot, const device float* sums, const device float* tops,
+    const thread float* q, const device float* sums, const device float* tops,
     const device T* sink_keys, const device T* sink_values, const device T* recent_keys,
     size_t key_stride, const device T* recent_values, size_t value_stride,
-    const device float* mean, const device float* mask, float learned,
-    const device float* v_signs, const thread MergeSizes& sizes, int step, device T* out,
+    const device float* mask, float learned, const device float* v_signs,
+    const thread MergeSizes& sizes, int step, device T* out,
     threadgroup float* scratch, uint simdgroup, uint lane) {
   constexpr int PER = (DV + 31) / 32;
   Running<PER> run;
@@ -137,21 +134,27 @@ TQ_FUNC void merge_row(
     add_rows<float, DV>(run, weights, sums + size_t(block) * DV, DV, count, lane);
   }
 
-  float shift = row_dot<float, DK>(q_rot, mean, lane);
+  if (ROTATE_V) {
+    simd_hadamard<PER>(run.sums, lane);
+    TQ_UNROLL
+    for (int i = 0; i < PER; i++) {
+      run.sums[i] *= v_signs[int(lane) + 32 * i] * tq_rsqrt(float(DV));
+    }
+  }
   for (int at = int(simdgroup) * AHEAD; at < sizes.sink; at += SIMDGROUPS * AHEAD) {
     attend_tokens<T, DK, DV>(
-        run, q_rot, shift, sink_keys + size_t(at) * DK, DK, sink_values + size_t(at) * DV, DV,
+        run, q, sink_keys + size_t(at) * DK, DK, sink_values + size_t(at) * DV, DV,
         mask + (MASKED ? at : 0), MASKED, sizes.sink - at, lane);
   }
   int seen = sizes.recent;
   if (sizes.causal) seen -= sizes.steps - 1 - step;
   for (int at = int(simdgroup) * AHEAD; at < seen; at += SIMDGROUPS * AHEAD) {
     attend_tokens<T, DK, DV>(
-        run, q_rot, shift, recent_keys + at * key_stride, key_stride,
+        run, q, recent_keys + at * key_stride, key_stride,
         recent_values + at * value_stride, value_stride,
         mask + (MASKED ? sizes.sink + sizes.packed + at : 0), MASKED, seen - at, lane);
   }
-  if (LEARNED && simdgroup == 0u) run.denominator += raise(run, learned - shift);
+  if (LEARNED && simdgroup == 0u) run.denominator += raise(run, learned);
 
   threadgroup float* mine = scratch + simdgroup * (DV + 2);
   TQ_UNROLL
@@ -177,12 +180,10 @@ TQ_FUNC void merge_row(
       if (d < DV) run.sums[i] += weight * other[d];
     }
   }
-  if (ROTATE_V) simd_hadamard<PER>(run.sums, lane);
   float unit = run.denominator > 0.0f ? 1.0f / run.denominator : 0.0f;
-  if (ROTATE_V) unit *= tq_rsqrt(float(DV));
   TQ_UNROLL
   for (int i = 0; i < PER; i++) {
     int d = int(lane) + 32 * i;
-    if (d < DV) out[d] = T(run.sums[i] * (ROTATE_V ? v_signs[d] * unit : unit));
+    if (d < DV) out[d] = T(run.sums[i] * unit);
   }
 }

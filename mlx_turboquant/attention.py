@@ -52,7 +52,10 @@ def attend(
         )
     _check(q, keys, mask)
     backend, _ = select.choose(keys, values)
-    return backend.attend(q, keys, values, scale, mask, sinks)
+    out = backend.attend(q, keys, values, scale, mask, sinks)
+    if keys.observe is not None:
+        keys.observe(q, scale)
+    return out
 
 
 def _check(q: mx.array, keys: Segments, mask: Mask) -> None:

@@ -7,12 +7,13 @@ every other use in words, so a model that reads K or V itself fails clearly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import mlx.core as mx
 
+from .basis import Basis, PageMeans
 from .codecs import Codec
 from .codes import PackedCodes
 from .errors import UnsupportedModelError
@@ -60,21 +61,25 @@ for _name in ("getitem", "matmul", "mul", "add", "sub", "truediv"):
 
 @dataclass(frozen=True, eq=False)
 class Segments(Handle):
-    """One side of one layer in the codec's basis, tokens in order.
+    """One side of one layer, tokens in order.
 
     Attributes:
-        codec: Its rotation is the basis of all three segments.
-        sink: First tokens (B, H, S, D), model dtype, rotated; None if S is 0.
-        packed: The codes between, of centred vectors if ``mean`` is set.
-        recent: Last tokens (B, H, R, D), model dtype, rotated, not centred.
-        mean: Key mean (B, H, 1, D) float32, rotated; None if keys are not centred.
+        codec: Of the packed tokens.
+        basis: Of the packed tokens; its rotation is the codec's.
+        sink: First tokens (B, H, S, D) as the model gave them; None if S is 0.
+        packed: The codes between.
+        recent: Last tokens (B, H, R, D) as the model gave them.
+        means: What was taken off the packed tokens; None if nothing was.
+        observe: Wants to see (q, scale) of the attention over this; None if not.
     """
 
     codec: Codec
+    basis: Basis
     sink: mx.array | None
     packed: PackedCodes | None
     recent: mx.array
-    mean: mx.array | None
+    means: PageMeans | None = None
+    observe: Callable[[mx.array, float], None] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -15,6 +15,7 @@ from .errors import SpecError
 #: Codec names accepted by ``codec=``, besides the ``k16``/``v16`` shorthand.
 CODEC_NAMES = ("turboquant",)
 MAX_BITS = 8
+CENTERS = ("page", "first", "off")
 _SIDES = re.compile(r"k(\d+)v(\d+)")
 _LIMITS = {"sink": (0, 1024), "window": (0, 65536), "page": (16, 1024)}
 _ADVICE = "use 1..8, a half step such as 2.5, or sides such as 'k4v3' or 'k16v3'"
@@ -66,8 +67,10 @@ class CacheSpec:
         sink: First tokens kept in the model's dtype.
         window: Most recent tokens kept in the model's dtype. Between ``window``
             and ``window + page`` recent tokens are held at any time.
-        page: Tokens encoded together; the first page also sets the key mean.
-        center: Subtract a per-head key mean before quantizing.
+        page: Tokens encoded together; the first page also sets the basis.
+        center: Key mean subtracted before quantizing: one per ``"page"``, the
+            ``"first"`` page's for all, or ``"off"``.
+        equalize: Divide channels by gains measured on the first page.
         seed: Seed of the rotation signs (see ``docs/format.md``).
 
     Raises:
@@ -83,8 +86,9 @@ class CacheSpec:
     values: CodecSpec
     sink: int = 4
     window: int = 32
-    page: int = 64
-    center: bool = True
+    page: int = 128
+    center: str = "page"
+    equalize: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +99,10 @@ class CacheSpec:
                     f"{name} {value} is outside {low}..{high}; "
                     f"leave it out for {_default(name)}"
                 )
+        if self.center not in CENTERS:
+            raise SpecError(
+                f"center={self.center} is unknown; use one of {', '.join(CENTERS)}"
+            )
         if not 0 <= self.seed < 2**32:
             raise SpecError(f"seed {self.seed} is outside 0..2**32-1; leave it out")
         if self.keys.name == self.values.name == "identity":
@@ -149,7 +157,7 @@ class CacheSpec:
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
             if full or value != field.default:
-                shown = ("off", "on")[value] if field.name == "center" else value
+                shown = ("off", "on")[value] if isinstance(value, bool) else value
                 parts.append(f"{field.name}={shown}")
         return ",".join(parts)
 
@@ -177,7 +185,9 @@ def _read_option(option: str) -> tuple[str, Any]:
     name, sep, value = option.strip().partition("=")
     if name == "codec" and sep:
         return name, value
-    if name == "center" and value in ("on", "off"):
+    if name == "center" and sep:
+        return name, value
+    if name == "equalize" and value in ("on", "off"):
         return name, value == "on"
     if name in (*_LIMITS, "seed"):
         try:
@@ -186,5 +196,5 @@ def _read_option(option: str) -> tuple[str, Any]:
             raise SpecError(f"{name}={value!r} is not a whole number") from None
     raise SpecError(
         f"option {option!r} is unknown; use codec=, sink=, window=, page=, "
-        "center=on|off or seed="
+        "center=page|first|off, equalize=on|off or seed="
     )

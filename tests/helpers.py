@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
+
+from mlx_turboquant.backends import reference
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "books-20m"
@@ -32,6 +35,14 @@ def softmax_attention(q, k, v, scale, mask=None, sinks=None):
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return weights[..., :total] @ v
+
+
+def stored(side):
+    """The vectors that a `Segments` stands for, float32, in the model's own basis."""
+    if side.packed is None:
+        return side.recent.astype(mx.float32)
+    whole = reference.materialize_rot(side, slice(None), mx.float32)
+    return side.basis.out(whole)
 
 
 def relative_error(got, want):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import each_dim, each_spec
-from helpers import relative_error, softmax_attention
+from helpers import relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import reference
@@ -19,20 +19,10 @@ def filled(spec, length, heads=2, k_dim=64, v_dim=64, dtype=mx.float32, offset=0
     k = (k + offset * mx.random.normal((1, heads, 1, k_dim))).astype(dtype)
     v = mx.random.normal((1, heads, length, v_dim)).astype(dtype)
     cache = tq.TurboQuantCache(spec)
-    for start in range(0, length, 150):
-        cache.update_and_fetch(
-            k[:, :, start : start + 150], v[:, :, start : start + 150]
-        )
+    for start, stop in pairwise((*range(0, length, 150), length - 1, length)):
+        cache.update_and_fetch(k[:, :, start:stop], v[:, :, start:stop])
+    assert cache.packed_length
     return cache, k, v
-
-
-def stored(cache):
-    """The keys and values that the codes stand for, out of the rotated basis."""
-    out = []
-    for side in cache.keys_and_values():
-        whole = reference.materialize(side, slice(None), mx.float32, centered=False)
-        out.append(side.codec.rotation.inverse(whole))
-    return out
 
 
 MASKS = {
@@ -53,7 +43,7 @@ def test_equals_float64_attention_over_what_is_stored(spec, mask, n):
     q = mx.random.normal((1, 4, n, 64))
     m = MASKS[mask](n, 300)
     got = tq.attend(q, keys, values, SCALE, m)
-    want = softmax_attention(q, *stored(cache), SCALE, m)
+    want = softmax_attention(q, *map(stored, cache.keys_and_values()), SCALE, m)
     assert relative_error(got, want) < 1e-5
 
 
@@ -62,7 +52,7 @@ def test_every_dim(dim):
     cache, _, _ = filled("k4v3", 250, k_dim=dim, v_dim=dim)
     q = mx.random.normal((1, 2, 3, dim))
     got = tq.attend(q, *cache.keys_and_values(), SCALE, "causal")
-    want = softmax_attention(q, *stored(cache), SCALE, "causal")
+    want = softmax_attention(q, *map(stored, cache.keys_and_values()), SCALE, "causal")
     assert relative_error(got, want) < 2e-5
 
 
@@ -72,7 +62,11 @@ def test_grouped_queries_equal_repeated_heads(heads, group):
     q = mx.random.normal((1, heads * group, 2, 64))
     got = tq.attend(q, *cache.keys_and_values(), SCALE)
     wide = tq.TurboQuantCache("k4v4")
-    wide.update_and_fetch(mx.repeat(k, group, axis=1), mx.repeat(v, group, axis=1))
+    for part in (slice(0, 299), slice(299, 300)):
+        k_part, v_part = k[:, :, part], v[:, :, part]
+        wide.update_and_fetch(
+            mx.repeat(k_part, group, axis=1), mx.repeat(v_part, group, axis=1)
+        )
     want = tq.attend(q, *wide.keys_and_values(), SCALE)
     assert got.shape == (1, heads * group, 2, 32)
     assert relative_error(got, want) < 1e-5
@@ -85,9 +79,13 @@ def test_learned_sinks_are_exact_in_spite_of_centring(n, offset):
     q = mx.random.normal((1, 4, n, 64)) * 0.3
     sinks = mx.array([0.0, 2.0, -1.0, 4.0])
     got = tq.attend(q, *cache.keys_and_values(), SCALE, "causal", sinks)
-    want = softmax_attention(q, *stored(cache), SCALE, "causal", sinks)
+    want = softmax_attention(
+        q, *map(stored, cache.keys_and_values()), SCALE, "causal", sinks
+    )
     assert relative_error(got, want) < 2e-5
-    without = softmax_attention(q, *stored(cache), SCALE, "causal")
+    without = softmax_attention(
+        q, *map(stored, cache.keys_and_values()), SCALE, "causal"
+    )
     assert relative_error(got, without) > 0.01
 
 
@@ -125,7 +123,7 @@ def test_half_precision_models(dtype):
     """No worse than twice what plain attention loses in that dtype."""
     cache, _, _ = filled("k4v4", 300, dtype=dtype)
     q = mx.random.normal((1, 4, 3, 64)).astype(dtype)
-    k, v = stored(cache)
+    k, v = map(stored, cache.keys_and_values())
     want = softmax_attention(q.astype(mx.float32), k, v, SCALE)
     got = tq.attend(q, *cache.keys_and_values(), SCALE)
     assert got.dtype == dtype
@@ -156,7 +154,7 @@ def test_plain_arrays_pass_through_bit_for_bit():
 
 
 def test_misfits_are_refused_with_their_shapes():
-    cache, _, _ = filled("3", 100)
+    cache, _, _ = filled("3", 200)
     keys, values = cache.keys_and_values()
     for shape in ((1, 3, 1, 64), (2, 2, 1, 64), (1, 2, 1, 32)):
         with pytest.raises(ValueError, match="do not fit keys"):

@@ -24,7 +24,10 @@ def grow(cache, count, seed):
 
 def test_right_padded_prompt_then_steps_equal_single_streams():
     lengths, longest = [150, 40, 97], 150
-    alone = [grow(tq.TurboQuantCache("k4v4"), n, i) for i, n in enumerate((130, 0, 9))]
+    alone = [
+        grow(tq.TurboQuantCache("k4v4,page=32"), n, i)
+        for i, n in enumerate((130, 0, 9))
+    ]
     batch = tq.BatchTurboQuantCache.merge(alone)
     q = mx.random.normal((3, 4, longest, 64))
     k, v = (mx.random.normal((3, 2, longest, 64)) for _ in range(2))
@@ -59,7 +62,9 @@ def test_right_padded_prompt_then_steps_equal_single_streams():
 
 @pytest.mark.parametrize("window", [None, 50])
 def test_array_masks_are_right_aligned(window):
-    alone = [grow(tq.TurboQuantCache("k4v4"), n, i) for i, n in enumerate((200, 120))]
+    alone = [
+        grow(tq.TurboQuantCache("k4v4,page=32"), n, i) for i, n in enumerate((200, 120))
+    ]
     batch = tq.BatchTurboQuantCache.merge(alone)
     q = mx.random.normal((2, 4, 12, 64))
     k, v = (mx.random.normal((2, 2, 12, 64)) for _ in range(2))
@@ -74,10 +79,10 @@ def test_array_masks_are_right_aligned(window):
 
 
 def test_merge_filter_extend_extract():
-    rows = [grow(tq.TurboQuantCache("3"), n, n) for n in (150, 20, 300)]
+    rows = [grow(tq.TurboQuantCache("3,page=32"), n, n) for n in (150, 20, 300)]
     batch = tq.BatchTurboQuantCache.merge(rows)
     batch.filter([2, 0])
-    other = tq.BatchTurboQuantCache.merge([rows[1], tq.TurboQuantCache("3")])
+    other = tq.BatchTurboQuantCache.merge([rows[1], tq.TurboQuantCache("3,page=32")])
     batch.extend(other)
     assert batch.offset.tolist() == [300, 150, 20, 0]
     taken = batch.extract(1)
@@ -93,7 +98,7 @@ def test_merge_filter_extend_extract():
 
 
 def test_left_padding_is_refused_in_words():
-    batch = tq.BatchTurboQuantCache.merge([tq.TurboQuantCache("3")])
+    batch = tq.BatchTurboQuantCache.merge([tq.TurboQuantCache("3,page=32")])
     with pytest.raises(UnsupportedError, match="left padding"):
         batch.prepare(left_padding=[3])
 

@@ -40,7 +40,7 @@ def test_quiet_prints_the_answer_and_nothing_else(run_cli):
 def test_options_reach_the_spec(run_cli):
     code, out, err = run_cli(
         "generate", "--model", MODEL, "-p", "Hello", "-m", "4", "--kv-bits", "3.5",
-        "--kv-window", "16", "--kv-sink", "2", "--no-kv-center", "--kv-seed", "5",
+        "--kv-window", "16", "--kv-sink", "2", "--kv-center", "off", "--kv-seed", "5",
         "--temp", "0.7", "--top-p", "0.9", "--seed", "1",
     )  # fmt: skip
     assert code == 0, err
@@ -108,7 +108,8 @@ def test_help_is_instant_and_names_our_options(run_cli):
         "--kv-codec",
         "--kv-window",
         "--kv-sink",
-        "--no-kv-center",
+        "--kv-center",
+        "--no-kv-equalize",
     ):
         assert name in out
 

@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 @pytest.mark.parametrize(
     ("script", "shows"),
     [
-        ("generate_text.py", ("48213", "k3v3 in 8 of 8 layers", "4+1600+")),
+        ("generate_text.py", ("48213", "k3v3 in 8 of 8 layers", "4+1536+")),
         ("save_and_resume.py", ("48213", "tokens saved in")),
         ("compare_codecs.py", ("3.125", "8.125")),
     ],

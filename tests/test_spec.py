@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_turboquant.errors import SpecError, TurboQuantError
-from mlx_turboquant.spec import CacheSpec, CodecSpec
+from mlx_turboquant.spec import CENTERS, CacheSpec, CodecSpec
 
 bits = st.one_of(st.integers(1, 8), st.just(16))
 specs = st.builds(
@@ -15,7 +15,8 @@ specs = st.builds(
     sink=st.integers(0, 1024),
     window=st.integers(0, 65536),
     page=st.integers(16, 1024),
-    center=st.booleans(),
+    center=st.sampled_from(CENTERS),
+    equalize=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
 
@@ -64,6 +65,8 @@ def test_overrides_win_and_none_leaves_alone():
         ("3,page=8", "page 8"),
         ("3,sink=x", "sink='x'"),
         ("3,colour=red", "colour=red"),
+        ("3,center=on", "center=on"),
+        ("3,equalize=maybe", "equalize=maybe"),
         ("3,codec=qjl9", "qjl9"),
         ("3,seed=-1", "seed -1"),
     ],

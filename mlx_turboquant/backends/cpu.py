@@ -12,6 +12,7 @@ import functools
 
 import mlx.core as mx
 
+from ..basis import PageMeans
 from ..codecs.turboquant import TurboQuant
 from ..codes import PackedCodes
 from ..segments import Segments
@@ -26,7 +27,6 @@ class Cpu:
     """Plain MLX operations in the order a CPU likes."""
 
     name = "cpu"
-    rotate = staticmethod(reference.rotate)
     encode = staticmethod(reference.encode)
 
     def attend(
@@ -48,9 +48,10 @@ class Cpu:
             assert values.packed is not None
             assert isinstance(values.codec, TurboQuant)
             planes = planes_of(values.codec, values.packed)
-        q_rot = keys.codec.rotation.forward(q) * scale
-        q_rot = q_rot.reshape(batch, heads, rows, -1)
-        logits = _logits(q_rot, keys).reshape(batch, -1, steps, total)
+        dtype, q = q.dtype, q.astype(mx.float32) * scale
+        q_rot = keys.basis.query(q).reshape(batch, heads, rows, -1)
+        logits = _logits(q.reshape(batch, heads, rows, -1), q_rot, keys)
+        logits = logits.reshape(batch, -1, steps, total)
         if isinstance(mask, str):
             mask = mx.arange(total) <= mx.arange(total - steps, total)[:, None]
         if isinstance(mask, mx.array):
@@ -58,10 +59,11 @@ class Cpu:
                 logits = mx.where(mask, logits, -mx.inf)
             else:
                 logits = logits + mask.astype(mx.float32)
-        weights = _softmax(logits, sinks, q_rot, keys.mean)
-        out_rot = _weigh(weights.reshape(batch, heads, rows, total), values, planes)
-        out_rot = out_rot.reshape(batch, q.shape[1], steps, -1)
-        return values.codec.rotation.inverse(out_rot).astype(q.dtype)
+        weights = _softmax(logits, sinks).reshape(batch, heads, rows, total)
+        shape = (batch, -1, steps, values.shape[3])
+        out_rot = _weigh_packed(weights, values, planes).reshape(shape)
+        out = values.basis.out(out_rot) + _weigh_plain(weights, values).reshape(shape)
+        return out.astype(dtype)
 
 
 def refuse(keys: Segments, values: Segments) -> str | None:
@@ -74,14 +76,8 @@ def refuse(keys: Segments, values: Segments) -> str | None:
     return None
 
 
-def _logits(q_rot: mx.array, keys: Segments) -> mx.array:
-    """Of all tokens, the mean's share left out: (B, H, rows, T) float32."""
-    parts = []
-    shift: mx.array | float = 0.0
-    if keys.mean is not None:
-        shift = q_rot @ keys.mean.swapaxes(-1, -2)
-    if keys.sink is not None:
-        parts.append(_dot(q_rot, keys.sink) - shift)
+def _logits(q: mx.array, q_rot: mx.array, keys: Segments) -> mx.array:
+    """Of all tokens, (B, H, rows, T) float32, for both spellings of the queries."""
     assert keys.packed is not None
     assert isinstance(keys.codec, TurboQuant)
     layout = layout_of(keys.codec.spec.bits, keys.codec.dim)
@@ -91,45 +87,59 @@ def _logits(q_rot: mx.array, keys: Segments) -> mx.array:
     for piece, plane in zip(pieces, planes_of(keys.codec, keys.packed), strict=True):
         packed = piece @ plane if packed is None else mx.addmm(packed, piece, plane)
     assert packed is not None
-    parts.append(packed * _scales(keys.packed))
-    parts.append(_dot(q_rot, keys.recent) - shift)
+    packed = packed * _scales(keys.packed)
+    if keys.means is not None:
+        packed = packed + _mean_logits(q_rot, keys.means, keys.packed_length)
+    parts = [packed, _dot(q, keys.recent)]
+    if keys.sink is not None:
+        parts.insert(0, _dot(q, keys.sink))
     return mx.concatenate(parts, axis=-1)
 
 
-def _weigh(weights: mx.array, values: Segments, planes: list[mx.array]) -> mx.array:
-    """Weights (B, H, rows, T) times the values: (B, H, rows, D), rotated."""
+def _mean_logits(q_rot: mx.array, means: PageMeans, tokens: int) -> mx.array:
+    """Of the mean of each packed token: (B, H, rows, tokens or 1)."""
+    logits = _dot(q_rot, means.rows[:, :, : means.count])
+    if means.count == 1:
+        return logits
+    return mx.repeat(logits, means.page, axis=-1)[..., :tokens]
+
+
+def _weigh_packed(
+    weights: mx.array, values: Segments, planes: list[mx.array]
+) -> mx.array:
+    """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
+    first = values.sink_length
+    assert values.packed is not None
+    assert isinstance(values.codec, TurboQuant)
+    layout = layout_of(values.codec.spec.bits, values.codec.dim)
+    scaled = weights[..., first : first + values.packed_length]
+    scaled = scaled * _scales(values.packed)
+    pieces = [scaled @ plane.swapaxes(-1, -2) for plane in planes]
+    return mx.concatenate(pieces, axis=-1)[..., layout.places]
+
+
+def _weigh_plain(weights: mx.array, values: Segments) -> mx.array:
+    """Weights times sink and recent values: (B, H, rows, D), not rotated."""
     first = values.sink_length
     last = first + values.packed_length
     out = weights[..., last:] @ values.recent.astype(mx.float32)
     if values.sink is not None:
         out = out + weights[..., :first] @ values.sink.astype(mx.float32)
-    assert values.packed is not None
-    assert isinstance(values.codec, TurboQuant)
-    layout = layout_of(values.codec.spec.bits, values.codec.dim)
-    scaled = weights[..., first:last] * _scales(values.packed)
-    pieces = [scaled @ plane.swapaxes(-1, -2) for plane in planes]
-    return out + mx.concatenate(pieces, axis=-1)[..., layout.places]
+    return out
 
 
-def _softmax(
-    logits: mx.array, sinks: mx.array | None, q_rot: mx.array, mean: mx.array | None
-) -> mx.array:
+def _softmax(logits: mx.array, sinks: mx.array | None) -> mx.array:
     """Over tokens, and learned sink logits (Hq,) that carry no value."""
     if sinks is None:
         return mx.softmax(logits, axis=-1, precise=True)
-    batch, query_heads, steps, _ = logits.shape
-    extra = mx.broadcast_to(
-        sinks.astype(mx.float32)[None, :, None, None], (batch, query_heads, steps, 1)
-    )
-    if mean is not None:
-        shift = q_rot @ mean.swapaxes(-1, -2)
-        extra = extra - shift.reshape(batch, query_heads, steps, 1)
+    extra = sinks.astype(mx.float32)[None, :, None, None]
+    extra = mx.broadcast_to(extra, (*logits.shape[:3], 1))
     joined = mx.concatenate([extra, logits], axis=-1)
     return mx.softmax(joined, axis=-1, precise=True)[..., 1:]
 
 
-def _dot(q_rot: mx.array, keys: mx.array) -> mx.array:
-    return q_rot @ keys.astype(mx.float32).swapaxes(-1, -2)
+def _dot(q: mx.array, keys: mx.array) -> mx.array:
+    return q @ keys.astype(mx.float32).swapaxes(-1, -2)
 
 
 def _scales(codes: PackedCodes) -> mx.array:

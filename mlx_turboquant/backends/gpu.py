@@ -8,10 +8,11 @@ arithmetic is in ``metal/decode_attention.metal`` and ``metal/merge_blocks.metal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from ..basis import Basis, PageMeans
 from ..codecs import Codec
 from ..codecs.turboquant import TurboQuant
 from ..codes import PackedCodes
@@ -25,6 +26,7 @@ from .plan import (
     MERGE_SIMDGROUPS,
     Plan,
     plan_for,
+    signs_of,
     sizes_array,
 )
 
@@ -37,6 +39,9 @@ def refuse(keys: Segments, values: Segments) -> str | None:
     """Why these kernels cannot attend to what is stored, or None if they can."""
     if keys.packed is None or values.packed is None:
         return "nothing is packed yet"
+    means = keys.means
+    if means is not None and means.count > 1 and means.page % _TILE:
+        return f"page {means.page} is not a multiple of {_TILE}"
     return tokens.refuse(keys.codec, values.codec)
 
 
@@ -81,30 +86,23 @@ class Gpu:
         assert side.packed is not None
         return tokens.decode(self.launcher, side.codec, side.packed, dtype, heads)
 
-    def rotate(
-        self, keys: mx.array, values: mx.array, codecs: tuple[Codec, Codec]
-    ) -> tuple[mx.array, mx.array]:
-        """As `reference.rotate`; dims that are no power of two are left to it."""
-        rotations = (codecs[0].rotation, codecs[1].rotation)
-        if not tokens.can_rotate(*rotations) or keys.dtype != values.dtype:
-            return reference.rotate(keys, values, codecs)
-        return tokens.rotate(self.launcher, keys, values, rotations)
-
     def encode(
         self,
-        keys_rot: mx.array,
-        values_rot: mx.array,
-        mean: mx.array | None,
+        keys: mx.array,
+        values: mx.array,
+        means: PageMeans | None,
+        first: int,
+        bases: tuple[Basis, Basis],
         codecs: tuple[Codec, Codec],
     ) -> tuple[PackedCodes, PackedCodes]:
         """As `reference.encode`; codecs without a kernel are left to it."""
-        if tokens.refuse(*codecs) or keys_rot.dtype != values_rot.dtype:
-            return reference.encode(keys_rot, values_rot, mean, codecs)
+        args = (keys, values, means, first, bases)
+        if tokens.refuse(*codecs) or keys.dtype != values.dtype:
+            return reference.encode(*args, codecs)
         k_codec, v_codec = codecs
         assert isinstance(k_codec, TurboQuant)
         assert isinstance(v_codec, TurboQuant)
-        sides = (k_codec, v_codec)
-        return tokens.encode(self.launcher, keys_rot, values_rot, mean, sides)
+        return tokens.encode(self.launcher, *args, (k_codec, v_codec))
 
     def _attend_fused(
         self,
@@ -132,18 +130,24 @@ class Gpu:
             scale,
             bias is not None,
             learned is not None,
+            keys.means is not None,
         )
         dtype = q.dtype
-        if plan.rotate_q:
-            q = plan.rotate_q.forward(q)
+        k_basis, v_basis = keys.basis, values.basis
+        # Where no kernel rotates, everything is taken into the codes' basis here.
+        if not plan.inside[0]:
+            q = k_basis.query(q)
+            keys = _unpacked_into_basis(keys)
+        if not plan.inside[1]:
+            values = _unpacked_into_basis(values)
         if q.dtype != keys.dtype:
             q = q.astype(keys.dtype)
         bias = plan.zeros if bias is None else bias
         sums, tops = self._attend_blocks(plan, q, keys, values, counts, bias)
         causal = isinstance(mask, str) and steps > 1
         out = self._merge(plan, q, (sums, tops), keys, values, bias, learned, causal)
-        if plan.rotate_out:
-            out = plan.rotate_out.inverse(out)
+        if not plan.inside[1]:
+            out = v_basis.out(out)
         return out if out.dtype == dtype else out.astype(dtype)
 
     def _attend_blocks(
@@ -167,7 +171,13 @@ class Gpu:
         blocks = -(-length // run)
         rows, steps = plan.rows, q.shape[2]
         first, columns = keys.sink_length, bias.shape[-1]
-        sizes = sizes_array((length, blocks, run, heads, rows, steps, first, columns))
+        means = keys.means
+        sizes = sizes_array(
+            (
+                *(length, blocks, run, heads, rows, steps, first, columns),
+                *((means.page, means.count) if means else (1, 1)),
+            )
+        )
         threads = 32 * BLOCK_SIMDGROUPS
         partial = batch * query_heads * steps * blocks
         return self.launcher(
@@ -177,9 +187,10 @@ class Gpu:
                 *_whole_tiles(keys.packed, tiles),
                 *_whole_tiles(values.packed, tiles),
                 bias,
+                means.rows if means else plan.no_means,
                 *plan.decoders,
-                plan.signs[0],
-                plan.q_scale,
+                signs_of(keys.basis, batch * heads, out=True),
+                plan.q_scales[0],
                 sizes,
             ],
             plan.block,
@@ -228,11 +239,10 @@ class Gpu:
                 values.recent if values.sink is None else values.sink,
                 keys.recent,
                 values.recent,
-                plan.zeros if keys.mean is None else keys.mean,
                 bias,
                 plan.zeros if learned is None else learned,
-                *plan.signs,
-                plan.q_scale,
+                signs_of(values.basis, batch * keys.shape[1], out=True),
+                plan.q_scales[1],
                 sizes_array(sizes),
             ],
             plan.merge,
@@ -241,6 +251,13 @@ class Gpu:
             output_shapes=[(batch, query_heads, steps, values.codec.dim)],
             output_dtypes=[q.dtype],
         )[0]
+
+
+def _unpacked_into_basis(side: Segments) -> Segments:
+    """With sink and recent tokens in the codes' basis, dtype kept."""
+    into, dtype = side.basis.into, side.recent.dtype
+    sink = None if side.sink is None else into(side.sink).astype(dtype)
+    return replace(side, sink=sink, recent=into(side.recent).astype(dtype))
 
 
 def _whole_tiles(codes: PackedCodes, tiles: int) -> list[mx.array]:

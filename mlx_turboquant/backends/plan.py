@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..basis import Basis
 from ..codecs.turboquant import TurboQuant
 from ..polynomial import TERMS, decoder_table
 from ..rotation import Rotation
@@ -37,26 +38,25 @@ class Plan:
     """All of a call that does not change from step to step.
 
     Attributes:
-        rotate_q: For q before the kernels, where they cannot do it themselves.
-        rotate_out: Likewise for undoing the values' rotation.
+        inside: Whether the kernels rotate, of keys and of values; else it is done
+            before and after them.
         rows: Query rows per KV head.
         block: Template of pass 1.
         merge: Template of pass 2.
         decoders: What pass 1 decodes keys and values with.
-        signs: Of the keys' and the values' rotation.
-        q_scale: From an unnormalised rotation to logits in log2 units.
-        zeros: In place of arrays a call has not; at least one key mean's size.
+        q_scales: From q to logits in log2 units: rotated without norm, and plain.
+        zeros: In place of float arrays a call has not.
+        no_means: In place of means.
     """
 
-    rotate_q: Rotation | None
-    rotate_out: Rotation | None
+    inside: tuple[bool, bool]
     rows: int
     block: dict[str, Any]
     merge: dict[str, Any]
     decoders: tuple[mx.array, mx.array]
-    signs: tuple[mx.array, mx.array]
-    q_scale: mx.array
+    q_scales: tuple[mx.array, mx.array]
     zeros: mx.array
+    no_means: mx.array
 
 
 @functools.lru_cache(maxsize=256)
@@ -69,20 +69,22 @@ def plan_for(
     scale: float,
     masked: bool,
     learned: bool,
+    centered: bool,
 ) -> Plan:
     """heads: batch, KV heads, query heads."""
-    batch, kv_heads, query_heads = heads
-    k_rotation, v_rotation = k_codec.rotation, v_codec.rotation
+    _, kv_heads, query_heads = heads
+    inside = (rotates(k_codec.rotation), rotates(v_codec.rotation))
     rows = query_heads // kv_heads * steps
     common = {
         "T": dtype,
         "DK": k_codec.dim,
         "DV": v_codec.dim,
-        "ROTATE_K": rotates(k_rotation),
         "MASKED": masked,
     }
     block = {
         **common,
+        "ROTATE_K": inside[0],
+        "CENTER": centered,
         "ROW_TILES": -(-rows // _ROWS),
         "SIMDGROUPS": BLOCK_SIMDGROUPS,
     }
@@ -92,28 +94,55 @@ def plan_for(
     merge = {
         **common,
         "SIMDGROUPS": MERGE_SIMDGROUPS,
-        "ROTATE_V": rotates(v_rotation),
+        "ROTATE_V": inside[1],
         "LEARNED": learned,
     }
-    unit = k_codec.dim**-0.5 if rotates(k_rotation) else 1.0
+    unit = k_codec.dim**-0.5 if inside[0] else 1.0
     arrays = {
         "k": mx.array(decoder_table(k_codec.dim, k_codec.spec.bits)),
         "v": mx.array(decoder_table(v_codec.dim, v_codec.spec.bits)),
-        "q_scale": mx.full((8,), scale * LOG2E * unit),
-        "zeros": mx.zeros((batch * kv_heads * k_codec.dim,)),
+        "q_rot_scale": mx.full((8,), scale * LOG2E * unit),
+        "q_scale": mx.full((8,), scale * LOG2E),
+        "zeros": mx.zeros((8,)),
+        "no_means": mx.zeros((8,), mx.float16),
     }
     mx.eval(arrays)
     return Plan(
-        rotate_q=None if rotates(k_rotation) else k_rotation,
-        rotate_out=None if rotates(v_rotation) else v_rotation,
+        inside=inside,
         rows=rows,
         block=block,
         merge=merge,
         decoders=(arrays["k"], arrays["v"]),
-        signs=(k_rotation.signs, v_rotation.signs),
-        q_scale=arrays["q_scale"],
+        q_scales=(arrays["q_rot_scale"], arrays["q_scale"]),
         zeros=arrays["zeros"],
+        no_means=arrays["no_means"],
     )
+
+
+def signs_of(basis: Basis, heads: int, out: bool) -> mx.array:
+    """A basis's signs times (``out``) or over its gains, for each of ``heads``.
+
+    One contiguous row of D per batch and KV head, or zeros if no kernel rotates.
+    """
+    if not rotates(basis.rotation):
+        return _no_signs()
+    if basis.gains is None:
+        return _equal_signs(basis.rotation, heads)
+    return basis.signs_out if out else basis.signs_in
+
+
+@functools.cache
+def _no_signs() -> mx.array:
+    zeros = mx.zeros((8,))
+    mx.eval(zeros)
+    return zeros
+
+
+@functools.lru_cache(maxsize=64)
+def _equal_signs(rotation: Rotation, heads: int) -> mx.array:
+    signs = mx.contiguous(mx.broadcast_to(rotation.signs, (heads, rotation.dim)))
+    mx.eval(signs)
+    return signs
 
 
 @functools.lru_cache(maxsize=64)

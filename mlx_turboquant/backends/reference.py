@@ -1,7 +1,8 @@
 """Attention over segments in plain mx: runs anywhere, and defines what is correct.
 
-Owns decoding for attention, its memory bound, and the change of basis around it: q is
-rotated once, the output un-rotated once.
+Owns decoding for attention, its memory bound, and the change of basis around it: while
+there are codes, q, sink and recent tokens are taken into the codes' basis and the
+output out of it.
 
 A slice of KV heads at a time is decoded and handed to MLX's own attention, so the
 transient never exceeds `SLICE_BYTES` or one KV head, whichever is more: for a model
@@ -14,6 +15,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from ..basis import Basis, PageMeans
 from ..codecs import Codec
 from ..codes import PackedCodes
 from ..segments import Segments
@@ -28,31 +30,33 @@ Decode = Callable[[Segments, slice, mx.Dtype], mx.array]
 
 
 def decode(side: Segments, heads: slice, dtype: mx.Dtype) -> mx.array:
-    """The packed tokens of some heads as vectors (B, heads, T_p, D), rotated."""
+    """The packed tokens of some heads (B, heads, T_p, D), in the basis, no means."""
     assert side.packed is not None
     return side.codec.decode(side.packed, dtype, heads)
 
 
-def rotate(
-    keys: mx.array, values: mx.array, codecs: tuple[Codec, Codec]
-) -> tuple[mx.array, mx.array]:
-    """New keys and values (B, H, N, D) into their codecs' bases; dtype kept."""
-    return (
-        codecs[0].rotation.forward(keys).astype(keys.dtype),
-        codecs[1].rotation.forward(values).astype(values.dtype),
-    )
-
-
 def encode(
-    keys_rot: mx.array,
-    values_rot: mx.array,
-    mean: mx.array | None,
+    keys: mx.array,
+    values: mx.array,
+    means: PageMeans | None,
+    first: int,
+    bases: tuple[Basis, Basis],
     codecs: tuple[Codec, Codec],
 ) -> tuple[PackedCodes, PackedCodes]:
-    """Codes of rotated keys, less their mean (B, H, 1, Dk) float32, and values."""
-    if mean is not None:
-        keys_rot = keys_rot.astype(mx.float32) - mean
-    return codecs[0].encode(keys_rot), codecs[1].encode(values_rot)
+    """Codes of tokens that follow ``first`` packed ones.
+
+    Args:
+        keys: (B, H, N, Dk), as the model gave them.
+        values: (B, H, N, Dv).
+        means: Taken off the keys, rows for these tokens included.
+        first: Packed tokens before these.
+        bases: Of keys and values.
+        codecs: Of keys and values.
+    """
+    keys_rot = bases[0].into(keys)
+    if means is not None:
+        keys_rot = keys_rot - means.of_tokens(first, keys.shape[2])
+    return codecs[0].encode(keys_rot), codecs[1].encode(bases[1].into(values))
 
 
 def attend(
@@ -79,9 +83,13 @@ def attend(
     Returns:
         (B, Hq, L, Dv) in q's dtype, not rotated.
     """
-    q_rot = keys.codec.rotation.forward(q).astype(q.dtype)
+    if keys.packed is None:
+        return mx.fast.scaled_dot_product_attention(
+            q, keys.recent, values.recent, scale=scale, mask=mask, sinks=sinks
+        )
+    q_rot = keys.basis.query(q).astype(q.dtype)
     out_rot = attend_rot(q_rot, keys, values, scale, mask, sinks, decode)
-    return values.codec.rotation.inverse(out_rot).astype(q.dtype)
+    return values.basis.out(out_rot).astype(q.dtype)
 
 
 def attend_rot(
@@ -104,10 +112,8 @@ def attend_rot(
         outputs.append(
             mx.fast.scaled_dot_product_attention(
                 q_rot[:, q_heads],
-                # Shift invariance lets the key mean go, unless a learned sink logit
-                # that has no mean in it shares the softmax.
-                materialize(keys, kv, q_rot.dtype, sinks is None, decode),
-                materialize(values, kv, q_rot.dtype, True, decode),
+                materialize_rot(keys, kv, q_rot.dtype, decode),
+                materialize_rot(values, kv, q_rot.dtype, decode),
                 scale=scale,
                 mask=_mask_heads(mask, q_heads),
                 sinks=None if sinks is None else sinks[q_heads],
@@ -123,37 +129,30 @@ def heads_per_slice(keys: Segments, values: Segments) -> int:
     return max(1, min(heads, SLICE_BYTES // per_head))
 
 
-def materialize(
-    side: Segments,
-    heads: slice,
-    dtype: mx.Dtype,
-    centered: bool = True,
-    decode: Decode = decode,
+def materialize_rot(
+    side: Segments, heads: slice, dtype: mx.Dtype, decode: Decode = decode
 ) -> mx.array:
-    """All tokens of some heads as vectors (B, heads, T, D), rotated.
+    """All tokens of some KV heads (B, heads, T, D) in the basis, means put back.
 
     Args:
         side: Keys or values.
         heads: Which KV heads.
         dtype: Of the result; arithmetic is float32.
-        centered: Leave the key mean out (the basis of the codes), or put it back.
         decode: What decodes the packed tokens.
     """
-    mean = None if side.mean is None else side.mean[:, heads]
+    basis = side.basis.of_heads(heads)
     parts = []
     if side.sink is not None:
-        parts.append(_shift(side.sink[:, heads], mean if centered else None, dtype))
+        parts.append(basis.into(side.sink[:, heads]).astype(dtype))
     if side.packed is not None:
         packed = decode(side, heads, dtype)
-        if mean is not None and not centered:
-            packed = (packed.astype(mx.float32) + mean).astype(dtype)
+        if side.means is not None:
+            means = side.means.of_tokens(0, side.packed_length, heads)
+            packed = (packed.astype(mx.float32) + means).astype(dtype)
         parts.append(packed)
-    parts.append(_shift(side.recent[:, heads], mean if centered else None, dtype))
+    if side.recent.shape[2]:
+        parts.append(basis.into(side.recent[:, heads]).astype(dtype))
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-
-
-def _shift(x: mx.array, mean: mx.array | None, dtype: mx.Dtype) -> mx.array:
-    return (x if mean is None else x.astype(mx.float32) - mean).astype(dtype)
 
 
 def _mask_heads(mask: mx.array | str | None, heads: slice) -> mx.array | str | None:

@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 
 import mlx.core as mx
 
+from ..basis import Basis, PageMeans
 from ..codecs import Codec
 from ..codes import PackedCodes
 from ..errors import BackendUnavailableError, SpecError
@@ -47,17 +48,13 @@ class Backend(Protocol):
         """As `reference.attend`."""
         ...
 
-    def rotate(
-        self, keys: mx.array, values: mx.array, codecs: tuple[Codec, Codec]
-    ) -> tuple[mx.array, mx.array]:
-        """As `reference.rotate`."""
-        ...
-
     def encode(
         self,
-        keys_rot: mx.array,
-        values_rot: mx.array,
-        mean: mx.array | None,
+        keys: mx.array,
+        values: mx.array,
+        means: PageMeans | None,
+        first: int,
+        bases: tuple[Basis, Basis],
         codecs: tuple[Codec, Codec],
     ) -> tuple[PackedCodes, PackedCodes]:
         """As `reference.encode`."""
@@ -69,7 +66,6 @@ class Reference:
 
     name = "reference"
     attend = staticmethod(reference.attend)
-    rotate = staticmethod(reference.rotate)
     encode = staticmethod(reference.encode)
 
 

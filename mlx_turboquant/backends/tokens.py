@@ -1,7 +1,7 @@
-"""Tokens in and out of codes by kernels: rotate, encode a page, decode for prefill.
+"""Tokens in and out of codes by kernels: encode a page, decode for prefill.
 
 Owns the launches of ``kernels/tokens.py``, each held to a definition in plain mx:
-`Rotation.forward`, `TurboQuant.encode` and `TurboQuant.decode`.
+`reference.encode` and `TurboQuant.decode`.
 """
 
 from __future__ import annotations
@@ -11,59 +11,18 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..basis import Basis, PageMeans
 from ..codecs import Codec
 from ..codecs.turboquant import TurboQuant
 from ..codes import PackedCodes
 from ..kernels.kernel import Launcher
-from ..kernels.tokens import DECODE_TOKENS, ENCODE_TOKENS, ROTATE_TOKENS
+from ..kernels.tokens import DECODE_TOKENS, ENCODE_TOKENS
 from ..packing import words_per_vector
 from ..polynomial import TERMS, coefficients
-from ..rotation import Rotation
-from .plan import MAX_DIM, rotates, sizes_array
+from .plan import MAX_DIM, rotates, signs_of, sizes_array
 
 _SIMDGROUPS = 4
 _DECODE_THREADS = 128
-
-
-def can_rotate(*rotations: Rotation) -> bool:
-    """Whether `rotate` can do all of these."""
-    return all(r.dim <= MAX_DIM and (rotates(r) or _plain(r)) for r in rotations)
-
-
-def rotate(
-    launcher: Launcher,
-    keys: mx.array,
-    values: mx.array,
-    rotations: tuple[Rotation, Rotation],
-) -> tuple[mx.array, mx.array]:
-    """Keys and values (B, H, N, D), any strides, to their bases; dtype kept."""
-    batch, heads, tokens, k_dim = keys.shape
-    v_dim = values.shape[3]
-    template = {
-        "T": keys.dtype,
-        "DK": k_dim,
-        "DV": v_dim,
-        "ROTATE_K": not _plain(rotations[0]),
-        "ROTATE_V": not _plain(rotations[1]),
-        "SIMDGROUPS": _SIMDGROUPS,
-    }
-    threads = 32 * _SIMDGROUPS
-    k_rot, v_rot = launcher(
-        ROTATE_TOKENS,
-        [
-            keys,
-            values,
-            rotations[0].signs,
-            rotations[1].signs,
-            sizes_array((tokens, heads, batch)),
-        ],
-        template,
-        grid=(threads * -(-batch * heads * tokens // _SIMDGROUPS), 2, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(batch, heads, tokens, k_dim), (batch, heads, tokens, v_dim)],
-        output_dtypes=[keys.dtype, keys.dtype],
-    )
-    return k_rot, v_rot
 
 
 def refuse(*codecs: Codec) -> str | None:
@@ -78,42 +37,47 @@ def refuse(*codecs: Codec) -> str | None:
 
 def encode(
     launcher: Launcher,
-    keys_rot: mx.array,
-    values_rot: mx.array,
-    mean: mx.array | None,
+    keys: mx.array,
+    values: mx.array,
+    means: PageMeans | None,
+    first: int,
+    bases: tuple[Basis, Basis],
     codecs: tuple[TurboQuant, TurboQuant],
 ) -> tuple[PackedCodes, PackedCodes]:
-    """Both sides of some tokens in one launch.
+    """Both sides of some tokens in one launch; arguments as `reference.encode`'s.
 
-    Args:
-        launcher: What runs it.
-        keys_rot: (B, H, N, Dk), float, any strides but the last.
-        values_rot: (B, H, N, Dv), the same dtype.
-        mean: Subtracted from the keys first, (B, H, 1, Dk) float32, or None.
-        codecs: Of the keys and of the values, with the same gains.
+    Keys and values have one dtype and any strides but the last.
     """
     k_codec, v_codec = codecs
-    batch, heads, tokens, _ = keys_rot.shape
-    bits = (k_codec.spec.bits, v_codec.spec.bits)
+    batch, heads, tokens, _ = keys.shape
     tables = _tables(k_codec, v_codec)
     lead = (batch, heads, tokens)
+    sides = []
+    for x, basis in zip((keys, values), bases, strict=True):
+        inside = rotates(basis.rotation)
+        sides.append((x if inside else basis.into(x).astype(x.dtype), inside))
+    row = (means.page, means.count) if means else (1, 1)
     k_words, k_scales, v_words, v_scales = launcher(
         ENCODE_TOKENS,
         [
-            keys_rot,
-            values_rot,
-            tables["none"] if mean is None else mx.contiguous(mean),
+            sides[0][0],
+            sides[1][0],
+            signs_of(bases[0], batch * heads, out=False),
+            signs_of(bases[1], batch * heads, out=False),
+            means.rows if means else tables["no_means"],
             tables["k_levels"],
             tables["k_boundaries"],
             tables["v_levels"],
             tables["v_boundaries"],
             tables["inverse_gains"],
-            sizes_array((tokens, heads, batch)),
+            sizes_array((tokens, heads, batch, first, *row)),
         ],
         {
             **_encode_template(k_codec, v_codec),
-            "T": keys_rot.dtype,
-            "CENTER": mean is not None,
+            "T": keys.dtype,
+            "ROTATE_K": sides[0][1],
+            "ROTATE_V": sides[1][1],
+            "CENTER": means is not None,
         },
         grid=(
             32 * _SIMDGROUPS * -(-batch * heads * tokens // _SIMDGROUPS),
@@ -122,9 +86,9 @@ def encode(
         ),
         threadgroup=(32 * _SIMDGROUPS, 1, 1),
         output_shapes=[
-            (*lead, words_per_vector(bits[0], k_codec.dim)),
+            (*lead, words_per_vector(k_codec.spec.bits, k_codec.dim)),
             (*lead, 1),
-            (*lead, words_per_vector(bits[1], v_codec.dim)),
+            (*lead, words_per_vector(v_codec.spec.bits, v_codec.dim)),
             (*lead, 1),
         ],
         output_dtypes=[mx.uint32, mx.float16, mx.uint32, mx.float16],
@@ -164,10 +128,6 @@ def decode(
     )[0]
 
 
-def _plain(rotation: Rotation) -> bool:
-    return rotation.kind == "identity"
-
-
 @functools.lru_cache(maxsize=64)
 def _encode_template(k_codec: TurboQuant, v_codec: TurboQuant) -> dict[str, Any]:
     bits = (k_codec.spec.bits, v_codec.spec.bits)
@@ -189,7 +149,7 @@ def _tables(k_codec: TurboQuant, v_codec: TurboQuant) -> dict[str, mx.array]:
     """Constant buffers, each padded: fewer than 8 elements would be constant memory."""
     assert k_codec.gains == v_codec.gains
     tables = {
-        "none": mx.zeros((8,)),
+        "no_means": mx.zeros((8,), mx.float16),
         "inverse_gains": mx.pad(mx.array([1 / g for g in k_codec.gains]), (0, 8)),
     }
     for side, codec in (("k", k_codec), ("v", v_codec)):

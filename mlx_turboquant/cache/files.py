@@ -15,9 +15,9 @@ from ..errors import FormatError, SpecError
 from ..spec import CacheSpec
 
 #: Raised by any change to bit layout, levels, signs or array names.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAGIC = "mlx_turboquant"
-_GROUPS = ("sink", "packed", "recent", "mean")
+_GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]
 State = dict[str, Any]
 

@@ -2,14 +2,14 @@
 
 Owns the three segments and when tokens move between them:
 
-    sink     the first ``spec.sink`` tokens, model dtype
+    sink     the first ``spec.sink`` tokens, as the model gave them
     packed   codes, encoded a page at a time
-    recent   between ``window`` and ``window + page`` last tokens, model dtype
+    recent   between ``window`` and ``window + page`` last tokens, likewise
 
-All live in the codec's rotated basis. Keys are packed minus a mean, taken from the
-first page and frozen, so that a token's codes never depend on what came later. What
-a step reads is set by how many tokens came before it, not by how they came: after n
-tokens, ``page * ((n - sink - window) // page)`` of them are packed.
+The basis of the codes comes from the first page (`encoder`) and is frozen; keys are
+packed minus a mean per page. A token's codes never depend on what came after its page,
+and what a step reads is set by how many tokens came before it, not by how they came:
+after n tokens, ``page * ((n - sink - window) // page)`` of them are packed.
 
 Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``).
 """
@@ -17,25 +17,24 @@ Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
-from ..backends import select
-from ..codecs import Codec, codec_for
 from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..segments import Segments
 from ..spec import CacheSpec
 from . import files
+from .encoder import Arrays, PageEncoder
 from .masks import make_mask
 from .store import TokenStore
 
 #: Steps of at most this many tokens go through the recent buffer (speculative
 #: decoding verifies up to 8); longer ones are prefill and are packed at once.
 DECODE_TOKENS = 8
-_PACKED_STEP = 256
-Arrays = dict[str, mx.array]
+_PACKED_STEP = 128
 
 
 class TurboQuantCache:
@@ -58,15 +57,14 @@ class TurboQuantCache:
         self._packed = TokenStore(_PACKED_STEP)
         held = spec.sink + spec.window + spec.page + DECODE_TOKENS
         self._recent = TokenStore(held)
-        self._mean: mx.array | None = None
+        self._encoder = PageEncoder(spec)
         self._sides: dict[str, tuple[Arrays, PackedCodes]] = {}
-        self._pairs: dict[tuple[int, int], tuple[Codec, Codec]] = {}
 
     # What models and generation loops use.
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
-    ) -> tuple[Segments | mx.array, Segments | mx.array]:
+    ) -> tuple[Segments, Segments]:
         """Append tokens and return what attention should read.
 
         Args:
@@ -74,37 +72,48 @@ class TurboQuantCache:
             values: (B, H, N, Dv).
 
         Returns:
-            Handles over all tokens so far. The first tokens of an empty cache come
-            back as they are: they attend to each other unrotated and exactly.
+            Handles over all tokens so far. Until something is packed, attention over
+            them is MLX's own on the model's own arrays.
 
         Raises:
             UnsupportedError: for a head_dim the rotation cannot do, or a shape
                 that does not continue what is stored.
         """
         self._check(keys, values)
-        first = self.offset == 0
-        k_codec, v_codec = self._codecs(keys.shape[3], values.shape[3])
+        self._encoder.prepare(keys.shape[3], values.shape[3])
         self._pack(self._due())
-        backend, _ = select.machine_backend()
-        k_rot, v_rot = backend.rotate(keys, values, (k_codec, v_codec))
-        self._recent.append({"keys": k_rot, "values": v_rot})
-        fetched = (keys, values) if first else self.keys_and_values()
-        if keys.shape[2] > DECODE_TOKENS:
+        self._recent.append({"keys": keys, "values": values})
+        fetched = self.keys_and_values()
+        if keys.shape[2] > DECODE_TOKENS and self._encoder.calibrated:
             self._pack(self._due())
         return fetched
 
     def keys_and_values(self) -> tuple[Segments, Segments]:
         """Handles over everything stored, for layers that share a cache."""
-        recent = self._recent.views()
-        k_codec, v_codec = self._codecs(
-            recent["keys"].shape[3], recent["values"].shape[3]
-        )
+        encoder = self._encoder
+        sides = [
+            Segments(
+                codec,
+                basis,
+                self._sink.get(name),
+                self._packed_side(name) if self._packed.length else None,
+                self._recent.view(name),
+            )
+            for name, codec, basis in zip(
+                ("keys", "values"), encoder.codecs, encoder.bases, strict=True
+            )
+        ]
+        observe = None if encoder.calibrated else self._observe
+        return replace(sides[0], means=encoder.means, observe=observe), sides[1]
 
-        def side(name: str, codec: Codec, mean: mx.array | None) -> Segments:
-            packed = self._packed_side(name) if self._packed.length else None
-            return Segments(codec, self._sink.get(name), packed, recent[name], mean)
-
-        return side("keys", k_codec, self._mean), side("values", v_codec, None)
+    def _observe(self, q: mx.array, scale: float) -> None:
+        """Learn from the queries; a prompt's first chunk can be packed then."""
+        if self._encoder.calibrated:
+            return
+        heads = self._recent.arrays["keys"].shape[1]
+        self._encoder.calibration.observe(q, scale, heads, self.offset)
+        if q.shape[2] > DECODE_TOKENS:
+            self._pack(self._due())
 
     def _packed_side(self, side: str) -> PackedCodes:
         held = self._sides.get(side)
@@ -119,15 +128,6 @@ class TurboQuantCache:
             }
             held = self._sides[side] = (arrays, PackedCodes(chosen, length))
         return held[1]
-
-    def _codecs(self, k_dim: int, v_dim: int) -> tuple[Codec, Codec]:
-        pair = self._pairs.get((k_dim, v_dim))
-        if pair is None:
-            pair = self._pairs[k_dim, v_dim] = (
-                codec_for(self.spec.keys, k_dim, "keys", self.spec.seed),
-                codec_for(self.spec.values, v_dim, "values", self.spec.seed),
-            )
-        return pair
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         for name, new in (("keys", keys), ("values", values)):
@@ -164,20 +164,9 @@ class TurboQuantCache:
                 }
         stop = start + count
         chosen = {k: v[:, :, start:stop] for k, v in pending.items()}
-        k_codec, v_codec = self._codecs(
-            chosen["keys"].shape[3], chosen["values"].shape[3]
+        codes = self._encoder.encode(
+            chosen["keys"], chosen["values"], self._packed.length
         )
-        keys = chosen["keys"]
-        if self.spec.center and k_codec.centered and self._mean is None:
-            page = keys[:, :, : self.spec.page].astype(mx.float32)
-            self._mean = mx.mean(page, axis=2, keepdims=True)
-        backend, _ = select.machine_backend()
-        encoded = backend.encode(keys, chosen["values"], self._mean, (k_codec, v_codec))
-        codes = {
-            f"{side}_{name}": array
-            for side, packed in zip(("keys", "values"), encoded, strict=True)
-            for name, array in packed.arrays.items()
-        }
         self._sides = {}  # or it would hold a buffer that is outgrown
         self._packed.append(codes)
         self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})
@@ -193,13 +182,17 @@ class TurboQuantCache:
         self._recent.trim(from_recent)
         from_packed = min(n - from_recent, self._packed.length)
         self._packed.trim(from_packed)
+        if from_packed:
+            self._encoder.trim(self._packed.length)
         if from_packed and not self._packed.length:
-            # Nothing is packed any more: be as a cache that never packed.
+            # Nothing is packed any more: only the basis stays.
             keep = self.sink_length - (n - from_recent - from_packed)
             kept = {k: v[:, :, :keep] for k, v in self._sink.items()}
-            recent = self._recent.views()
+            self._sink = {}
+            self._recent.replace(kept or self._recent.views())
+        if self.empty():
             self._clear()
-            self._recent.replace(kept or recent)
+        self._encoder.calibration.trim(self.offset)
         return n
 
     # Sizes.
@@ -234,10 +227,9 @@ class TurboQuantCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every buffer: codes, scales, windows, mean, spare capacity."""
-        mean = 0 if self._mean is None else self._mean.nbytes
+        """Bytes of every buffer: codes, scales, means, gains, windows, capacity."""
         sink = sum(array.nbytes for array in self._sink.values())
-        return self._packed.nbytes + self._recent.nbytes + sink + mean
+        return self._packed.nbytes + self._recent.nbytes + self._encoder.nbytes + sink
 
     @property
     def elements(self) -> int:
@@ -283,7 +275,7 @@ class TurboQuantCache:
                 "sink": self._sink,
                 "packed": self._packed.views(),
                 "recent": self._recent.views(),
-                "mean": {} if self._mean is None else {"keys": self._mean},
+                **self._encoder.state,
             },
         )
 
@@ -294,7 +286,10 @@ class TurboQuantCache:
         self._sink = groups["sink"]
         self._packed.replace(groups["packed"])
         self._recent.replace(groups["recent"])
-        self._mean = groups["mean"].get("keys")
+        self._encoder.load(groups, bool(groups["packed"] or groups["gains"]))
+        recent = self._recent.arrays
+        if recent:
+            self._encoder.prepare(recent["keys"].shape[3], recent["values"].shape[3])
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TurboQuantCache:

@@ -56,11 +56,12 @@ def generate(
     kv_sink: opt.KvSink = None,
     kv_page: opt.KvPage = None,
     kv_center: opt.KvCenter = None,
+    kv_equalize: opt.KvEqualize = None,
     kv_seed: opt.KvSeed = None,
 ) -> None:
     """Generate text with a compressed KV cache."""
     spec = opt.cache_spec(
-        kv_bits, kv_codec, kv_window, kv_sink, kv_page, kv_center, kv_seed
+        kv_bits, kv_codec, kv_window, kv_sink, kv_page, kv_center, kv_equalize, kv_seed
     )
     if spec is not None and max_kv_size is not None:
         raise SpecError(

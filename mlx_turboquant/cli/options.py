@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SpecError
-from ..spec import CODEC_NAMES, CacheSpec
+from ..spec import CENTERS, CODEC_NAMES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
@@ -87,7 +87,14 @@ KvWindow = Annotated[
 KvSink = Annotated[int | None, typer.Option(help="First tokens kept uncompressed.")]
 KvPage = Annotated[int | None, typer.Option(help="Tokens compressed together.")]
 KvCenter = Annotated[
-    bool | None, typer.Option(help="Subtract a per-head key mean first (default: on).")
+    str | None,
+    typer.Option(
+        help=f"Key mean subtracted first: {', '.join(CENTERS)} (default: page)."
+    ),
+]
+KvEqualize = Annotated[
+    bool | None,
+    typer.Option(help="Divide channels by gains of the first page (default: on)."),
 ]
 KvSeed = Annotated[int | None, typer.Option(help="Seed of the random rotation.")]
 
@@ -98,7 +105,8 @@ def cache_spec(
     window: int | None,
     sink: int | None,
     page: int | None,
-    center: bool | None,
+    center: str | None,
+    equalize: bool | None,
     seed: int | None,
 ) -> CacheSpec | None:
     """The spec of ``--kv-bits`` and its companions, or None without it.
@@ -112,6 +120,7 @@ def cache_spec(
         "sink": sink,
         "page": page,
         "center": center,
+        "equalize": equalize,
         "seed": seed,
     }
     if bits is not None:

@@ -18,6 +18,7 @@ ATTEND_BLOCK = Kernel(
         "v_words",
         "v_scales",
         "mask",
+        "means",
         "k_given",
         "v_given",
         "k_signs",
@@ -31,7 +32,7 @@ ATTEND_BLOCK = Kernel(
     uint lane = thread_index_in_simdgroup;
     uint simdgroup = simdgroup_index_in_threadgroup;
     Sizes all = {sizes[0], sizes[1], sizes[2], sizes[3],
-                 sizes[4], sizes[5], sizes[6], sizes[7]};
+                 sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
     size_t batch = place.z;
     size_t head = place.y / ROW_TILES;
     int first_row = int(place.y % ROW_TILES) * ROWS;
@@ -39,19 +40,21 @@ ATTEND_BLOCK = Kernel(
     Levels<V_TERMS> v_levels = make_levels<V_TERMS>(v_given);
     load_queries<T, DK, ROTATE_K, SIMDGROUPS>(
         q + batch * q_strides[0] + head * (all.rows / all.steps) * q_strides[1],
-        q_strides[1], q_strides[2], q_strides[3], k_signs,
+        q_strides[1], q_strides[2], q_strides[3],
+        k_signs + (batch * all.heads + head) * (ROTATE_K ? DK : 0),
         q_scale[0] * k_given[0], first_row, all, queries, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint block = place.x * SIMDGROUPS + simdgroup;
     size_t rows = (batch * all.heads + head) * all.rows;
     if (block < uint(all.blocks)) {
-      attend_block<DK, DV, KB, VB, K_TERMS, V_TERMS, MASKED>(
+      attend_block<DK, DV, KB, VB, K_TERMS, V_TERMS, MASKED, CENTER>(
           queries, k_words + batch * k_words_strides[0] + head * k_words_strides[1],
           k_scales + batch * k_scales_strides[0] + head * k_scales_strides[1],
           v_words + batch * v_words_strides[0] + head * v_words_strides[1],
           v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1],
-          mask + (MASKED ? rows * all.columns : 0), k_levels, v_levels,
-          v_given[0], all, first_row,
+          mask + (MASKED ? rows * all.columns : 0),
+          means + (CENTER ? batch * means_strides[0] + head * means_strides[1] : 0),
+          k_levels, v_levels, k_given[0], v_given[0], all, first_row,
           sums + rows * all.blocks * DV, tops + rows * all.blocks * 2, block, lane);
     }
     """,
@@ -67,10 +70,8 @@ MERGE_ROW = Kernel(
         "sink_values",
         "recent_keys",
         "recent_values",
-        "mean",
         "mask",
         "learned",
-        "k_signs",
         "v_signs",
         "q_scale",
         "sizes",
@@ -87,20 +88,20 @@ MERGE_ROW = Kernel(
     size_t head = kv_head % all.heads;
     size_t q_head = row / all.steps % (all.heads * (all.rows / all.steps));
     int step = int(row % all.steps);
-    float q_rot[(DK + 31) / 32];
-    load_rot<T, DK, ROTATE_K>(
+    float query[(DK + 31) / 32];
+    load_rot<T, DK, false>(
         q + batch * q_strides[0] + q_head * q_strides[1] + step * q_strides[2],
-        q_strides[3], k_signs, lane, q_rot);
-    for (int i = 0; i < (DK + 31) / 32; i++) q_rot[i] *= q_scale[0];
+        q_strides[3], v_signs, lane, query);
+    for (int i = 0; i < (DK + 31) / 32; i++) query[i] *= q_scale[0];
     merge_row<T, DK, DV, SIMDGROUPS, ROTATE_V, MASKED, LEARNED>(
-        q_rot, sums + row * all.blocks * DV, tops + row * all.blocks * 2,
+        query, sums + row * all.blocks * DV, tops + row * all.blocks * 2,
         sink_keys + kv_head * all.sink * DK, sink_values + kv_head * all.sink * DV,
         recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1],
         recent_keys_strides[2],
         recent_values + batch * recent_values_strides[0]
             + head * recent_values_strides[1],
-        recent_values_strides[2], mean + kv_head * DK,
-        mask + (MASKED ? row * all.columns : 0), LEARNED ? learned[row] : 0.0f, v_signs,
-        all, step, out + row * DV, scratch, simdgroup_index_in_threadgroup, lane);
+        recent_values_strides[2], mask + (MASKED ? row * all.columns : 0),
+        LEARNED ? learned[row] : 0.0f, v_signs + kv_head * (ROTATE_V ? DV : 0), all,
+        step, out + row * DV, scratch, simdgroup_index_in_threadgroup, lane);
     """,
 )

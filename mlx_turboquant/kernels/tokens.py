@@ -1,6 +1,6 @@
 """The kernels that move tokens in and out of codes: their buffers and entry calls.
 
-Owns no arithmetic (``metal/rotate.metal``, ``encode.metal``, ``decode.metal``) and no
+Owns no arithmetic (``metal/encode.metal``, ``metal/decode.metal``) and no
 choice of launch sizes (`backends.tokens`).
 """
 
@@ -8,35 +8,6 @@ from __future__ import annotations
 
 from .kernel import Kernel
 
-#: Keys and values of new tokens in one launch, ``SIMDGROUPS`` vectors a threadgroup.
-ROTATE_TOKENS = Kernel(
-    name="rotate_tokens",
-    file="rotate.metal",
-    inputs=("keys", "values", "k_signs", "v_signs", "sizes"),
-    outputs=("k_rot", "v_rot"),
-    entry="""
-    uint3 place = threadgroup_position_in_grid;
-    uint lane = thread_index_in_simdgroup;
-    size_t vector = size_t(place.x) * SIMDGROUPS + simdgroup_index_in_threadgroup;
-    size_t tokens = sizes[0];
-    size_t heads = sizes[1];
-    if (vector >= size_t(sizes[2]) * heads * tokens) return;
-    size_t token = vector % tokens;
-    size_t head = vector / tokens % heads;
-    size_t batch = vector / tokens / heads;
-    if (place.y == 0u) {
-      rotate_vector<T, DK, ROTATE_K>(
-          keys + batch * keys_strides[0] + head * keys_strides[1]
-              + token * keys_strides[2],
-          keys_strides[3], k_signs, k_rot + vector * DK, lane);
-    } else {
-      rotate_vector<T, DV, ROTATE_V>(
-          values + batch * values_strides[0] + head * values_strides[1]
-              + token * values_strides[2],
-          values_strides[3], v_signs, v_rot + vector * DV, lane);
-    }
-    """,
-)
 #: Keys and values of a page in one launch, ``SIMDGROUPS`` vectors a threadgroup.
 ENCODE_TOKENS = Kernel(
     name="encode_tokens",
@@ -44,7 +15,9 @@ ENCODE_TOKENS = Kernel(
     inputs=(
         "keys",
         "values",
-        "mean",
+        "k_signs",
+        "v_signs",
+        "means",
         "k_levels",
         "k_boundaries",
         "v_levels",
@@ -76,19 +49,25 @@ ENCODE_TOKENS = Kernel(
     size_t token = vector % tokens;
     size_t head = vector / tokens % heads;
     size_t batch = vector / tokens / heads;
+    size_t kv_head = batch * heads + head;
     if (of_keys) {
-      encode_vector<T, DK, KB, GAINS, CENTER, true>(
+      size_t row = (sizes[3] + token) / sizes[4];
+      if (row >= size_t(sizes[5])) row = sizes[5] - 1;
+      encode_vector<T, DK, KB, GAINS, ROTATE_K, CENTER, true>(
           keys + batch * keys_strides[0] + head * keys_strides[1]
               + token * keys_strides[2],
-          mean + (batch * heads + head) * (CENTER ? DK : 0), levels, boundaries,
+          k_signs + kv_head * (ROTATE_K ? DK : 0),
+          means + (CENTER ? batch * means_strides[0] + head * means_strides[1]
+                                + row * means_strides[2] : 0),
+          levels, boundaries,
           inverse_gains, codes + simdgroup * (CODES / SIMDGROUPS), there,
           k_words + vector * tq_words(DK, KB), k_scales + vector, lane);
     } else {
-      encode_vector<T, DV, VB, GAINS, false, false>(
+      encode_vector<T, DV, VB, GAINS, ROTATE_V, false, false>(
           values + batch * values_strides[0] + head * values_strides[1]
               + token * values_strides[2],
-          mean, levels, boundaries, inverse_gains,
-          codes + simdgroup * (CODES / SIMDGROUPS), there,
+          v_signs + kv_head * (ROTATE_V ? DV : 0), means, levels, boundaries,
+          inverse_gains, codes + simdgroup * (CODES / SIMDGROUPS), there,
           v_words + vector * tq_words(DV, VB), v_scales + vector, lane);
     }
     """,

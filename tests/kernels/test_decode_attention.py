@@ -16,10 +16,14 @@ TOLERANCE = 4e-3
 
 
 def filled(spec, length, heads, k_dim, v_dim, dtype=mx.float32, batch=1):
-    """Handles after a prefill and a short step."""
-    k = mx.random.normal((batch, heads, length, k_dim))
-    k = (k + 2 * mx.random.normal((batch, heads, 1, k_dim))).astype(dtype)
-    v = mx.random.normal((batch, heads, length, v_dim)).astype(dtype)
+    """Handles after a prefill and a short step; channels differ in size and mean."""
+
+    def made(dim, offset):
+        gains = mx.exp(mx.random.normal((batch, heads, 1, dim)))
+        x = mx.random.normal((batch, heads, length, dim)) * gains
+        return (x + offset * mx.random.normal((batch, heads, 1, dim))).astype(dtype)
+
+    k, v = made(k_dim, 2), made(v_dim, 0)
     cache = tq.TurboQuantCache(spec)
     cache.update_and_fetch(k[:, :, :-3], v[:, :, :-3])
     return cache.update_and_fetch(k[:, :, -3:], v[:, :, -3:])
@@ -50,7 +54,16 @@ CASES = {
     "eight rows": ("k3v3", (128, 128), 2, 2, 8, 300, "causal", False),
     "mask and sinks": ("k3v3", (128, 64), 2, 2, 4, 300, "additive", True),
     "nothing centred": ("k4v4,sink=0,center=off", (64, 64), 2, 2, 1, 300, None, True),
-    "one token packed": ("k4v4,page=16,window=0", (64, 64), 1, 2, 1, 23, None, False),
+    "one token packed": (
+        "k4v4,page=32,window=0,sink=4",
+        (64, 64),
+        1,
+        2,
+        1,
+        39,
+        None,
+        False,
+    ),
 }
 
 
@@ -94,8 +107,8 @@ def test_error_falls_with_every_bit(launcher):
         mx.random.seed(5)
         k, v = (mx.random.normal((1, 1, 300, 64)) for _ in range(2))
         cache = tq.TurboQuantCache(f"k{bits}v{bits}")
-        cache.update_and_fetch(k, v)
-        keys, values = cache.keys_and_values()
+        cache.update_and_fetch(k[:, :, :290], v[:, :, :290])
+        keys, values = cache.update_and_fetch(k[:, :, 290:], v[:, :, 290:])
         q = mx.random.normal((1, 2, 1, 64))
         got = gpu.Gpu(launcher).attend(q, keys, values, 0.2)
         errors.append(relative_error(got, softmax_attention(q, k, v, 0.2)))
@@ -108,6 +121,8 @@ def test_refusals_are_words():
     assert "identity:16 has no kernel" in gpu.refuse(keys, values)
     keys, values = filled("k3v3", 200, 1, 576, 64)
     assert "head_dim 576 is over 512" in gpu.refuse(keys, values)
+    keys, values = filled("k3v3,page=48", 200, 1, 64, 64)
+    assert "page 48 is not a multiple of 32" in gpu.refuse(keys, values)
     cache = tq.TurboQuantCache("3")
     cache.update_and_fetch(mx.ones((1, 1, 5, 64)), mx.ones((1, 1, 5, 64)))
     assert "nothing is packed" in gpu.refuse(*cache.keys_and_values())
@@ -118,7 +133,7 @@ def test_choice_of_backend_is_shown_and_can_be_forced(launcher, monkeypatch):
     cache = tq.TurboQuantCache("k4v4")
     kv = mx.random.normal((1, 2, 300, 64))
     cache.update_and_fetch(kv, kv)
-    sides = cache.keys_and_values()
+    sides = cache.update_and_fetch(kv[:, :, :1], kv[:, :, :1])
     q = mx.random.normal((1, 4, 1, 64))
     on_cpu = tq.attend(q, *sides, 0.125)
     assert tq.explain(cache).layers[0].backend == "cpu"
@@ -137,6 +152,7 @@ def test_choice_of_backend_is_shown_and_can_be_forced(launcher, monkeypatch):
     assert mx.array_equal(tq.attend(q, *sides, 0.125), fused).item()
     identity = tq.TurboQuantCache("k16v4")
     identity.update_and_fetch(kv, kv)
+    identity.update_and_fetch(kv[:, :, :1], kv[:, :, :1])
     with pytest.raises(BackendUnavailableError, match=r"identity.* has no kernel"):
         tq.attend(q, *identity.keys_and_values(), 0.125)
     monkeypatch.setenv(select.VARIABLE, "cuda")

@@ -6,14 +6,16 @@ reference in float16: what a GPU does for half-precision models anyway.
 """
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import relative_error, softmax_attention
+from helpers import relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference
+from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.codes import PackedCodes
 from mlx_turboquant.segments import Segments
@@ -59,6 +61,7 @@ def pruned(seed=0):
     return cases
 
 
+PAGE = 96
 CASES = [[(3, 3), 128, 4, 1, 5000, None, mx.float16], *pruned()]
 #: The simulator takes seconds for each, and more in its other modes; a GPU runs all.
 SIMULATED = {"plain": range(28), "debug": range(1, 6), "random": range(6, 12)}
@@ -70,10 +73,12 @@ def made_up(bits, dim, length, dtype):
         codec = codec_for(tq.CodecSpec("turboquant", b), dim, side, 0)
         x = mx.random.normal((2, 1, length, dim))
         ends = [mx.random.normal((2, 1, n, dim)).astype(dtype) for n in (3, 20)]
-        mean = mx.random.normal((2, 1, 1, dim)) if side == "keys" else None
+        basis = Basis(codec.rotation, mx.exp(mx.random.normal((2, 1, 1, dim)) / 2))
         codes = PackedCodes(codec.encode(x).arrays, length)
-        sides.append(Segments(codec, ends[0], codes, ends[1], mean))
-    return sides
+        sides.append(Segments(codec, basis, ends[0], codes, ends[1]))
+    pages = -(-length // PAGE)
+    rows = mx.random.normal((2, 1, pages + 1, dim)).astype(mx.float16)
+    return replace(sides[0], means=PageMeans(rows, PAGE, pages)), sides[1]
 
 
 def mask_of(kind, heads, steps, total):
@@ -89,16 +94,6 @@ def mask_of(kind, heads, steps, total):
     return kind
 
 
-def vectors(side):
-    """All tokens, un-rotated, the key mean put back, float64 but for the rotation."""
-    parts = [side.sink.astype(mx.float32)]
-    packed = side.codec.decode(side.packed, mx.float32)
-    parts.append(packed if side.mean is None else packed + side.mean)
-    parts.append(side.recent.astype(mx.float32))
-    joined = side.codec.rotation.inverse(mx.concatenate(parts, axis=2))
-    return np.array(joined, dtype=np.float64)
-
-
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_error_is_at_most_twice_the_references(number, launcher, lane, mode):
     if lane == "simulator" and number not in SIMULATED[mode]:
@@ -110,7 +105,7 @@ def test_error_is_at_most_twice_the_references(number, launcher, lane, mode):
     mask = mask_of(mask, group, steps, length + 23)
     args = (q, keys, values, dim**-0.5, mask)
     wide = q.astype(mx.float32)
-    sides = (vectors(keys), vectors(values))
+    sides = (stored(keys), stored(values))
     truth = softmax_attention(wide, *sides, dim**-0.5, mask)
     got = gpu.Gpu(launcher, simdgroups=8).attend(*args)
     assert got.dtype == dtype

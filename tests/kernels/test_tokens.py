@@ -1,4 +1,4 @@
-"""Rotate, encode and decode kernels against their definitions in plain mx.
+"""Encode and decode kernels against their definitions in plain mx.
 
 Encoded words may differ only where the rounding of a sum decides between two choices
 that are equally good: codewords whose angles to the vector have the same cosine in
@@ -11,10 +11,10 @@ import pytest
 from helpers import relative_error
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import gpu, reference, select, tokens
+from mlx_turboquant.backends import gpu, reference, select
+from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.codes import PackedCodes
-from mlx_turboquant.rotation import rotation_for
 from mlx_turboquant.segments import Segments
 
 #: spec, dims, heads, tokens
@@ -43,16 +43,38 @@ def vectors(heads, count, dims, dtype=mx.float32):
     return k[:, :, 5 : 5 + count], 3 * v[:, :, 4 : 4 + count]
 
 
+def surroundings(codecs, heads, pages, page):
+    """Bases of unlike channels, and means (2, heads, pages, D) of pages of keys."""
+    bases = [
+        Basis(c.rotation, mx.exp(mx.random.normal((2, heads, 1, c.dim)) / 2))
+        for c in codecs
+    ]
+    rows = mx.random.normal((2, heads, pages, codecs[0].dim)).astype(mx.float16)
+    return bases, PageMeans(rows, page, pages)
+
+
 @pytest.mark.parametrize("centered", [True, False])
 @pytest.mark.parametrize("case", CASES)
 def test_encode_is_the_definition(case, centered, launcher, mode):
+    """Tokens 11 and on of two pages and a part of a third."""
     spec, dims, heads, count = CASES[case]
     codecs = codecs_of(spec, dims)
     keys, values = vectors(heads, count, dims)
-    mean = mx.random.normal((2, heads, 1, dims[0])) if centered else None
-    got = gpu.Gpu(launcher).encode(keys, values, mean, codecs)
-    want = reference.encode(keys, values, mean, codecs)
-    inputs = (keys if mean is None else keys - mean, values)
+    bases, means = surroundings(codecs, heads, -(-(11 + count) // 16), 16)
+    args = (keys, values, means if centered else None, 11, bases, codecs)
+    check_encode(launcher, args)
+    if not centered:
+        bases = [Basis(codec.rotation) for codec in codecs]
+        check_encode(launcher, (keys, values, None, 0, bases, codecs))
+
+
+def check_encode(launcher, args):
+    keys, values, means, first, bases, codecs = args
+    got = gpu.Gpu(launcher).encode(*args)
+    want = reference.encode(*args)
+    inputs = [b.into(x) for b, x in zip(bases, (keys, values), strict=True)]
+    if means is not None:
+        inputs[0] = inputs[0] - means.of_tokens(first, keys.shape[2])
     for codec, x, a, b in zip(codecs, inputs, got, want, strict=True):
         assert_same_choice(codec, x, a, b)
 
@@ -78,11 +100,12 @@ def cosine(x, y):
 def test_encode_of_zeros_and_of_huge_vectors(launcher):
     codecs = codecs_of("k3v3", (64, 64))
     keys, values = vectors(1, 16, (64, 64))
-    backend = gpu.Gpu(launcher)
-    k, v = backend.encode(keys * 0, values * 1e6, None, codecs)
+    bases = [Basis(codec.rotation) for codec in codecs]
+    args = (keys * 0, values * 1e6, None, 0, bases, codecs)
+    k, v = gpu.Gpu(launcher).encode(*args)
     assert not np.array(k.arrays["scales"]).any()
     assert np.array(v.arrays["scales"]).max() == 65504
-    want = reference.encode(keys * 0, values * 1e6, None, codecs)[0]
+    want = reference.encode(*args)[0]
     assert mx.array_equal(k.arrays["words"], want.arrays["words"]).item()
 
 
@@ -90,12 +113,8 @@ def test_encode_of_zeros_and_of_huge_vectors(launcher):
 def test_encode_of_model_dtypes(launcher, dtype):
     codecs = codecs_of("k4v4", (64, 64))
     keys, values = vectors(2, 32, (64, 64), dtype)
-    mean = mx.random.normal((2, 2, 1, 64))
-    got = gpu.Gpu(launcher).encode(keys, values, mean, codecs)
-    want = reference.encode(keys, values, mean, codecs)
-    inputs = (keys.astype(mx.float32) - mean, values.astype(mx.float32))
-    for codec, x, a, b in zip(codecs, inputs, got, want, strict=True):
-        assert_same_choice(codec, x, a, b)
+    bases, means = surroundings(codecs, 2, 1, 64)
+    check_encode(launcher, (keys, values, means, 0, bases, codecs))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -105,7 +124,7 @@ def test_decode_is_the_definition(bits, dim, launcher):
     x = mx.random.normal((2, 3, 16, dim))
     whole = codec.encode(x)
     codes = PackedCodes(whole.arrays, 13)
-    side = Segments(codec, None, codes, x, None)
+    side = Segments(codec, Basis(codec.rotation), None, codes, x)
     for heads in (slice(0, 3), slice(1, 2)):
         got = gpu.Gpu(launcher).decode(side, heads, mx.float32)
         want = codec.decode(codes, mx.float32, heads)
@@ -116,37 +135,15 @@ def test_decode_is_the_definition(bits, dim, launcher):
 def test_decode_in_every_mode(launcher, mode):
     codec = codec_for(tq.CacheSpec.parse("k3v3").values, 128, "values", 0)
     codes = codec.encode(mx.random.normal((1, 2, 40, 128)))
-    side = Segments(codec, None, codes, mx.zeros((1, 2, 1, 128)), None)
+    basis = Basis(codec.rotation)
+    side = Segments(codec, basis, None, codes, mx.zeros((1, 2, 1, 128)))
     got = gpu.Gpu(launcher).decode(side, slice(0, 2), mx.float16)
     want = codec.decode(codes, mx.float16)
     assert relative_error(got.astype(mx.float32), want.astype(mx.float32)) < 1e-3
 
 
-@pytest.mark.parametrize("dims", [(32, 64), (128, 256), (512, 64)])
-def test_rotate_is_the_definition(dims, launcher, mode):
-    codecs = codecs_of("k3v3", dims)
-    k = mx.random.normal((2, 5, 3, dims[0])).swapaxes(1, 2)
-    v = mx.random.normal((2, 5, 3, dims[1])).swapaxes(1, 2)
-    got = gpu.Gpu(launcher).rotate(k, v, codecs)
-    want = reference.rotate(k, v, codecs)
-    for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape
-        assert relative_error(a, b) < 1e-6
-
-
-def test_sides_that_stay_and_dims_that_do_not_fit(launcher):
-    k, v = mx.random.normal((1, 2, 7, 64)), mx.random.normal((1, 2, 7, 64))
-    backend = gpu.Gpu(launcher)
-    kept, rotated = backend.rotate(k, v, codecs_of("k16v3", (64, 64)))
-    assert mx.array_equal(kept, k).item()
-    assert relative_error(rotated, rotation_for(64, 0).forward(v)) < 1e-6
-    assert tokens.can_rotate(rotation_for(64, 0))
-    assert not tokens.can_rotate(rotation_for(96, 0), rotation_for(64, 0))
-    assert not tokens.can_rotate(rotation_for(1024, 0))
-
-
 def test_a_whole_cache_through_the_kernels_is_the_same(launcher, monkeypatch):
-    """Prefill, steps and a long step: same text of codes, same attention."""
+    """Prefill, steps and a long step: same codes, same attention."""
     mx.random.seed(11)
     k, v = mx.random.normal((1, 2, 330, 64)), mx.random.normal((1, 2, 330, 64))
     q = mx.random.normal((1, 4, 330, 64))

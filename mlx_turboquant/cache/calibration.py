@@ -1,0 +1,123 @@
+"""What the first page of a text says about a layer: channel gains, logit variance.
+
+Owns the queries seen so far (only their squares, and only the first page's) and the
+rule that turns them and the first page's keys and values into the gains of a `Basis`.
+When that happens, and what is packed then, is `linear`'s.
+
+A rotation spreads a vector's quantization error evenly over its channels. With gains s
+on the keys and 1/s on the queries, the variance of a logit's error is proportional to
+
+    sum_c E[k_c^2] / s_c^2  *  sum_c E[q_c^2] s_c^2,
+
+smallest at s_c^2 = sqrt(E[k_c^2] / E[q_c^2]) (Cauchy-Schwarz). That choice undoes any
+gains a model has on its keys and, inversely, on its queries. Without queries, and for
+values, s_c^2 = E[x_c^2], which undoes them too, but is the best choice only if what
+reads the vectors has the inverse gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from .store import TokenStore
+
+#: Channels weaker than this share of the root mean square are taken to be as strong.
+_FLOOR = 1e-3
+
+
+class Calibration:
+    """Watches one layer until its first page is full.
+
+    Args:
+        skip: Tokens before the page: the sink.
+        page: Tokens to look at.
+    """
+
+    def __init__(self, skip: int, page: int) -> None:
+        self._skip, self._page = skip, page
+        self._queries = TokenStore(skip + page)
+        self.scale = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the queries of the whole page were seen."""
+        return self._queries.length >= self._skip + self._page
+
+    def observe(self, q: mx.array, scale: float, heads: int, offset: int) -> None:
+        """See the queries (B, Hq, L, D) of the last L of ``offset`` tokens.
+
+        Queries that leave a gap, or come a second time from a layer that shares the
+        cache, are not counted.
+        """
+        batch, query_heads, length, dim = q.shape
+        if self.complete or self._queries.length + length != offset:
+            return
+        q = q[:, :, : self._skip + self._page - self._queries.length]
+        grouped = q.astype(mx.float32).reshape(
+            batch, heads, query_heads // heads, -1, dim
+        )
+        self._queries.append({"squares": mx.mean(grouped * grouped, axis=2)})
+        self.scale = scale
+
+    def trim(self, offset: int) -> None:
+        """Forget the queries of tokens from ``offset`` on."""
+        self._queries.trim(max(0, self._queries.length - offset))
+
+    def key_gains(self, keys: mx.array) -> mx.array:
+        """Gains (B, H, 1, Dk) for the page's centred keys (B, H, page, Dk)."""
+        k_power = _power(keys)
+        if not self.complete:
+            return _normalised(mx.sqrt(k_power))
+        return _normalised((k_power / self._query_power()) ** 0.25)
+
+    def value_gains(self, values: mx.array) -> mx.array:
+        """Gains (B, H, 1, Dv) for the page's values (B, H, page, Dv)."""
+        return _normalised(mx.sqrt(_power(values)))
+
+    def _query_power(self) -> mx.array:
+        squares = self._queries.view("squares")[:, :, self._skip :]
+        return _floored(mx.mean(squares, axis=2, keepdims=True))
+
+    def logit_variance(self, keys: mx.array, gains: mx.array | None) -> mx.array | None:
+        """What a relative error of 1 in the keys would add to each logit's variance.
+
+        Args:
+            keys: The page's centred keys (B, H, page, Dk).
+            gains: Of their basis.
+
+        Returns:
+            A float32 scalar, the mean over heads; None if queries are missing.
+        """
+        if not self.complete:
+            return None
+        squared = 1.0 if gains is None else gains * gains
+        k_norm = mx.sum(_power(keys) / squared, axis=-1)
+        q_norm = mx.sum(self._query_power() * squared, axis=-1)
+        return self.scale**2 / keys.shape[-1] * mx.mean(k_norm * q_norm)
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """The arrays to save while the page is not full."""
+        return self._queries.views() if self._queries.length else {}
+
+    @state.setter
+    def state(self, arrays: Mapping[str, mx.array]) -> None:
+        self._queries.replace(arrays)
+
+
+def _power(x: mx.array) -> mx.array:
+    """Mean square per channel of (B, H, T, D): (B, H, 1, D) float32, above zero."""
+    x = x.astype(mx.float32)
+    return _floored(mx.mean(x * x, axis=2, keepdims=True))
+
+
+def _floored(power: mx.array) -> mx.array:
+    floor = _FLOOR**2 * mx.mean(power, axis=-1, keepdims=True)
+    return mx.maximum(power, mx.maximum(floor, 1e-30))
+
+
+def _normalised(gains: mx.array) -> mx.array:
+    """Gains with a geometric mean of 1 over the channels."""
+    return gains / mx.exp(mx.mean(mx.log(gains), axis=-1, keepdims=True))

@@ -1,0 +1,155 @@
+"""`PageEncoder`: how one layer's tokens become codes, and what decoding them takes.
+
+Owns the codecs, the bases with their gains, and the key means. Which tokens are encoded
+when is `linear`'s; the arithmetic is the backend's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from ..backends import select
+from ..basis import Basis, PageMeans
+from ..codecs import Codec, codec_for
+from ..spec import CacheSpec
+from .calibration import Calibration
+from .store import TokenStore
+
+_MEANS_STEP = 8
+_ALL_TOKENS = 1 << 30
+Arrays = dict[str, mx.array]
+
+
+class PageEncoder:
+    """Encodes pages of one layer; calibrated by the first of them, then frozen."""
+
+    def __init__(self, spec: CacheSpec) -> None:
+        self.spec = spec
+        self.calibrated = False
+        self.calibration = Calibration(spec.sink, spec.page)
+        self._means = TokenStore(_MEANS_STEP)
+        self._gains: Arrays = {}
+        self._dims: tuple[int, int] | None = None
+        self._built: tuple[tuple[Codec, Codec], tuple[Basis, Basis]] | None = None
+
+    def prepare(self, k_dim: int, v_dim: int) -> None:
+        """Make sure vectors of these dims can be encoded.
+
+        Raises:
+            UnsupportedError: if a rotation cannot do its dim.
+        """
+        if self._dims is None:
+            self._dims = (k_dim, v_dim)
+            self._build()
+
+    def _build(self) -> tuple[tuple[Codec, Codec], tuple[Basis, Basis]]:
+        if self._built is None:
+            assert self._dims is not None, "prepare comes first"
+            spec = self.spec
+            codecs = (
+                codec_for(spec.keys, self._dims[0], "keys", spec.seed),
+                codec_for(spec.values, self._dims[1], "values", spec.seed),
+            )
+            bases = (
+                Basis(codecs[0].rotation, self._gains.get("keys")),
+                Basis(codecs[1].rotation, self._gains.get("values")),
+            )
+            self._built = codecs, bases
+        return self._built
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """Of keys and values."""
+        return self._build()[0]
+
+    @property
+    def bases(self) -> tuple[Basis, Basis]:
+        """Of keys and values."""
+        return self._build()[1]
+
+    @property
+    def means(self) -> PageMeans | None:
+        """What was taken off the keys encoded so far."""
+        if not self._means.length:
+            return None
+        page = self.spec.page if self.spec.center == "page" else _ALL_TOKENS
+        return PageMeans(self._means.arrays["keys"], page, self._means.length)
+
+    def encode(self, keys: mx.array, values: mx.array, first: int) -> Arrays:
+        """Codes of tokens (B, H, N, D) that follow ``first`` encoded ones.
+
+        They must end where a page does. The first call sets the gains.
+        """
+        if not self.calibrated:
+            self._calibrate(keys, values)
+        self._add_means(keys, first)
+        backend, _ = select.machine_backend()
+        encoded = backend.encode(
+            keys, values, self.means, first, self.bases, self.codecs
+        )
+        return {
+            f"{side}_{name}": array
+            for side, packed in zip(("keys", "values"), encoded, strict=True)
+            for name, array in packed.arrays.items()
+        }
+
+    def _calibrate(self, keys: mx.array, values: mx.array) -> None:
+        keys = keys[:, :, : self.spec.page].astype(mx.float32)
+        if self.spec.center != "off":
+            keys = keys - mx.mean(keys, axis=2, keepdims=True)
+        if self.spec.equalize and self.codecs[0].centered:
+            self._gains["keys"] = self.calibration.key_gains(keys)
+        if self.spec.equalize and self.codecs[1].centered:
+            first_page = values[:, :, : self.spec.page]
+            self._gains["values"] = self.calibration.value_gains(first_page)
+        self.calibrated = True
+        self._built = None
+
+    def _add_means(self, keys: mx.array, first: int) -> None:
+        """Means of the pages that begin within ``keys``."""
+        spec = self.spec
+        if spec.center == "off" or not self.codecs[0].centered:
+            return
+        if spec.center == "first":
+            if self._means.length:
+                return
+            keys = keys[:, :, : spec.page]
+        # After a trim, tokens that complete a page keep the mean it had.
+        keys = keys[:, :, -first % spec.page :]
+        batch, heads, count, dim = keys.shape
+        if count:
+            pages = keys.astype(mx.float32).reshape(batch, heads, -1, spec.page, dim)
+            means = self.bases[0].into(mx.mean(pages, axis=3))
+            self._means.append({"keys": means.astype(mx.float16)})
+
+    def trim(self, encoded: int) -> None:
+        """Keep what the first ``encoded`` encoded tokens need; the gains stay."""
+        if self.spec.center == "page":
+            pages = -(-encoded // self.spec.page)
+            self._means.trim(max(0, self._means.length - pages))
+        elif not encoded:
+            self._means.trim(self._means.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of means and gains."""
+        return self._means.nbytes + sum(a.nbytes for a in self._gains.values())
+
+    @property
+    def state(self) -> dict[str, Arrays]:
+        """Groups of arrays to save."""
+        return {
+            "means": self._means.views(),
+            "gains": self._gains,
+            "queries": {} if self.calibrated else self.calibration.state,
+        }
+
+    def load(self, groups: Mapping[str, Arrays], calibrated: bool) -> None:
+        """Take over what `state` gave."""
+        self._means.replace(groups["means"])
+        self._gains = dict(groups["gains"])
+        self.calibration.state = groups["queries"]
+        self.calibrated = calibrated
+        self._built = None

@@ -18,11 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference
+from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.codes import PackedCodes
 from mlx_turboquant.kernels.kernel import MlxLauncher
@@ -52,12 +54,14 @@ def made_up(spec: str, length: int) -> tuple[Segments, Segments]:
         ends = [
             mx.random.normal((1, HEADS, n, DIM)).astype(mx.float16) for n in (4, 64)
         ]
-        mean = mx.random.normal((1, HEADS, 1, DIM)) if side == "keys" else None
-        sides.append(
-            Segments(codec, ends[0], PackedCodes(arrays, length), ends[1], mean)
-        )
-    mx.eval([s.sink for s in sides], [s.recent for s in sides])
-    return sides[0], sides[1]
+        gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
+        basis, codes = Basis(codec.rotation, gains), PackedCodes(arrays, length)
+        mx.eval(ends, basis.signs_out)
+        sides.append(Segments(codec, basis, ends[0], codes, ends[1]))
+    pages = -(-length // parsed.page)
+    rows = mx.random.normal((1, HEADS, pages, DIM)).astype(mx.float16)
+    mx.eval(rows)
+    return replace(sides[0], means=PageMeans(rows, parsed.page, pages)), sides[1]
 
 
 def median_us(call: Attention) -> float:

@@ -1,9 +1,9 @@
-"""Moving tokens in and out of codes: rotate, encode a page, decode for prefill.
+"""Moving tokens in and out of codes: encode a page, decode for prefill.
 
 Llama-3.1-8B's shape (8 KV heads, head_dim 128), keys and values, fp16, on whatever GPU
 MLX finds. Kernels beside the same work in plain MLX operations; medians over repeats of
 `CALLS` calls in one evaluation. Beside them one decode attention at 32,768 tokens, so
-that the cost of a page can be put on the 64 steps that fill it. The last line is JSON.
+that the cost of a page can be put on the steps that fill it. The last line is JSON.
 
     python benchmarks/bench_encode.py
 """
@@ -23,12 +23,13 @@ from bench_attention import DIM, HEADS, median_us, packed
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference
 from mlx_turboquant.backends.select import REFERENCE, Backend
+from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import Codec, codec_for
 from mlx_turboquant.kernels.kernel import MlxLauncher
 from mlx_turboquant.segments import Segments
 
 CALLS, REPEATS = 32, 7
-PAGE, CHUNK = 64, 2048
+PAGE, CHUNK = 128, 2048
 SPECS = ("k3v3", "k4v4", "k8v8")
 Tokens = tuple[mx.array, mx.array]
 
@@ -57,18 +58,20 @@ def timed(call: Callable[[Tokens], object], count: int) -> float:
 
 def costs(moved: Backend, codecs: tuple[Codec, Codec]) -> dict[str, float]:
     """Microseconds of each kind of work, by number of tokens."""
-    mean = mx.random.normal((1, HEADS, 1, DIM))
-    codes = moved.encode(*fresh(8192), None, codecs)[1]
+    gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
+    bases = (Basis(codecs[0].rotation, gains), Basis(codecs[1].rotation, gains))
+    codes = moved.encode(*fresh(8192), None, 0, bases, codecs)[1]
     mx.eval(list(codes.arrays.values()))
-    side = Segments(codecs[1], None, codes, fresh(1)[0], None)
+    side = Segments(codecs[1], bases[1], None, codes, fresh(1)[0])
 
     def encode(tokens: Tokens) -> object:
-        sides = moved.encode(*tokens, mean, codecs)
+        pages = tokens[0].reshape(1, HEADS, -1, PAGE, DIM)
+        rows = bases[0].into(mx.mean(pages, axis=3)).astype(mx.float16)
+        means = PageMeans(rows, PAGE, rows.shape[2])
+        sides = moved.encode(*tokens, means, 0, bases, codecs)
         return [list(codes.arrays.values()) for codes in sides]
 
     row = {}
-    for count in (1, PAGE, CHUNK):
-        row[f"rotate {count}"] = timed(lambda t: moved.rotate(*t, codecs), count)
     for count in (PAGE, CHUNK):
         row[f"encode {count}"] = timed(encode, count)
     decode = moved.decode if isinstance(moved, gpu.Gpu) else reference.decode

@@ -59,7 +59,10 @@ TQ_FUNC void mean_logits(
     const threadgroup half* queries, const device half* mean, float inverse, uint lane,
     thread float* logits) {
   logits[0] = logits[1] = 0.0f;
-  for (int d = int(tq_major(lane)); d < DK; d += 8) {
+  TQ_UNROLL
+  for (int i = 0; i < (DK + 7) / 8; i++) {
+    int d = int(tq_major(lane)) + 8 * i;
+    if (d >= DK) continue;
     float m = float(mean[d]);
     TQ_UNROLL
     for (int e = 0; e < 2; e++) {

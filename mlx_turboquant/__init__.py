@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .codebook import lloyd_max as lloyd_max
     from .codecs import codec_for as codec_for
     from .codes import PackedCodes as PackedCodes
+    from .evals import EvalPlan as EvalPlan
+    from .evals import evaluate as evaluate
     from .integrations.loading import load as load
     from .integrations.mlx_lm import apply as apply
     from .integrations.mlx_lm import load_prompt_cache as load_prompt_cache
@@ -40,11 +42,13 @@ _HOMES = {
     "BatchTurboQuantCache": "cache",
     "CacheSpec": "spec",
     "CodecSpec": "spec",
+    "EvalPlan": "evals",
     "PackedCodes": "codes",
     "TurboQuantCache": "cache",
     "apply": "integrations.mlx_lm",
     "attend": "attention",
     "codec_for": "codecs",
+    "evaluate": "evals",
     "explain": "report",
     "lloyd_max": "codebook",
     "load": "integrations.loading",

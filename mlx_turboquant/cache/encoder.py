@@ -29,6 +29,7 @@ class PageEncoder:
         self.spec = spec
         self.calibrated = False
         self.calibration = Calibration(spec.sink, spec.page)
+        self.means: PageMeans | None = None  # what was taken off the keys so far
         self._means = TokenStore(_MEANS_STEP)
         self._gains: Arrays = {}
         self._dims: tuple[int, int] | None = None
@@ -68,14 +69,6 @@ class PageEncoder:
     def bases(self) -> tuple[Basis, Basis]:
         """Of keys and values."""
         return self._build()[1]
-
-    @property
-    def means(self) -> PageMeans | None:
-        """What was taken off the keys encoded so far."""
-        if not self._means.length:
-            return None
-        page = self.spec.page if self.spec.center == "page" else _ALL_TOKENS
-        return PageMeans(self._means.arrays["keys"], page, self._means.length)
 
     def encode(self, keys: mx.array, values: mx.array, first: int) -> Arrays:
         """Codes of tokens (B, H, N, D) that follow ``first`` encoded ones.
@@ -123,6 +116,15 @@ class PageEncoder:
             pages = keys.astype(mx.float32).reshape(batch, heads, -1, spec.page, dim)
             means = self.bases[0].into(mx.mean(pages, axis=3))
             self._means.append({"keys": means.astype(mx.float16)})
+            self._means_changed()
+
+    def _means_changed(self) -> None:
+        held, page = self._means, self.spec.page
+        if self.spec.center != "page":
+            page = _ALL_TOKENS
+        self.means = None
+        if held.length:
+            self.means = PageMeans(held.arrays["keys"], page, held.length)
 
     def trim(self, encoded: int) -> None:
         """Keep what the first ``encoded`` encoded tokens need; the gains stay."""
@@ -131,6 +133,7 @@ class PageEncoder:
             self._means.trim(max(0, self._means.length - pages))
         elif not encoded:
             self._means.trim(self._means.length)
+        self._means_changed()
 
     @property
     def nbytes(self) -> int:
@@ -149,6 +152,7 @@ class PageEncoder:
     def load(self, groups: Mapping[str, Arrays], calibrated: bool) -> None:
         """Take over what `state` gave."""
         self._means.replace(groups["means"])
+        self._means_changed()
         self._gains = dict(groups["gains"])
         self.calibration.state = groups["queries"]
         self.calibrated = calibrated

@@ -17,7 +17,6 @@ Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -58,7 +57,7 @@ class TurboQuantCache:
         held = spec.sink + spec.window + spec.page + DECODE_TOKENS
         self._recent = TokenStore(held)
         self._encoder = PageEncoder(spec)
-        self._sides: dict[str, tuple[Arrays, PackedCodes]] = {}
+        self._sides: tuple[Arrays, dict[str, PackedCodes]] | None = None
 
     # What models and generation loops use.
 
@@ -91,20 +90,28 @@ class TurboQuantCache:
     def keys_and_values(self) -> tuple[Segments, Segments]:
         """Handles over everything stored, for layers that share a cache."""
         encoder = self._encoder
-        sides = [
-            Segments(
-                codec,
-                basis,
-                self._sink.get(name),
-                self._packed_side(name) if self._packed.length else None,
-                self._recent.view(name),
-            )
-            for name, codec, basis in zip(
-                ("keys", "values"), encoder.codecs, encoder.bases, strict=True
-            )
-        ]
+        (k_codec, v_codec), (k_basis, v_basis) = encoder.codecs, encoder.bases
+        recent = self._recent.views()
+        packed = self._packed_sides() if self._packed.length else {}
         observe = None if encoder.calibrated else self._observe
-        return replace(sides[0], means=encoder.means, observe=observe), sides[1]
+        return (
+            Segments(
+                k_codec,
+                k_basis,
+                self._sink.get("keys"),
+                packed.get("keys"),
+                recent["keys"],
+                encoder.means,
+                observe,
+            ),
+            Segments(
+                v_codec,
+                v_basis,
+                self._sink.get("values"),
+                packed.get("values"),
+                recent["values"],
+            ),
+        )
 
     def _observe(self, q: mx.array, scale: float) -> None:
         """Learn from the queries; a prompt's first chunk can be packed then."""
@@ -115,19 +122,21 @@ class TurboQuantCache:
         if q.shape[2] > DECODE_TOKENS:
             self._pack(self._due())
 
-    def _packed_side(self, side: str) -> PackedCodes:
-        held = self._sides.get(side)
-        arrays, length = self._packed.arrays, self._packed.length
+    def _packed_sides(self) -> dict[str, PackedCodes]:
         # The same in all steps between two pages, so kept.
-        if held is None or held[0] is not arrays or held[1].length != length:
-            prefix = f"{side}_"
-            chosen = {
-                name.removeprefix(prefix): array
-                for name, array in arrays.items()
-                if name.startswith(prefix)
-            }
-            held = self._sides[side] = (arrays, PackedCodes(chosen, length))
-        return held[1]
+        arrays, length = self._packed.arrays, self._packed.length
+        if self._sides is None or self._sides[0] is not arrays:
+            sides = {}
+            for side in ("keys", "values"):
+                prefix = f"{side}_"
+                chosen = {
+                    name.removeprefix(prefix): array
+                    for name, array in arrays.items()
+                    if name.startswith(prefix)
+                }
+                sides[side] = PackedCodes(chosen, length)
+            self._sides = (arrays, sides)
+        return self._sides[1]
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         for name, new in (("keys", keys), ("values", values)):
@@ -167,7 +176,7 @@ class TurboQuantCache:
         codes = self._encoder.encode(
             chosen["keys"], chosen["values"], self._packed.length
         )
-        self._sides = {}  # or it would hold a buffer that is outgrown
+        self._sides = None  # or it would hold a buffer that is outgrown
         self._packed.append(codes)
         self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})
 
@@ -183,6 +192,7 @@ class TurboQuantCache:
         from_packed = min(n - from_recent, self._packed.length)
         self._packed.trim(from_packed)
         if from_packed:
+            self._sides = None
             self._encoder.trim(self._packed.length)
         if from_packed and not self._packed.length:
             # Nothing is packed any more: only the basis stays.

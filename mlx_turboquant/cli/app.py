@@ -16,6 +16,7 @@ import typer
 from .. import __version__
 from ..errors import TurboQuantError
 from .doctor import doctor
+from .evaluate import evaluate
 from .generate import generate
 
 P = ParamSpec("P")
@@ -63,6 +64,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 app.command()(guarded(generate))
 app.command()(guarded(doctor))
+app.command("eval")(guarded(evaluate))
 
 
 def main() -> None:
@@ -78,6 +80,11 @@ def main_generate() -> None:
 def main_doctor() -> None:
     """Entry point of ``mlx_tq.doctor``."""
     _run_alone(doctor)
+
+
+def main_eval() -> None:
+    """Entry point of ``mlx_tq.eval``."""
+    _run_alone(evaluate)
 
 
 def _run_alone(command: Callable[..., None]) -> None:

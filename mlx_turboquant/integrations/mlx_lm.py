@@ -18,7 +18,7 @@ import tempfile
 import types
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..report import Explanation, explain
 from ..segments import Handle
 from ..spec import CacheSpec
 
+KVCache = host_cache.KVCache
 _HOOKED = "scaled_dot_product_attention"
 _CLASSES = (TurboQuantCache, BatchTurboQuantCache)
 
@@ -198,8 +199,8 @@ def _make(model: nn.Module, spec: CacheSpec) -> list[Any]:
             f"{_model_type(model)} layers cannot take a compressed cache: {reason}",
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
-    stock = _stock_caches(model)
-    caches = [_replace(entry, spec) for entry in stock]
+    stock = stock_caches(model)
+    caches = [_replace(entry, lambda: TurboQuantCache(spec)) for entry in stock]
     if not explain(caches).packed_layers:
         kinds = ", ".join(sorted({type(entry).__name__ for entry in stock}))
         raise UnsupportedModelError(
@@ -211,7 +212,7 @@ def _make(model: nn.Module, spec: CacheSpec) -> list[Any]:
     return caches
 
 
-def _stock_caches(model: nn.Module) -> list[Any]:
+def stock_caches(model: nn.Module) -> list[Any]:
     """What mlx-lm would make for this model if we were not here."""
     maker = getattr(model, "make_cache", None)
     if isinstance(maker, _Maker):
@@ -223,11 +224,16 @@ def _stock_caches(model: nn.Module) -> list[Any]:
     return list(host_cache.make_prompt_cache(plain))
 
 
-def _replace(entry: Any, spec: CacheSpec) -> Any:
-    if type(entry) is host_cache.KVCache:
-        return TurboQuantCache(spec)
+def replace_plain(model: nn.Module, make: Callable[[], Any]) -> list[Any]:
+    """The model's stock caches, but what ``make`` makes for every plain `KVCache`."""
+    return [_replace(entry, make) for entry in stock_caches(model)]
+
+
+def _replace(entry: Any, make: Callable[[], Any]) -> Any:
+    if type(entry) is KVCache:
+        return make()
     if isinstance(entry, host_cache.CacheList):
-        entry.caches = type(entry.caches)(_replace(e, spec) for e in entry.caches)
+        entry.caches = type(entry.caches)(_replace(e, make) for e in entry.caches)
     return entry
 
 
@@ -308,7 +314,7 @@ def check_cache(model: nn.Module, cache: list[Any], name: str) -> None:
     Raises:
         UnsupportedModelError: if the model has another number of caches.
     """
-    wanted = len(_stock_caches(model))
+    wanted = len(stock_caches(model))
     if wanted != len(cache):
         raise UnsupportedModelError(
             f"{name} holds {len(cache)} layer caches, the model has {wanted}",

@@ -1,0 +1,76 @@
+"""`EvalPlan`: what an evaluation measures, fixed before it starts.
+
+Owns the defaults (the standard grid: under 15 minutes on two CPU cores with the bundled
+model) and their limits. Two runs with equal plans can continue one another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import SpecError
+
+#: What `evaluate` compares when no caches are given.
+SPECS = ("8", "4", "3.5", "3", "2.5", "2")
+BASELINES = (
+    "fp",
+    *(f"affine:{bits}" for bits in (8, 4, 3, 2)),
+    *(f"rotated-affine:{bits}" for bits in (4, 3, 2)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EvalPlan:
+    """How much of everything to measure.
+
+    Attributes:
+        lengths: Context lengths in tokens at which a window is scored, ascending.
+        windows: Stretches of text; each is read once, to the longest length.
+        seeds: Rotation seeds, spread over the windows: window i has seed i mod seeds.
+        prefill: Tokens read at a time between lengths.
+        chunk: Tokens read at a time while scoring in chunks.
+        scored: Tokens scored in chunks, up to each length.
+        stepped: Tokens scored one by one after them.
+        needles: Lengths at which hidden facts are asked for; empty for none.
+        depths: Facts hidden in each such text, evenly from front to back.
+        greedy: Tokens generated greedily to see where they part; 0 for none.
+        layers: Also compress one layer at a time, to see how much each costs.
+
+    Raises:
+        SpecError: for a value outside its limits.
+    """
+
+    lengths: tuple[int, ...] = (1024, 2048)
+    windows: int = 3
+    seeds: int = 3
+    prefill: int = 512
+    chunk: int = 32
+    scored: int = 128
+    stepped: int = 32
+    needles: tuple[int, ...] = (1000, 3500, 7400)
+    depths: int = 4
+    greedy: int = 96
+    layers: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "seeds", "prefill", "chunk", "scored", "depths"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"{name} {getattr(self, name)} is below 1")
+        gaps = zip((0, *self.lengths), self.lengths, strict=False)
+        if not self.lengths or any(b - a <= self.tail for a, b in gaps):
+            raise SpecError(
+                f"lengths {list(self.lengths)} must ascend by more than the "
+                f"{self.tail} tokens scored at each; leave some out"
+            )
+
+    @property
+    def tail(self) -> int:
+        """Tokens scored at each length."""
+        return self.scored + self.stepped
+
+    def state(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
+        }

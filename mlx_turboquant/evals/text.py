@@ -1,0 +1,62 @@
+"""Text to measure on: the bundled held-out books, or any file.
+
+Owns where windows are cut. The bundled books (Project Gutenberg, public domain) were
+kept out of the bundled model's training; for other models they are just English.
+"""
+
+from __future__ import annotations
+
+import lzma
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ..errors import SpecError
+
+_MARGIN = 20_000  # characters skipped at the front: title pages, tables of contents
+_CHARACTERS = 7  # more than any English token needs, on average
+
+
+def books() -> list[str]:
+    """The bundled books, one text each."""
+    packed = files("mlx_turboquant").joinpath("data/books_heldout.txt.xz")
+    text = lzma.decompress(packed.read_bytes()).decode()
+    return text.split("\n\x0c\n")
+
+
+def read_texts(path: str | Path | None) -> list[str]:
+    """The texts of a UTF-8 file (form feeds between them), or the bundled books."""
+    if path is None:
+        return books()
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read text from {path} ({error})") from error
+    return [part for part in text.split("\n\x0c\n") if part.strip()]
+
+
+def windows(
+    texts: list[str], tokenizer: Any, length: int, count: int
+) -> list[list[int]]:
+    """``count`` stretches of ``length`` tokens, spread over the texts.
+
+    Raises:
+        SpecError: if the texts are too short for that.
+    """
+    found = []
+    for index in range(count):
+        text = texts[index % len(texts)]
+        turn = index // len(texts)
+        size = _CHARACTERS * length
+        start = min(_MARGIN + turn * size, max(0, len(text) - size))
+        ids = tokenizer.encode(text[start : start + size])
+        if len(ids) < length:
+            raise SpecError(
+                f"text {index % len(texts)} gives {len(ids)} tokens, not {length}; "
+                "give a longer text or shorter lengths"
+            )
+        bos = tokenizer.bos_token_id
+        if bos is not None and ids[0] != bos:
+            ids = [bos, *ids]
+        found.append(list(ids[:length]))
+    return found

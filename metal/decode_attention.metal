@@ -28,7 +28,6 @@ struct Sizes {
   int first;     // column of the mask that belongs to packed token 0
   int columns;   // columns of the mask
   int page;      // packed tokens to a row of means, a multiple of TILE
-  int means;     // rows of means; the last serves all that follow it, too
 };
 
 // Rows of `query` (threadgroup, ROWS x DK): queries in the codes' basis times `factor`, as
@@ -168,7 +167,7 @@ TQ_FUNC void tile_values(
 // capacity reaches to the end of the last tile; mask float
 // (rows, columns) in log2 units, read if MASKED; out_sums float (rows, blocks, DV) and
 // out_tops float (rows, blocks, 2): unnormalised sums, their maximum and denominator;
-// means half (sizes.means, DK), read if CENTER. k_gain and v_gain: see Levels.
+// means half (pages, DK), read if CENTER. k_gain and v_gain: see Levels.
 template <
     int DK, int DV, int KB, int VB, int K_TERMS, int V_TERMS, bool MASKED, bool CENTER>
 TQ_FUNC void attend_block(
@@ -243,8 +242,8 @@ TQ_FUNC void attend_block(
     float largest = 0.0f;
     GroupCodes<VB> v_codes[V_OWNED * (TILE / 4)];
     if (CENTER && (tile == start || tile % sizes.page == 0)) {
-      int row = tile / sizes.page < sizes.means ? tile / sizes.page : sizes.means - 1;
-      mean_logits<DK>(queries, means + size_t(row) * DK, 1.0f / k_gain, lane, centre);
+      const device half* mean = means + size_t(tile / sizes.page) * DK;
+      mean_logits<DK>(queries, mean, 1.0f / k_gain, lane, centre);
     }
     tile_logits<DK, KB, K_TERMS>(query, k_levels, k_places, logits);
     load_values<DV, VB>(v_places, v_codes);  // in flight during the softmax

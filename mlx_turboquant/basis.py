@@ -78,7 +78,7 @@ class PageMeans:
 
     Attributes:
         rows: (B, H, M, D) float16, whole buffers.
-        page: Packed tokens to a row; the last row serves all that follow it, too.
+        page: Packed tokens to a row; more than there will ever be if one serves all.
         count: Rows in use.
     """
 
@@ -88,9 +88,10 @@ class PageMeans:
 
     def of_tokens(self, first: int, count: int, heads: slice = slice(None)) -> mx.array:
         """For packed tokens from ``first``: (B, heads, count or 1, D) float32."""
-        low = min(first // self.page, self.count - 1)
-        high = min(-(-(first + count) // self.page), self.count)
-        rows = self.rows[:, heads, low:high].astype(mx.float32)
+        low = first // self.page
+        rows = self.rows[:, heads, low : -(-(first + count) // self.page)].astype(
+            mx.float32
+        )
         if rows.shape[2] == 1:
             return rows
         start = first - low * self.page

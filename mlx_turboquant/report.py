@@ -6,6 +6,7 @@ Owns the wording for users. Reads caches by their public properties only.
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,13 +83,14 @@ class Explanation:
         count = f"{len(rows)} of {len(self.layers)} layers"
         if not rows:
             return f"{size_text(self.nbytes)}, uncompressed; try --kv-bits 3"
+        specs = _specs_text([row.spec for row in rows])
         if not elements:
-            return f"{rows[0].spec} in {count}, empty"
+            return f"{specs} in {count}, empty"
         bits = 8 * sum(row.nbytes for row in rows) / elements
         return (
             f"{size_text(self.nbytes)} against {size_text(self.fp16_nbytes)} in fp16 "
             f"({_ratio_text(self.fp16_nbytes / self.nbytes)}), {bits:.2f} bits per "
-            f"element, {rows[0].spec} in {count}"
+            f"element, {specs} in {count}"
         )
 
     def __str__(self) -> str:
@@ -168,6 +170,14 @@ def _nbytes(entry: Any) -> int:
         return int(entry.nbytes)
     except (AttributeError, NotImplementedError, TypeError):
         return 0  # some stock caches cannot say while they are empty
+
+
+def _specs_text(specs: list[str]) -> str:
+    """One spec if all layers share it, else the bits of each kind and how many."""
+    if len(set(specs)) == 1:
+        return specs[0]
+    bits = Counter(spec.partition(",")[0] for spec in specs)
+    return " ".join(f"{name} x{count}" for name, count in sorted(bits.items()))
 
 
 def _ratio_text(ratio: float) -> str:

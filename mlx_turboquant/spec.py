@@ -15,10 +15,13 @@ from .errors import SpecError
 #: Codec names accepted by ``codec=``, besides the ``k16``/``v16`` shorthand.
 CODEC_NAMES = ("turboquant",)
 MAX_BITS = 8
-CENTERS = ("page", "first", "off")
 _SIDES = re.compile(r"k(\d+)v(\d+)")
 _LIMITS = {"sink": (0, 1024), "window": (0, 65536), "page": (16, 1024)}
-_ADVICE = "use 1..8, a half step such as 2.5, or sides such as 'k4v3' or 'k16v3'"
+_ADVICE = "use 1..8, a mean such as 3.25, sides such as 'k4v3' or 'k16v3', or 'auto'"
+CENTERS = ("page", "first", "off")
+QUALITIES = ("lossless", "balanced", "small")
+#: Mean code bits that `cache.allocation` can meet: its widths go from 2 to 8.
+_BUDGETS = (2, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,11 @@ class CacheSpec:
             ``"first"`` page's for all, or ``"off"``.
         equalize: Divide channels by gains measured on the first page.
         seed: Seed of the rotation signs (see ``docs/format.md``).
+        budget: Choose each layer's bits from the text's first page, so that they are
+            this many on average, code bits per element. Until then ``keys`` and
+            ``values`` only name the codec.
+        quality: Likewise, with as few bits as ``"lossless"``, ``"balanced"`` or
+            ``"small"`` allows.
 
     Raises:
         SpecError: for a value outside its limits.
@@ -90,8 +98,11 @@ class CacheSpec:
     center: str = "page"
     equalize: bool = True
     seed: int = 0
+    budget: float | None = None
+    quality: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_choice()
         for name, (low, high) in _LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -108,12 +119,38 @@ class CacheSpec:
         if self.keys.name == self.values.name == "identity":
             raise SpecError("k16v16 compresses nothing; lower one side, as in 'k16v4'")
 
+    def _check_choice(self) -> None:
+        low, high = _BUDGETS
+        if self.budget is not None and not low <= self.budget <= high:
+            raise SpecError(
+                f"{self.budget:g} bits on average are outside {low}..{high}; {_ADVICE}"
+            )
+        if self.quality not in (None, *QUALITIES):
+            raise SpecError(
+                f"quality={self.quality} is unknown; use one of {', '.join(QUALITIES)}"
+            )
+        if self.budget is not None and self.quality is not None:
+            raise SpecError(
+                f"quality={self.quality} and {self.budget:g} bits on average both say "
+                "how many bits to use; leave one out"
+            )
+        if self.adaptive and "identity" in (self.keys.name, self.values.name):
+            raise SpecError("sides that stay uncompressed cannot be chosen for; use 3")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether bits are still to be chosen, from the text."""
+        return self.budget is not None or self.quality is not None
+
     @classmethod
     def parse(cls, text: str | float | CacheSpec, **overrides: Any) -> CacheSpec:
         """Read ``3``, ``"3.5"``, ``"k4v3"`` or ``"k4v3,window=64,center=off"``.
 
         A half step is the mean of the two sides: 3.5 is ``k4v3``, because error
-        in the keys costs more than error in the values.
+        in the keys costs more than error in the values. Any other mean, such as
+        3.25, is met on average over the layers, whose bits are then chosen from the
+        text; ``"auto,budget=3"`` says so of a whole number, ``"auto"`` alone aims at
+        a ``quality`` (``"balanced"`` unless given).
 
         Args:
             text: The spec. A ready `CacheSpec` passes through.
@@ -136,7 +173,16 @@ class CacheSpec:
             name, value = _read_option(option)
             given.setdefault(name, value)
         codec = given.pop("codec", "turboquant")
-        k_bits, v_bits = _read_sides(head)
+        k_bits, v_bits, budget = _read_bits(head)
+        if budget is not None:
+            given["budget"] = budget
+        elif head == "auto" and not {"budget", "quality"} & given.keys():
+            given["quality"] = "balanced"
+        elif head != "auto" and {"budget", "quality"} & given.keys():
+            raise SpecError(
+                f"budget= and quality= choose the bits, and {head} says them; "
+                "write 'auto' in its place"
+            )
         return cls(CodecSpec.of(codec, k_bits), CodecSpec.of(codec, v_bits), **given)
 
     def __str__(self) -> str:
@@ -149,6 +195,8 @@ class CacheSpec:
 
     def _text(self, full: bool) -> str:
         parts = [f"k{self.keys.bits}v{self.values.bits}"]
+        if self.adaptive:
+            parts = ["auto"]
         codec = next(
             (s.name for s in (self.keys, self.values) if s.name != "identity"), ""
         )
@@ -156,6 +204,8 @@ class CacheSpec:
             parts.append(f"codec={codec}")
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
+            if value is None:
+                continue
             if full or value != field.default:
                 shown = ("off", "on")[value] if isinstance(value, bool) else value
                 parts.append(f"{field.name}={shown}")
@@ -166,18 +216,22 @@ def _default(name: str) -> Any:
     return next(f.default for f in fields(CacheSpec) if f.name == name)
 
 
-def _read_sides(head: str) -> tuple[int, int]:
-    """Bits of (keys, values) from ``"3"``, ``"3.5"`` or ``"k4v3"``."""
+def _read_bits(head: str) -> tuple[int, int, float | None]:
+    """Bits of keys and values, and the mean to meet if they are to be chosen."""
+    if head == "auto":
+        return 3, 3, None
     if match := _SIDES.fullmatch(head):
-        return int(match[1]), int(match[2])
+        return int(match[1]), int(match[2]), None
     try:
-        twice = 2 * float(head)
+        bits = float(head)
     except ValueError:
         raise SpecError(f"cannot read bits from {head!r}; {_ADVICE}") from None
-    if twice != twice or abs(twice) > 64 or twice != int(twice):
-        raise SpecError(f"{head} bits per element is not a half step; {_ADVICE}")
-    total = int(twice)
-    return (total + 1) // 2, total // 2
+    if bits != bits or abs(bits) > 32:
+        raise SpecError(f"{head} bits per element is not possible; {_ADVICE}")
+    twice = 2 * bits
+    if twice != int(twice):
+        return 3, 3, bits
+    return (int(twice) + 1) // 2, int(twice) // 2, None
 
 
 def _read_option(option: str) -> tuple[str, Any]:
@@ -185,8 +239,13 @@ def _read_option(option: str) -> tuple[str, Any]:
     name, sep, value = option.strip().partition("=")
     if name == "codec" and sep:
         return name, value
-    if name == "center" and sep:
+    if name in ("center", "quality") and sep:
         return name, value
+    if name == "budget":
+        try:
+            return name, float(value)
+        except ValueError:
+            raise SpecError(f"budget={value!r} is not a number") from None
     if name == "equalize" and value in ("on", "off"):
         return name, value == "on"
     if name in (*_LIMITS, "seed"):
@@ -196,5 +255,5 @@ def _read_option(option: str) -> tuple[str, Any]:
             raise SpecError(f"{name}={value!r} is not a whole number") from None
     raise SpecError(
         f"option {option!r} is unknown; use codec=, sink=, window=, page=, "
-        "center=page|first|off, equalize=on|off or seed="
+        "center=page|first|off, equalize=on|off, seed=, or with auto budget=, quality="
     )

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_turboquant.errors import SpecError, TurboQuantError
-from mlx_turboquant.spec import CENTERS, CacheSpec, CodecSpec
+from mlx_turboquant.spec import CENTERS, QUALITIES, CacheSpec, CodecSpec
 
 bits = st.one_of(st.integers(1, 8), st.just(16))
 specs = st.builds(
@@ -21,6 +21,25 @@ specs = st.builds(
 )
 
 
+adaptive_specs = st.one_of(
+    st.builds(CacheSpec.parse, st.just("auto"), quality=st.sampled_from(QUALITIES)),
+    st.builds(CacheSpec.parse, st.just("auto"), budget=st.floats(2, 8)),
+)
+
+
+@given(adaptive_specs)
+def test_bits_to_be_chosen_round_trip_too(spec):
+    assert spec.adaptive
+    assert CacheSpec.parse(str(spec)) == spec == CacheSpec.parse(spec.full)
+
+
+def test_a_mean_that_is_no_half_step_is_a_budget():
+    assert CacheSpec.parse(3.25) == CacheSpec.parse("auto,budget=3.25")
+    assert str(CacheSpec.parse("3.25,window=64")) == "auto,window=64,budget=3.25"
+    assert CacheSpec.parse("auto") == CacheSpec.parse("auto,quality=balanced")
+    assert not CacheSpec.parse("3.5").adaptive
+
+
 @given(specs)
 def test_parse_inverts_str(spec):
     assert CacheSpec.parse(str(spec)) == spec == CacheSpec.parse(spec.full)
@@ -35,6 +54,7 @@ def test_parse_inverts_str(spec):
         ("k4v3", (4, 3)),
         ("K16V4", (16, 4)),
         (" 8 ", (8, 8)),
+        ("auto", (3, 3)),
     ],
 )
 def test_sides(text, sides):
@@ -54,7 +74,13 @@ def test_overrides_win_and_none_leaves_alone():
         ("9", "9 bits"),
         ("0", "0 bits"),
         ("-1", "-1 bits"),
-        ("2.3", "2.3"),
+        ("1.9", "1.9 bits on average"),
+        ("8.3", "8.3 bits on average"),
+        ("auto,quality=great", "quality=great"),
+        ("auto,budget=many", "budget='many'"),
+        ("auto,budget=3,quality=small", "quality=small and 3 bits"),
+        ("3,quality=small", "'auto'"),
+        ("3.25,quality=small", "3.25 bits"),
         ("nan", "nan"),
         ("1e9", "1e9"),
         ("three", "three"),

@@ -175,7 +175,7 @@ class Gpu:
         sizes = sizes_array(
             (
                 *(length, blocks, run, heads, rows, steps, first, columns),
-                *((means.page, means.count) if means else (1, 1)),
+                means.page if means else 1,
             )
         )
         threads = 32 * BLOCK_SIMDGROUPS

@@ -56,7 +56,6 @@ def encode(
     for x, basis in zip((keys, values), bases, strict=True):
         inside = rotates(basis.rotation)
         sides.append((x if inside else basis.into(x).astype(x.dtype), inside))
-    row = (means.page, means.count) if means else (1, 1)
     k_words, k_scales, v_words, v_scales = launcher(
         ENCODE_TOKENS,
         [
@@ -70,7 +69,7 @@ def encode(
             tables["v_levels"],
             tables["v_boundaries"],
             tables["inverse_gains"],
-            sizes_array((tokens, heads, batch, first, *row)),
+            sizes_array((tokens, heads, batch, first, means.page if means else 1)),
         ],
         {
             **_encode_template(k_codec, v_codec),

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import mlx.core as mx
+import numpy as np
 
 from ..backends import select
 from ..basis import Basis, PageMeans
 from ..codecs import Codec, codec_for
 from ..spec import CacheSpec
+from .allocation import Seat
 from .calibration import Calibration
 from .store import TokenStore
 
@@ -25,8 +27,10 @@ Arrays = dict[str, mx.array]
 class PageEncoder:
     """Encodes pages of one layer; calibrated by the first of them, then frozen."""
 
-    def __init__(self, spec: CacheSpec) -> None:
+    def __init__(self, spec: CacheSpec, seat: Seat | None = None) -> None:
         self.spec = spec
+        self._seat = seat
+        self._waited = False
         self.calibrated = False
         self.calibration = Calibration(spec.sink, spec.page)
         self.means: PageMeans | None = None  # what was taken off the keys so far
@@ -70,13 +74,29 @@ class PageEncoder:
         """Of keys and values."""
         return self._build()[1]
 
-    def encode(self, keys: mx.array, values: mx.array, first: int) -> Arrays:
-        """Codes of tokens (B, H, N, D) that follow ``first`` encoded ones.
+    def settle(self, keys: mx.array, values: mx.array) -> bool:
+        """Fix gains and bits by the first tokens to encode; whether that is done.
 
-        They must end where a page does. The first call sets the gains.
+        Bits that are chosen for all layers together are known when all were asked:
+        one that is asked again waits no longer.
         """
         if not self.calibrated:
             self._calibrate(keys, values)
+        if self._seat is None or not self.spec.adaptive:
+            return True
+        if self._waited or self._seat.allocation.ready:
+            assert self._dims is not None, "prepare comes first"
+            self.spec = self._seat.allocation.spec_of(self._seat.layer, self._dims)
+            self._built = None
+            return True
+        self._waited = True
+        return False
+
+    def encode(self, keys: mx.array, values: mx.array, first: int) -> Arrays:
+        """Codes of tokens (B, H, N, D) that follow ``first`` encoded ones.
+
+        They must end where a page does. `settle` comes first.
+        """
         self._add_means(keys, first)
         backend, _ = select.machine_backend()
         encoded = backend.encode(
@@ -99,6 +119,10 @@ class PageEncoder:
             self._gains["values"] = self.calibration.value_gains(first_page)
         self.calibrated = True
         self._built = None
+        if self._seat is not None and self.spec.adaptive:
+            variance = self.calibration.logit_variance(keys, self._gains.get("keys"))
+            known = None if variance is None else float(np.array(variance))
+            self._seat.allocation.report(self._seat.layer, known)
 
     def _add_means(self, keys: mx.array, first: int) -> None:
         """Means of the pages that begin within ``keys``."""

@@ -26,8 +26,9 @@ from ..errors import UnsupportedError
 from ..segments import Segments
 from ..spec import CacheSpec
 from . import files
+from .allocation import Allocation, Seat
 from .encoder import Arrays, PageEncoder
-from .masks import make_mask
+from .protocol import SequenceCache
 from .store import TokenStore
 
 #: Steps of at most this many tokens go through the recent buffer (speculative
@@ -36,27 +37,38 @@ DECODE_TOKENS = 8
 _PACKED_STEP = 128
 
 
-class TurboQuantCache:
+class TurboQuantCache(SequenceCache):
     """A drop-in for mlx-lm's ``KVCache`` that stores codes.
 
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
+        seat: Its place among the layers whose bits are chosen together; alone if None.
 
     >>> TurboQuantCache("k3v3")
     TurboQuantCache(k3v3, empty)
     """
 
-    def __init__(self, spec: CacheSpec | str | float = "k3v3") -> None:
-        self.spec = CacheSpec.parse(spec)
+    def __init__(
+        self, spec: CacheSpec | str | float = "k3v3", seat: Seat | None = None
+    ) -> None:
+        self._asked = CacheSpec.parse(spec)
+        if seat is None and self._asked.adaptive:
+            seat = Seat(Allocation(self._asked, 1), 0)
+        self._seat = seat
         self._clear()
 
+    @property
+    def spec(self) -> CacheSpec:
+        """What it stores: with bits of its own once they are chosen."""
+        return self._encoder.spec
+
     def _clear(self) -> None:
-        spec = self.spec
+        spec = self._asked
         self._sink: Arrays = {}
         self._packed = TokenStore(_PACKED_STEP)
         held = spec.sink + spec.window + spec.page + DECODE_TOKENS
         self._recent = TokenStore(held)
-        self._encoder = PageEncoder(spec)
+        self._encoder = PageEncoder(spec, self._seat)
         self._sides: tuple[Arrays, dict[str, PackedCodes]] | None = None
 
     # What models and generation loops use.
@@ -164,25 +176,19 @@ class TurboQuantCache:
         if count <= 0:
             return
         pending = self._recent.views()
-        start = 0
-        if self._packed.length == 0:
-            start = self.spec.sink
-            if start:
-                self._sink = {
-                    k: mx.contiguous(v[:, :, :start]) for k, v in pending.items()
-                }
+        start = self.spec.sink if self._packed.length == 0 else 0
+        chosen = {k: v[:, :, start : start + count] for k, v in pending.items()}
+        if not self._encoder.settle(chosen["keys"], chosen["values"]):
+            return
+        if start:
+            self._sink = {k: mx.contiguous(v[:, :, :start]) for k, v in pending.items()}
         stop = start + count
-        chosen = {k: v[:, :, start:stop] for k, v in pending.items()}
         codes = self._encoder.encode(
             chosen["keys"], chosen["values"], self._packed.length
         )
         self._sides = None  # or it would hold a buffer that is outgrown
         self._packed.append(codes)
         self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})
-
-    def is_trimmable(self) -> bool:
-        """Always: codes are independent of their neighbours."""
-        return True
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens, or all there are; returns how many."""
@@ -227,14 +233,6 @@ class TurboQuantCache:
         """Latest tokens stored in the model's dtype."""
         return self._recent.length
 
-    def size(self) -> int:
-        """Tokens stored."""
-        return self.offset
-
-    def empty(self) -> bool:
-        """Whether no token is stored."""
-        return self.offset == 0
-
     @property
     def nbytes(self) -> int:
         """Bytes of every buffer: codes, scales, means, gains, windows, capacity."""
@@ -247,32 +245,6 @@ class TurboQuantCache:
         held = self._recent.arrays.values()
         width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in held)
         return self.offset * width
-
-    def make_mask(
-        self, n: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | str | None:
-        """The mask for ``n`` new tokens behind those stored."""
-        return make_mask(n, self.offset, return_array, window_size)
-
-    # Real arrays that some models tie other work to with ``mx.depends``.
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The buffer of recent keys (B, H, capacity, Dk), or None when empty."""
-        return self._recent.arrays.get("keys")
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        self._recent.arrays["keys"] = array
-
-    @property
-    def values(self) -> mx.array | None:
-        """The buffer of recent values (B, H, capacity, Dv), or None when empty."""
-        return self._recent.arrays.get("values")
-
-    @values.setter
-    def values(self, array: mx.array) -> None:
-        self._recent.arrays["values"] = array
 
     # Saving, loading and batching.
 
@@ -291,8 +263,8 @@ class TurboQuantCache:
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        self.spec, groups = files.from_state(state)
-        self._clear()
+        spec, groups = files.from_state(state)
+        self.__init__(spec)  # type: ignore[misc]
         self._sink = groups["sink"]
         self._packed.replace(groups["packed"])
         self._recent.replace(groups["recent"])

@@ -51,6 +51,7 @@ def generate(
     draft_model: opt.DraftModel = None,
     num_draft_tokens: opt.NumDraftTokens = 3,
     kv_bits: opt.KvBits = None,
+    kv_quality: opt.KvQuality = None,
     kv_codec: opt.KvCodec = None,
     kv_window: opt.KvWindow = None,
     kv_sink: opt.KvSink = None,
@@ -61,7 +62,15 @@ def generate(
 ) -> None:
     """Generate text with a compressed KV cache."""
     spec = opt.cache_spec(
-        kv_bits, kv_codec, kv_window, kv_sink, kv_page, kv_center, kv_equalize, kv_seed
+        kv_bits,
+        kv_codec,
+        kv_window,
+        kv_sink,
+        kv_page,
+        kv_center,
+        kv_equalize,
+        kv_seed,
+        kv_quality,
     )
     if spec is not None and max_kv_size is not None:
         raise SpecError(
@@ -218,7 +227,7 @@ def _make_cache(
     if stored is not None:
         host.check_cache(network, stored, "the prompt cache")
         held = {c.spec for c in stored if isinstance(c, TurboQuantCache)}
-        if spec is not None and held != {spec}:
+        if spec is not None and not spec.adaptive and held != {spec}:
             raise SpecError(
                 f"--kv-bits asks for {spec}, but the prompt cache holds "
                 f"{', '.join(map(str, held)) or 'no compressed layer'}; "

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SpecError
-from ..spec import CENTERS, CODEC_NAMES, CacheSpec
+from ..spec import CENTERS, CODEC_NAMES, QUALITIES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
@@ -77,7 +77,14 @@ KvBits = Annotated[
     str | None,
     typer.Option(
         help="Compress the KV cache: 1..8 bits per element, a half step (3.5 is "
-        "k4v3), or sides such as k4v3 or k16v4. Default: no compression."
+        "k4v3), sides such as k4v3 or k16v4, another mean such as 3.25 (bits chosen "
+        "by layer), or auto (see --kv-quality). Default: no compression."
+    ),
+]
+KvQuality = Annotated[
+    str | None,
+    typer.Option(
+        help=f"For --kv-bits auto: {', '.join(QUALITIES)} (default: balanced)."
     ),
 ]
 KvCodec = Annotated[str | None, typer.Option(help=f"Codec: {', '.join(CODEC_NAMES)}.")]
@@ -108,6 +115,7 @@ def cache_spec(
     center: str | None,
     equalize: bool | None,
     seed: int | None,
+    quality: str | None,
 ) -> CacheSpec | None:
     """The spec of ``--kv-bits`` and its companions, or None without it.
 
@@ -122,6 +130,7 @@ def cache_spec(
         "center": center,
         "equalize": equalize,
         "seed": seed,
+        "quality": quality,
     }
     if bits is not None:
         return CacheSpec.parse(bits, **overrides)

@@ -44,7 +44,7 @@ class AffineCache(host.KVCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes that mlx-lm's cache would hold instead, capacity included."""
-        elements = sum(a.size for a in (self.keys, self.values) if a is not None)
+        elements: int = sum(a.size for a in (self.keys, self.values) if a is not None)
         return round(elements * (self.code_bits + 2 * _KEPT_BITS / GROUP) / 8)
 
     def _lossy(self, x: mx.array) -> mx.array:

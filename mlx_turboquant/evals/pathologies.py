@@ -50,7 +50,7 @@ class _OffsetRope(nn.Module):  # type: ignore[misc]
         self._inner, self._heads, self._offset = inner, heads, offset
 
     def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
-        rotated = self._inner(x, offset=offset)
+        rotated: mx.array = self._inner(x, offset=offset)
         return rotated + self._offset if x.shape[1] == self._heads else rotated
 
 

@@ -18,7 +18,7 @@ import tempfile
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +28,16 @@ import mlx_lm.models.base as host_base
 import mlx_lm.models.cache as host_cache
 
 from ..attention import attend
-from ..cache import BatchTurboQuantCache, TurboQuantCache
+from ..cache import Allocation, BatchTurboQuantCache, Seat, TurboQuantCache
 from ..errors import FormatError, UnsupportedModelError
 from ..report import Explanation, explain
 from ..segments import Handle
 from ..spec import CacheSpec
+from .support import READS_CACHE_ITSELF
 
 KVCache = host_cache.KVCache
 _HOOKED = "scaled_dot_product_attention"
 _CLASSES = (TurboQuantCache, BatchTurboQuantCache)
-
-#: Model types whose layers compute on cached keys or values themselves.
-READS_CACHE_ITSELF = {
-    **dict.fromkeys(
-        (
-            "deepseek_v3",
-            "deepseek_v32",
-            "glm4_moe_lite",
-            "kimi_linear",
-            "kimi_vl",
-            "longcat_flash",
-            "longcat_flash_ngram",
-        ),
-        "multi-head latent attention stores a latent, not keys",
-    ),
-    **dict.fromkeys(("gemma2", "phi3small"), "computes its own softmax"),
-    **dict.fromkeys(("plamo", "plamo2", "stablelm"), "transforms the cached keys"),
-}
 
 _hooked_globals: dict[int, dict[str, Any]] = {}
 _applied: list[weakref.ref[nn.Module]] = []
@@ -200,7 +183,16 @@ def _make(model: nn.Module, spec: CacheSpec) -> list[Any]:
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
     stock = stock_caches(model)
-    caches = [_replace(entry, lambda: TurboQuantCache(spec)) for entry in stock]
+    made: list[TurboQuantCache] = []
+
+    def make() -> TurboQuantCache:
+        seat = Seat(allocation, len(made)) if allocation else None
+        made.append(TurboQuantCache(spec, seat))
+        return made[-1]
+
+    plain = sum(type(entry) is KVCache for entry in _flat(stock))
+    allocation = Allocation(spec, plain) if spec.adaptive else None
+    caches = [_replace(entry, make) for entry in stock]
     if not explain(caches).packed_layers:
         kinds = ", ".join(sorted({type(entry).__name__ for entry in stock}))
         raise UnsupportedModelError(
@@ -227,6 +219,12 @@ def stock_caches(model: nn.Module) -> list[Any]:
 def replace_plain(model: nn.Module, make: Callable[[], Any]) -> list[Any]:
     """The model's stock caches, but what ``make`` makes for every plain `KVCache`."""
     return [_replace(entry, make) for entry in stock_caches(model)]
+
+
+def _flat(caches: Iterable[Any]) -> Iterator[Any]:
+    for entry in caches:
+        yield from _flat(getattr(entry, "caches", ()))
+        yield entry
 
 
 def _replace(entry: Any, make: Callable[[], Any]) -> Any:

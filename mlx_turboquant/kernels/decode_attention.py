@@ -32,7 +32,7 @@ ATTEND_BLOCK = Kernel(
     uint lane = thread_index_in_simdgroup;
     uint simdgroup = simdgroup_index_in_threadgroup;
     Sizes all = {sizes[0], sizes[1], sizes[2], sizes[3],
-                 sizes[4], sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
+                 sizes[4], sizes[5], sizes[6], sizes[7], sizes[8]};
     size_t batch = place.z;
     size_t head = place.y / ROW_TILES;
     int first_row = int(place.y % ROW_TILES) * ROWS;

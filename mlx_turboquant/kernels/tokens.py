@@ -52,7 +52,6 @@ ENCODE_TOKENS = Kernel(
     size_t kv_head = batch * heads + head;
     if (of_keys) {
       size_t row = (sizes[3] + token) / sizes[4];
-      if (row >= size_t(sizes[5])) row = sizes[5] - 1;
       encode_vector<T, DK, KB, GAINS, ROTATE_K, CENTER, true>(
           keys + batch * keys_strides[0] + head * keys_strides[1]
               + token * keys_strides[2],

@@ -1,0 +1,141 @@
+"""Bits by layer: the rule, its limits, and how layers wait for one another."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mlx_turboquant as tq
+from mlx_turboquant.cache.allocation import TARGETS, WIDTHS, Allocation, Seat, choose
+from mlx_turboquant.polynomial import computable
+
+DIMS = (64, 64)
+
+
+def spec(**fields):
+    return tq.CacheSpec.parse("auto", **fields)
+
+
+def mean_bits(chosen):
+    return np.mean(chosen)
+
+
+def cost(variances, chosen):
+    return np.mean(
+        [
+            (a * computable(64, k).mse + computable(64, v).mse) / 2
+            for a, (k, v) in zip(variances, chosen, strict=True)
+        ]
+    )
+
+
+variances = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
+
+
+@given(variances, st.floats(2, 8))
+def test_a_budget_is_met_and_not_exceeded(variances, budget):
+    chosen = choose(variances, DIMS, spec(budget=budget))
+    assert mean_bits(chosen) <= budget + 1e-9
+    # Less than one step of the widest kind is left over.
+    assert mean_bits(chosen) > budget - 2 / (2 * len(variances))
+
+
+@given(variances, st.sampled_from(sorted(TARGETS)))
+def test_a_quality_bounds_the_predicted_cost(variances, quality):
+    chosen = choose(variances, DIMS, spec(quality=quality))
+    most = [(WIDTHS[-1], WIDTHS[-1])] * len(variances)
+    assert cost(variances, chosen) <= max(TARGETS[quality], cost(variances, most))
+
+
+@given(variances)
+def test_more_budget_is_never_worse_and_flatter_than_uniform(variances):
+    costs = [
+        cost(variances, choose(variances, DIMS, spec(budget=b))) for b in (2, 3, 4, 5)
+    ]
+    assert costs == sorted(costs, reverse=True)
+    for bits, got in zip((2, 3, 4, 5), costs, strict=True):
+        assert got <= cost(variances, [(bits, bits)] * len(variances)) + 1e-12
+
+
+def test_bits_follow_the_variance():
+    """A layer whose logits feel errors more gets more bits: early boost, by itself."""
+    chosen = choose([20.0, 1.0, 1.0, 0.05], DIMS, spec(budget=3.5))
+    keys = [k for k, _ in chosen]
+    assert keys == sorted(keys, reverse=True)
+    assert keys[0] > keys[1] > keys[3]
+    order = ["small", "balanced", "lossless"]
+    bits = [mean_bits(choose([1.0] * 4, DIMS, spec(quality=q))) for q in order]
+    assert bits[0] < bits[1] < bits[2]
+
+
+def step(cache, tokens, seed, loud=1.0):
+    k, v, q = (
+        mx.random.normal((1, heads, tokens, 64), key=mx.random.key(seed + i))
+        for i, heads in enumerate((2, 2, 4))
+    )
+    return tq.attend(q * loud, *cache.update_and_fetch(k, v), 0.125, "causal")
+
+
+def layers(text, count=3):
+    shared = Allocation(tq.CacheSpec.parse(text), count)
+    return [tq.TurboQuantCache(shared.spec, Seat(shared, i)) for i in range(count)]
+
+
+@pytest.mark.parametrize("first", [1, 400])
+def test_layers_wait_for_one_another_and_differ(first):
+    caches = layers("auto,budget=3.25")
+    for at in range(0, 400, first):
+        for index, cache in enumerate(caches):
+            mx.eval(step(cache, first, 10 * at + index, loud=(0.1, 1.0, 5.0)[index]))
+    for index, cache in enumerate(caches):
+        mx.eval(step(cache, 1, 5000 + index))
+        assert cache.packed_length == 256
+        assert not cache.spec.adaptive
+    bits = [(c.spec.keys.bits, c.spec.values.bits) for c in caches]
+    assert np.mean(bits) == pytest.approx(3.25, abs=0.1)
+    assert bits[0][0] < bits[1][0] < bits[2][0]
+    table = str(tq.explain(caches))
+    assert all(f"k{k}v{v}" in table for k, v in bits)
+    assert "x1" in tq.explain(caches).summary()
+
+
+def test_the_choice_is_saved_with_the_cache():
+    caches = layers("auto,quality=balanced")
+    for _ in range(2):
+        for index, cache in enumerate(caches):
+            mx.eval(step(cache, 300, index, loud=3.0**index))
+    for cache in caches:
+        again = tq.TurboQuantCache.from_state(cache.state)
+        assert again.spec == cache.spec
+        assert "auto" not in str(again.spec)
+        mx.eval(step(again, 5, 77))
+
+
+def test_copies_of_one_text_choose_together():
+    """As in a batch, whose layers are copied one by one before anything is read."""
+    caches = [copy.deepcopy(cache) for cache in layers("auto,budget=4")]
+    for at in range(2):
+        for index, cache in enumerate(caches):
+            mx.eval(step(cache, 300, at * 9 + index, loud=4.0**index))
+    bits = [(c.spec.keys.bits, c.spec.values.bits) for c in caches]
+    assert len({k for k, _ in bits}) > 1
+    assert np.mean(bits) <= 4
+
+
+def test_a_layer_that_no_query_ever_reads_does_not_block_the_others():
+    caches = layers("auto,budget=3")
+    for at in range(3):
+        for index, cache in enumerate(caches[:2]):
+            mx.eval(step(cache, 200, at * 9 + index))
+    assert caches[0].packed_length > 0
+    assert caches[1].packed_length > 0
+
+
+def test_one_cache_alone_meets_its_budget():
+    cache = tq.TurboQuantCache("auto,budget=3.5")
+    for at in range(2):
+        mx.eval(step(cache, 300, at))
+    assert (cache.spec.keys.bits + cache.spec.values.bits) / 2 <= 3.5

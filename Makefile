@@ -27,7 +27,7 @@ check: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/dev
-	$(BIN)/python benchmarks/bench_quality.py
+	$(BIN)/mlx_tq.eval --model $(MODEL)
 
 clean:
 	rm -rf $(VENV)

@@ -23,51 +23,55 @@ def mean_bits(chosen):
     return np.mean(chosen)
 
 
-def cost(variances, chosen):
+def cost(readings, chosen):
     return np.mean(
         [
-            (a * computable(64, k).mse + computable(64, v).mse) / 2
-            for a, (k, v) in zip(variances, chosen, strict=True)
+            reach * (a * computable(64, k).mse + computable(64, v).mse) / 2
+            for (reach, a), (k, v) in zip(readings, chosen, strict=True)
         ]
     )
 
 
-variances = st.lists(st.floats(0.01, 100), min_size=1, max_size=12)
+reading = st.tuples(st.floats(1e-4, 1), st.floats(0.01, 100))
+readings = st.lists(reading, min_size=1, max_size=12)
 
 
-@given(variances, st.floats(2, 8))
-def test_a_budget_is_met_and_not_exceeded(variances, budget):
-    chosen = choose(variances, DIMS, spec(budget=budget))
+@given(readings, st.floats(2, 8))
+def test_a_budget_is_met_and_not_exceeded(readings, budget):
+    chosen = choose(readings, DIMS, spec(budget=budget))
     assert mean_bits(chosen) <= budget + 1e-9
     # Less than one step of the widest kind is left over.
-    assert mean_bits(chosen) > budget - 2 / (2 * len(variances))
+    assert mean_bits(chosen) > budget - 2 / (2 * len(readings))
 
 
-@given(variances, st.sampled_from(sorted(TARGETS)))
-def test_a_quality_bounds_the_predicted_cost(variances, quality):
-    chosen = choose(variances, DIMS, spec(quality=quality))
-    most = [(WIDTHS[-1], WIDTHS[-1])] * len(variances)
-    assert cost(variances, chosen) <= max(TARGETS[quality], cost(variances, most))
+@given(readings, st.sampled_from(sorted(TARGETS)))
+def test_a_quality_bounds_the_predicted_cost(readings, quality):
+    chosen = choose(readings, DIMS, spec(quality=quality))
+    most = [(WIDTHS[-1], WIDTHS[-1])] * len(readings)
+    assert cost(readings, chosen) <= max(TARGETS[quality], cost(readings, most))
 
 
-@given(variances)
-def test_more_budget_is_never_worse_and_flatter_than_uniform(variances):
+@given(readings)
+def test_more_budget_is_never_worse_and_flatter_than_uniform(readings):
     costs = [
-        cost(variances, choose(variances, DIMS, spec(budget=b))) for b in (2, 3, 4, 5)
+        cost(readings, choose(readings, DIMS, spec(budget=b))) for b in (2, 3, 4, 5)
     ]
     assert costs == sorted(costs, reverse=True)
     for bits, got in zip((2, 3, 4, 5), costs, strict=True):
-        assert got <= cost(variances, [(bits, bits)] * len(variances)) + 1e-12
+        assert got <= cost(readings, [(bits, bits)] * len(readings)) + 1e-12
 
 
 def test_bits_follow_the_variance():
     """A layer whose logits feel errors more gets more bits: early boost, by itself."""
-    chosen = choose([20.0, 1.0, 1.0, 0.05], DIMS, spec(budget=3.5))
+    some = [(0.1, a) for a in (20.0, 1.0, 1.0, 0.05)]
+    chosen = choose(some, DIMS, spec(budget=3.5))
     keys = [k for k, _ in chosen]
     assert keys == sorted(keys, reverse=True)
     assert keys[0] > keys[1] > keys[3]
+    far = choose([(0.2, 1.0), (0.001, 1.0)], DIMS, spec(budget=4))
+    assert min(far[0]) > max(far[1])  # whose attention is near needs few bits
     order = ["small", "balanced", "lossless"]
-    bits = [mean_bits(choose([1.0] * 4, DIMS, spec(quality=q))) for q in order]
+    bits = [mean_bits(choose([(0.1, 1.0)] * 4, DIMS, spec(quality=q))) for q in order]
     assert bits[0] < bits[1] < bits[2]
 
 

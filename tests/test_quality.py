@@ -1,74 +1,108 @@
 """Quality on real text, through the real cache, beside mlx-lm's own quantization.
 
-Windows are short so that CI stays fast; ``benchmarks/bench_quality.py`` is the long
-form. Every stored bit is counted, windows and sinks included.
+Windows are short so that CI stays fast; ``mlx_tq.eval`` is the long form. Every stored
+bit is counted, windows and sinks included.
 """
 
 import mlx.core as mx
 import pytest
 from helpers import ROOT
 from mlx_lm import generate, stream_generate
-from quality import affine, compare, log_probs, ours, stock, windows
 
 import mlx_turboquant as tq
+from mlx_turboquant.evals import text
+from mlx_turboquant.evals.pathologies import NAMES
 
 LENGTH = 512
 #: No window, no sink: every token but the last page is read as codes.
-BARE = "window=0,sink=0,page=16"
+BARE = "window=0,sink=0,page=32"
+PLAN = tq.EvalPlan(
+    lengths=(LENGTH,), windows=1, scored=128, stepped=64, needles=(), greedy=0
+)
 
 
 @pytest.fixture(scope="module")
 def scores(books):
-    """Quality by (cache, chunk): the last 96 tokens one by one, or all in chunks."""
-    model, tokenizer = books
-    texts = windows(tokenizer, LENGTH, 1)
-    found = {}
-    for chunk, head in ((1, LENGTH - 97), (32, 32)):
-        base = [log_probs(model, text, stock(model), chunk, head) for text in texts]
-        kinds = {f"affine{b}": affine(b) for b in (2, 3, 4, 8)}
-        kinds |= {f"ours{b}": ours(f"k{b}v{b}") for b in (2, 3, 4)}
-        kinds |= {f"bare{b}": ours(f"k{b}v{b},{BARE}") for b in (2, 3, 4)}
-        for name, make in kinds.items():
-            found[name, chunk] = compare(model, texts, base, make, chunk, head)
-    for (name, chunk), score in found.items():
-        print(
-            f"{name:8s} chunk {chunk:2d}  {score.bits:5.2f} bits  KLD {score.kld:.5f}  "
-            f"p99 {score.kld_p99:.4f}  top-1 {score.top1:.4f}  "
-            f"perplexity {score.perplexity:.3f}"
-        )
-    tq.uninstall()
-    return found
+    """Rows of an evaluation by (cache, mode)."""
+    specs = [f"k{b}v{b}{bare}" for b in (2, 3, 4) for bare in ("", f",{BARE}")]
+    baselines = [f"affine:{b}" for b in (2, 3, 4)]
+    found = tq.evaluate(*books, specs, baselines=baselines, plan=PLAN)
+    names = {f"affine:{b}": f"affine{b}" for b in (2, 3, 4)}
+    names |= {f"k{b}v{b}": f"ours{b}" for b in (2, 3, 4)}
+    rows = {}
+    for mode in ("chunked", "stepped"):
+        for row in found.rows(mode=mode):
+            name = names.get(row.name, f"bare{row.name[1]}")
+            rows[name, mode] = row
+    return rows
 
 
-@pytest.mark.parametrize("chunk", [1, 32])
-def test_three_bits_beat_mlx_lms_three(scores, chunk):
+each_mode = pytest.mark.parametrize("mode", ["chunked", "stepped"])
+
+
+@each_mode
+def test_three_bits_beat_mlx_lms_three(scores, mode):
     """3.125 bits of code and scale against 3.5, without any window to help."""
-    assert scores["bare3", chunk].kld < scores["affine3", chunk].kld
-    assert scores["bare3", chunk].top1 > scores["affine3", chunk].top1
+    assert scores["bare3", mode].kld < 0.5 * scores["affine3", mode].kld
+    assert scores["bare3", mode].top1 > scores["affine3", mode].top1
 
 
-@pytest.mark.parametrize("chunk", [1, 32])
-def test_four_bits_lose_less_than_half_of_mlx_lms_four(scores, chunk):
+@each_mode
+def test_four_bits_lose_less_than_half_of_mlx_lms_four(scores, mode):
     """4.125 bits of code and scale against 4.5."""
-    assert scores["bare4", chunk].kld < 0.5 * scores["affine4", chunk].kld
+    assert scores["bare4", mode].kld < 0.5 * scores["affine4", mode].kld
 
 
 def test_more_bits_less_divergence(scores):
     for kind in ("ours", "bare", "affine"):
-        klds = [scores[f"{kind}{bits}", 32].kld for bits in (2, 3, 4)]
+        klds = [scores[f"{kind}{bits}", "chunked"].kld for bits in (2, 3, 4)]
         assert klds[0] > 2 * klds[1] > 4 * klds[2] > 0
 
 
 def test_bits_are_what_the_codec_says(scores):
     for bits in (2, 3, 4):
-        bare = scores[f"bare{bits}", 32].bits
-        assert bits + 0.125 < bare < bits + 0.125 + 1.5
-        assert scores[f"affine{bits}", 32].bits == bits + 0.5
+        bare = scores[f"bare{bits}", "stepped"].bits
+        # Codes and scales, page means on the keys, at most a page uncompressed.
+        least = bits + 0.125 + 16 / 32 / 2
+        assert least < bare < least + 16 * 32 / LENGTH
+        assert scores[f"affine{bits}", "stepped"].bits == bits + 0.5
 
 
 def test_window_and_sink_help(scores):
     for bits in (2, 3, 4):
-        assert scores[f"ours{bits}", 32].kld < scores[f"bare{bits}", 32].kld
+        ours, bare = scores[f"ours{bits}", "stepped"], scores[f"bare{bits}", "stepped"]
+        assert ours.kld < bare.kld
+
+
+@pytest.fixture(scope="module")
+def sick(books):
+    """KLD of the default preset by pathology, over seeds and windows."""
+    plan = tq.EvalPlan(
+        lengths=(384,), windows=3, scored=128, stepped=0, needles=(), greedy=0
+    )
+    found = tq.evaluate(*books, ("3",), baselines=(), plan=plan, pathology=NAMES)
+    return {name: found.rows(name)[0].kld for name in ("", *NAMES)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_pathology_costs_the_default_preset_more_than_half(sick, name):
+    print(f"{name}: {sick[name]:.5f}, {sick[name] / sick['']:.2f}x")
+    assert sick[name] < 1.5 * sick[""]
+
+
+def test_bits_chosen_by_layer_are_no_worse_than_the_same_everywhere(books):
+    """At equal bits, over seeds and windows."""
+    plan = tq.EvalPlan(
+        lengths=(512,), windows=3, scored=128, stepped=0, needles=(), greedy=0
+    )
+    specs = ("auto,budget=3", "3", "auto", "auto,quality=small")
+    rows = tq.evaluate(*books, specs, baselines=(), plan=plan).rows()
+    chosen, uniform, balanced, small = rows
+    print([(row.name, row.bits, row.kld) for row in rows])
+    assert chosen.bits <= uniform.bits + 0.01
+    assert chosen.kld < 1.05 * uniform.kld
+    assert small.bits < balanced.bits
+    assert small.kld > 2 * balanced.kld
 
 
 @pytest.mark.parametrize("prompt", ["It was a dark night, and", "“My dear sir,” said"])
@@ -99,7 +133,7 @@ def test_the_needle_is_found_through_the_codes(books, spec, hooked):
 def test_prefill_then_step_equals_one_prefill(books, hooked):
     """Through the model: to what quantization of one token's step can change."""
     model, tokenizer = books
-    ids = mx.array(windows(tokenizer, 257, 1)[0])[None]
+    ids = mx.array(text.windows(text.books(), tokenizer, 257, 1)[0])[None]
     whole, cut = (tq.make_prompt_cache(model, 8) for _ in range(2))
     model(ids, cache=whole)
     model(ids[:, :256], cache=cut)

@@ -3,16 +3,18 @@
 Owns the choice, made once, when every layer has been calibrated on the first page (or
 can wait no longer). Layers keep their tokens as they are until then.
 
-With D(b) the relative error of b bits, quantizing a layer's keys adds D(b) * A to the
-variance of its logits, where A is the variance that an error as large as the keys
-themselves would add (`Calibration.logit_variance`), and so about D(b) * A / 2 to the KL
-divergence of its attention. Errors of the values move the output as much as a logit
-variance of D(b) would: in both cases every token's share of the output is off by its
-attention weight times the root of that. So the predicted cost of a text is
+With D(b) the relative error of b bits, codes for a layer's values move the attention's
+output by D(b) * R of its square, where R is what an error as large as the values would
+do (`Calibration.reach`): little where attention is spread or near, for near tokens are
+no codes. An error of the keys adds D(b) * A to the variance of a logit, A being what
+one as large as the keys would add (`Calibration.logit_variance`), and so changes every
+token's share of the output by the root of that, as an error of its value would. So the
+predicted cost of a text is
 
-    sum over layers of (D(b_keys) * A + D(b_values)) / 2
+    mean over layers of R * (D(b_keys) * A + D(b_values)) / 2
 
-and each step gives one more bit to the side where it takes most off per bit.
+about the KL divergence of the bundled model's output (docs/design.md), and each step
+gives one more bit to the side where it takes most off per bit.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ from ..spec import CacheSpec, CodecSpec
 
 #: Widths that are given out; few, because a GPU compiles a kernel for each pair.
 WIDTHS = (2, 3, 4, 5, 6, 8)
-#: Predicted cost per layer that each quality may have; see docs/design.md.
-TARGETS = {"lossless": 0.0005, "balanced": 0.01, "small": 0.04}
-#: Taken for layers whose queries were never seen.
-_UNSEEN_VARIANCE = 4.0
+#: Predicted cost that each quality may have; "lossless" is what mlx-lm's 8 bits cost.
+TARGETS = {"lossless": 0.00004, "balanced": 0.0003, "small": 0.0015}
+#: Taken for (R, A) where no layer's queries were seen.
+_UNSEEN = (0.05, 4.0)
 
 
 class Allocation:
@@ -42,29 +44,32 @@ class Allocation:
 
     def __init__(self, spec: CacheSpec, layers: int) -> None:
         self.spec = spec
-        self._variances: list[float | None] = [None] * layers
+        self._readings: list[tuple[float, float] | None] = [None] * layers
+        self._reported: set[int] = set()
         self._chosen: list[tuple[int, int]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Allocation:
         """Itself: layers are copied one by one, and still belong together."""
         return self
 
-    def report(self, layer: int, variance: float | None) -> None:
-        """A layer's A, None if its queries were not seen."""
-        self._variances[layer] = _UNSEEN_VARIANCE if variance is None else variance
+    def report(self, layer: int, reach: float | None, variance: float | None) -> None:
+        """A layer's R and A; None if its queries were not seen."""
+        self._reported.add(layer)
+        if reach is not None and variance is not None:
+            self._readings[layer] = (reach, variance)
 
     @property
     def ready(self) -> bool:
         """Whether every layer has reported, or bits are chosen already."""
-        return self._chosen is not None or None not in self._variances
+        return self._chosen is not None or len(self._reported) == len(self._readings)
 
     def spec_of(self, layer: int, dims: tuple[int, int]) -> CacheSpec:
         """What one layer stores: the spec without its budget or quality."""
         if self._chosen is None:
-            known = [v for v in self._variances if v is not None]
-            usual = sorted(known)[len(known) // 2] if known else _UNSEEN_VARIANCE
-            variances = [usual if v is None else v for v in self._variances]
-            self._chosen = choose(variances, dims, self.spec)
+            known = [reading for reading in self._readings if reading is not None]
+            usual = sorted(known)[len(known) // 2] if known else _UNSEEN
+            readings = [reading or usual for reading in self._readings]
+            self._chosen = choose(readings, dims, self.spec)
         k_bits, v_bits = self._chosen[layer]
         return replace(
             self.spec,
@@ -84,26 +89,25 @@ class Seat:
 
 
 def choose(
-    variances: Sequence[float], dims: tuple[int, int], spec: CacheSpec
+    readings: Sequence[tuple[float, float]], dims: tuple[int, int], spec: CacheSpec
 ) -> list[tuple[int, int]]:
     """Bits of (keys, values) per layer.
 
     Args:
-        variances: A of each layer.
+        readings: R and A of each layer.
         dims: Elements of a key and of a value.
         spec: Its ``budget`` is met on average and not exceeded; else its ``quality``
-            bounds the mean predicted cost of a layer.
+            bounds the predicted cost.
     """
-    weights = [w for variance in variances for w in (variance, 1.0)]
-    sizes = [dim for _ in variances for dim in dims]
-    ladders = [[computable(dim, b).mse for b in WIDTHS] for dim in dims] * len(
-        variances
-    )
+    count = len(readings)
+    weights = [w for reach, variance in readings for w in (reach * variance, reach)]
+    sizes = [*dims] * count
+    ladders = [[computable(dim, b).mse for b in WIDTHS] for dim in dims] * count
     rungs = [0] * len(weights)
 
     def cost() -> float:
         parts = zip(weights, ladders, rungs, strict=True)
-        return sum(w * ladder[rung] for w, ladder, rung in parts) / 2 / len(variances)
+        return sum(w * ladder[rung] for w, ladder, rung in parts) / 2 / count
 
     def bits() -> float:
         used = sum(WIDTHS[r] * size for r, size in zip(rungs, sizes, strict=True))

@@ -1,6 +1,6 @@
 """What the first page of a text says about a layer: channel gains, logit variance.
 
-Owns the queries seen so far (only their squares, and only the first page's) and the
+Owns the queries seen so far (their squares on the first page, and the last few) and the
 rule that turns them and the first page's keys and values into the gains of a `Basis`.
 When that happens, and what is packed then, is `linear`'s.
 
@@ -23,6 +23,8 @@ import mlx.core as mx
 
 from .store import TokenStore
 
+#: Last queries of a step that `reach` looks at.
+_LAST = 64
 #: Channels weaker than this share of the root mean square are taken to be as strong.
 _FLOOR = 1e-3
 
@@ -39,6 +41,7 @@ class Calibration:
         self._skip, self._page = skip, page
         self._queries = TokenStore(skip + page)
         self.scale = 0.0
+        self._last: mx.array | None = None
 
     @property
     def complete(self) -> bool:
@@ -52,6 +55,7 @@ class Calibration:
         cache, are not counted.
         """
         batch, query_heads, length, dim = q.shape
+        self._last, self.scale = q[:, :, -_LAST:], scale
         if self.complete or self._queries.length + length != offset:
             return
         q = q[:, :, : self._skip + self._page - self._queries.length]
@@ -59,7 +63,6 @@ class Calibration:
             batch, heads, query_heads // heads, -1, dim
         )
         self._queries.append({"squares": mx.mean(grouped * grouped, axis=2)})
-        self.scale = scale
 
     def trim(self, offset: int) -> None:
         """Forget the queries of tokens from ``offset`` on."""
@@ -96,6 +99,37 @@ class Calibration:
         k_norm = mx.sum(_power(keys) / squared, axis=-1)
         q_norm = mx.sum(self._query_power() * squared, axis=-1)
         return self.scale**2 / keys.shape[-1] * mx.mean(k_norm * q_norm)
+
+    def reach(self, keys: mx.array, values: mx.array, near: int) -> mx.array | None:
+        """How far the output moves if far values are wrong by as much as they are long.
+
+        Of the last queries seen: the sum of squared attention weights on tokens that
+        will be codes (behind the sink, more than ``near`` tokens back), times the
+        values' mean square norm over the output's.
+
+        Args:
+            keys: All tokens so far, uncompressed (B, H, T, Dk).
+            values: Likewise (B, H, T, Dv).
+            near: Tokens that stay uncompressed behind each query.
+
+        Returns:
+            A float32 scalar; None if no query was seen.
+        """
+        if self._last is None:
+            return None
+        batch, _, length, dim = self._last.shape
+        heads, total = keys.shape[1:3]
+        k, v = keys.astype(mx.float32)[:, :, None], values.astype(mx.float32)
+        q = self._last.astype(mx.float32).reshape(batch, heads, -1, length, dim)
+        last = mx.arange(total - length, total)[:, None]
+        token = mx.arange(total)
+        logits = mx.where(token <= last, q @ k.swapaxes(-1, -2) * self.scale, -mx.inf)
+        weights = mx.softmax(logits, axis=-1)
+        far = (token <= last - near) & (token >= self._skip)
+        out = weights @ v[:, :, None]
+        squares = mx.sum(mx.where(far, weights * weights, 0.0), axis=-1)
+        moved = mx.mean(squares, axis=(2, 3)) * mx.mean(mx.sum(v * v, axis=-1), axis=2)
+        return mx.mean(moved) / mx.mean(mx.sum(out * out, axis=-1))
 
     @property
     def state(self) -> dict[str, mx.array]:

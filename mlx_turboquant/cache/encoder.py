@@ -75,7 +75,7 @@ class PageEncoder:
         return self._build()[1]
 
     def settle(self, keys: mx.array, values: mx.array) -> bool:
-        """Fix gains and bits by the first tokens to encode; whether that is done.
+        """Fix gains and bits by all tokens so far (B, H, T, D); whether that is done.
 
         Bits that are chosen for all layers together are known when all were asked:
         one that is asked again waits no longer.
@@ -109,20 +109,26 @@ class PageEncoder:
         }
 
     def _calibrate(self, keys: mx.array, values: mx.array) -> None:
-        keys = keys[:, :, : self.spec.page].astype(mx.float32)
-        if self.spec.center != "off":
-            keys = keys - mx.mean(keys, axis=2, keepdims=True)
-        if self.spec.equalize and self.codecs[0].centered:
-            self._gains["keys"] = self.calibration.key_gains(keys)
-        if self.spec.equalize and self.codecs[1].centered:
-            first_page = values[:, :, : self.spec.page]
-            self._gains["values"] = self.calibration.value_gains(first_page)
+        spec = self.spec
+        page = slice(spec.sink, spec.sink + spec.page)
+        centered = keys[:, :, page].astype(mx.float32)
+        if spec.center != "off":
+            centered = centered - mx.mean(centered, axis=2, keepdims=True)
+        if spec.equalize and self.codecs[0].centered:
+            self._gains["keys"] = self.calibration.key_gains(centered)
+        if spec.equalize and self.codecs[1].centered:
+            self._gains["values"] = self.calibration.value_gains(values[:, :, page])
         self.calibrated = True
         self._built = None
-        if self._seat is not None and self.spec.adaptive:
-            variance = self.calibration.logit_variance(keys, self._gains.get("keys"))
-            known = None if variance is None else float(np.array(variance))
-            self._seat.allocation.report(self._seat.layer, known)
+        if self._seat is not None and spec.adaptive:
+            near = spec.window + spec.page // 2
+            self._seat.allocation.report(
+                self._seat.layer,
+                _number(self.calibration.reach(keys, values, near)),
+                _number(
+                    self.calibration.logit_variance(centered, self._gains.get("keys"))
+                ),
+            )
 
     def _add_means(self, keys: mx.array, first: int) -> None:
         """Means of the pages that begin within ``keys``."""
@@ -181,3 +187,7 @@ class PageEncoder:
         self.calibration.state = groups["queries"]
         self.calibrated = calibrated
         self._built = None
+
+
+def _number(scalar: mx.array | None) -> float | None:
+    return None if scalar is None else float(np.array(scalar))

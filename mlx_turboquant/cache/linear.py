@@ -176,10 +176,11 @@ class TurboQuantCache(SequenceCache):
         if count <= 0:
             return
         pending = self._recent.views()
-        start = self.spec.sink if self._packed.length == 0 else 0
-        chosen = {k: v[:, :, start : start + count] for k, v in pending.items()}
-        if not self._encoder.settle(chosen["keys"], chosen["values"]):
+        first = self._packed.length == 0
+        if first and not self._encoder.settle(pending["keys"], pending["values"]):
             return
+        start = self.spec.sink if first else 0
+        chosen = {k: v[:, :, start : start + count] for k, v in pending.items()}
         if start:
             self._sink = {k: mx.contiguous(v[:, :, :start]) for k, v in pending.items()}
         stop = start + count

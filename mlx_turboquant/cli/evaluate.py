@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _SPECS_HELP = (
     "Caches to compare, each as for --kv-bits with options after commas "
-    "(3 k4v3,window=64). Default: 8 4 3.5 3 2.5 2."
+    "(3 k4v3,window=64). Default: the three qualities of auto, 4, 3 and 2 bits."
 )
 
 

@@ -67,8 +67,8 @@ def injected(model: Any, name: str, seed: int = 0) -> Iterator[None]:
     rng = np.random.default_rng(seed)
     kind, _, amount = name.rpartition(" ")
     undo: list[Callable[[], None]] = []
-    first = _first_keys(model)
-    for layer, first_key in zip(_layers(model), first, strict=True):
+    layers = _layers(model)
+    for layer, first_key in zip(layers, _first_keys(model), strict=True):
         attention = layer.self_attn
         undo.append(_saved(attention))
         if kind == "offset":

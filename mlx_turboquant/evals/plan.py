@@ -10,13 +10,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import SpecError
+from ..spec import QUALITIES
 
 #: What `evaluate` compares when no caches are given.
-SPECS = ("8", "4", "3.5", "3", "2.5", "2")
+SPECS = (
+    *(f"auto,quality={name}" for name in QUALITIES),
+    *("4", "3", "2"),
+)
 BASELINES = (
     "fp",
     *(f"affine:{bits}" for bits in (8, 4, 3, 2)),
-    *(f"rotated-affine:{bits}" for bits in (4, 3, 2)),
+    *(f"rotated-affine:{bits}" for bits in (4, 3)),
 )
 
 
@@ -50,7 +54,7 @@ class EvalPlan:
     stepped: int = 32
     needles: tuple[int, ...] = (1000, 3500, 7400)
     depths: int = 4
-    greedy: int = 96
+    greedy: int = 48
     layers: bool = False
 
     def __post_init__(self) -> None:

@@ -49,14 +49,22 @@ def windows(
         turn = index // len(texts)
         size = _CHARACTERS * length
         start = min(_MARGIN + turn * size, max(0, len(text) - size))
-        ids = tokenizer.encode(text[start : start + size])
+        ids = _encode(tokenizer, text[start:], length)
         if len(ids) < length:
             raise SpecError(
                 f"text {index % len(texts)} gives {len(ids)} tokens, not {length}; "
                 "give a longer text or shorter lengths"
             )
-        bos = tokenizer.bos_token_id
-        if bos is not None and ids[0] != bos:
-            ids = [bos, *ids]
-        found.append(list(ids[:length]))
+        found.append(ids)
     return found
+
+
+def _encode(tokenizer: Any, text: str, length: int) -> list[int]:
+    """The first ``length`` tokens, paragraph by paragraph, after the model's BOS."""
+    bos = tokenizer.bos_token_id
+    ids = [] if bos is None else [bos]
+    for paragraph in text.split("\n\n"):
+        ids += tokenizer.encode(paragraph + "\n\n", add_special_tokens=False)
+        if len(ids) >= length:
+            break
+    return ids[:length]

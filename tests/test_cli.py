@@ -100,6 +100,20 @@ def test_bad_input_is_one_line_and_exit_code_2(run_cli, case):
     assert "Traceback" not in err
 
 
+def test_bits_by_layer_on_the_command_line(run_cli):
+    options = ["--kv-bits", "auto", "--kv-quality", "small", "-m", "8", "--temp", "0"]
+    code, out, err = run_cli(
+        "generate", "--model", MODEL, *options, "-p", "-", stdin=NEEDLE
+    )
+    assert code == 0, err
+    assert "48213" in out
+    assert re.search(r"k\dv\d x\d+ .*in 8 of 8 layers", out)
+    code, _, err = run_cli(
+        "generate", "--model", MODEL, "--kv-quality", "small", "-p", "x"
+    )
+    assert (code, err) == (2, "error: --kv-quality needs --kv-bits auto\n")
+
+
 def test_help_is_instant_and_names_our_options(run_cli):
     code, out, _ = run_cli("generate", "--help", env={"COLUMNS": "120", "PATH": ""})
     assert code == 0

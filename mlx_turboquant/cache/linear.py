@@ -51,10 +51,12 @@ class TurboQuantCache(SequenceCache):
     def __init__(
         self, spec: CacheSpec | str | float = "k3v3", seat: Seat | None = None
     ) -> None:
-        self._asked = CacheSpec.parse(spec)
-        if seat is None and self._asked.adaptive:
-            seat = Seat(Allocation(self._asked, 1), 0)
-        self._seat = seat
+        self._start(CacheSpec.parse(spec), seat)
+
+    def _start(self, spec: CacheSpec, seat: Seat | None = None) -> None:
+        if seat is None and spec.adaptive:
+            seat = Seat(Allocation(spec, 1), 0)
+        self._asked, self._seat = spec, seat
         self._clear()
 
     @property
@@ -265,7 +267,7 @@ class TurboQuantCache(SequenceCache):
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
         spec, groups = files.from_state(state)
-        self.__init__(spec)  # type: ignore[misc]
+        self._start(spec)
         self._sink = groups["sink"]
         self._packed.replace(groups["packed"])
         self._recent.replace(groups["recent"])

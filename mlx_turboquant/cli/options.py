@@ -132,6 +132,8 @@ def cache_spec(
         "seed": seed,
         "quality": quality,
     }
+    if bits is None and quality is not None:
+        raise SpecError("--kv-quality needs --kv-bits auto")
     if bits is not None:
         return CacheSpec.parse(bits, **overrides)
     given = [f"--kv-{name}" for name, value in overrides.items() if value is not None]

@@ -35,6 +35,13 @@ def _seed():
     mx.random.seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _unhooked():
+    """No module's tests find hooks of another's."""
+    yield
+    tq.uninstall()
+
+
 @pytest.fixture(scope="session")
 def books():
     """The bundled (model, tokenizer)."""

@@ -133,6 +133,15 @@ def test_a_finished_run_is_read_not_done_again(found, books, folder, monkeypatch
         tq.evaluate(*books, CACHES, folder=folder / "broken")
 
 
+def test_an_applied_model_stays_applied(books, hooked):
+    model, tokenizer = books
+    tq.apply(model, "3")
+    plan = EvalPlan(lengths=(64,), windows=1, scored=8, stepped=0, needles=(), greedy=0)
+    rows = tq.evaluate(model, tokenizer, ("4",), baselines=("fp",), plan=plan).rows()
+    assert rows[0].bits == 16
+    assert isinstance(model.make_cache()[0], tq.TurboQuantCache)
+
+
 def test_reports_say_what_was_measured(found, tmp_path):
     paths = report.write(found, tmp_path)
     assert {path.name for path in paths} == {
@@ -249,7 +258,7 @@ def test_pathologies_need_a_plain_llama(books):
     ("change", "says"),
     [
         ({"windows": 0}, "windows 0"),
-        ({"lengths": (100,)}, "ascend by more than the 160"),
+        ({"lengths": (100,)}, "ascend by more than the 144"),
         ({"lengths": (1024, 1100)}, "ascend by more"),
         ({"lengths": ()}, "lengths"),
     ],

@@ -82,16 +82,13 @@ def evaluate(
             found.check_same(about, path)
     run = _Run(model, tokenizer, plan, text.read_texts(text_file))
     jobs = list(run.jobs(caches, pathology))
-    try:
-        for done, (key, job) in enumerate(jobs):
-            if progress is not None:
-                progress(key, done, len(jobs))
-            if key not in found.jobs:
-                found.jobs[key] = job()
-                if path is not None:
-                    found.save(path)
-    finally:
-        host.uninstall()
+    for done, (key, job) in enumerate(jobs):
+        if progress is not None:
+            progress(key, done, len(jobs))
+        if key not in found.jobs:
+            found.jobs[key] = job()
+            if path is not None:
+                found.save(path)
     if progress is not None:
         progress("done", len(jobs), len(jobs))
     return found

@@ -51,7 +51,7 @@ class EvalPlan:
     prefill: int = 512
     chunk: int = 32
     scored: int = 128
-    stepped: int = 32
+    stepped: int = 16
     needles: tuple[int, ...] = (1000, 3500, 7400)
     depths: int = 4
     greedy: int = 48

@@ -77,9 +77,9 @@ class Evaluation:
         try:
             found = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise FormatError(f"cannot read an evaluation from {path}: {error}") from (
-                error
-            )
+            raise FormatError(
+                f"cannot read an evaluation from {path}: {error}"
+            ) from error
         if not isinstance(found, dict) or found.get("format") != _MAGIC:
             raise FormatError(f"{path} is not an evaluation of this version")
         return cls(found["about"], found["jobs"])

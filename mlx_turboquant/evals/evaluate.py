@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -86,7 +87,9 @@ def evaluate(
         if progress is not None:
             progress(key, done, len(jobs))
         if key not in found.jobs:
+            start = time.perf_counter()
             found.jobs[key] = job()
+            found.jobs[key]["seconds"] = round(time.perf_counter() - start, 1)
             if path is not None:
                 found.save(path)
     if progress is not None:

@@ -20,7 +20,7 @@ SPECS = (
 BASELINES = (
     "fp",
     *(f"affine:{bits}" for bits in (8, 4, 3, 2)),
-    *(f"rotated-affine:{bits}" for bits in (4, 3)),
+    "rotated-affine:4",
 )
 
 
@@ -52,9 +52,9 @@ class EvalPlan:
     chunk: int = 32
     scored: int = 128
     stepped: int = 16
-    needles: tuple[int, ...] = (1000, 3500, 7400)
+    needles: tuple[int, ...] = (1000, 7400)
     depths: int = 4
-    greedy: int = 48
+    greedy: int = 32
     layers: bool = False
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """`EvalPlan`: what an evaluation measures, fixed before it starts.
 
-Owns the defaults (the standard grid: under 15 minutes on two CPU cores with the bundled
+Owns the defaults (the standard grid: some 15 minutes on two CPU cores with the bundled
 model) and their limits. Two runs with equal plans can continue one another.
 """
 
@@ -50,7 +50,7 @@ class EvalPlan:
     seeds: int = 3
     prefill: int = 512
     chunk: int = 32
-    scored: int = 128
+    scored: int = 96
     stepped: int = 16
     needles: tuple[int, ...] = (1000, 7400)
     depths: int = 4

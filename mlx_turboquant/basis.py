@@ -96,8 +96,3 @@ class PageMeans:
             return rows
         start = first - low * self.page
         return mx.repeat(rows, self.page, axis=2)[:, :, start : start + count]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer."""
-        return self.rows.nbytes

@@ -129,6 +129,8 @@ class PageEncoder:
                     self.calibration.logit_variance(centered, self._gains.get("keys"))
                 ),
             )
+        # Its queries have done their work; a long text need not hold them.
+        self.calibration = Calibration(spec.sink, spec.page)
 
     def _add_means(self, keys: mx.array, first: int) -> None:
         """Means of the pages that begin within ``keys``."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from . import errors as errors
     from .attention import attend as attend
     from .cache import BatchTurboQuantCache as BatchTurboQuantCache
+    from .cache import RotatingTurboQuantCache as RotatingTurboQuantCache
     from .cache import TurboQuantCache as TurboQuantCache
     from .codebook import lloyd_max as lloyd_max
     from .codecs import codec_for as codec_for
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from .evals import evaluate as evaluate
     from .integrations.loading import load as load
     from .integrations.mlx_lm import apply as apply
-    from .integrations.mlx_lm import load_prompt_cache as load_prompt_cache
     from .integrations.mlx_lm import make_prompt_cache as make_prompt_cache
-    from .integrations.mlx_lm import save_prompt_cache as save_prompt_cache
     from .integrations.mlx_lm import uninstall as uninstall
+    from .integrations.prompt_files import load_prompt_cache as load_prompt_cache
+    from .integrations.prompt_files import save_prompt_cache as save_prompt_cache
     from .report import explain as explain
     from .rotation import rotation_for as rotation_for
     from .spec import CacheSpec as CacheSpec
@@ -44,6 +45,7 @@ _HOMES = {
     "CodecSpec": "spec",
     "EvalPlan": "evals",
     "PackedCodes": "codes",
+    "RotatingTurboQuantCache": "cache",
     "TurboQuantCache": "cache",
     "apply": "integrations.mlx_lm",
     "attend": "attention",
@@ -52,10 +54,10 @@ _HOMES = {
     "explain": "report",
     "lloyd_max": "codebook",
     "load": "integrations.loading",
-    "load_prompt_cache": "integrations.mlx_lm",
+    "load_prompt_cache": "integrations.prompt_files",
     "make_prompt_cache": "integrations.mlx_lm",
     "rotation_for": "rotation",
-    "save_prompt_cache": "integrations.mlx_lm",
+    "save_prompt_cache": "integrations.prompt_files",
     "uninstall": "integrations.mlx_lm",
 }
 

@@ -38,6 +38,7 @@ class LayerReport:
         nbytes: Bytes of its buffers.
         elements: Key and value elements held; 0 if unknown.
         reason: Why it was left alone, or "".
+        decodes: The model computes attention itself, on decoded arrays.
     """
 
     layer: str
@@ -48,6 +49,7 @@ class LayerReport:
     nbytes: int = 0
     elements: int = 0
     reason: str = ""
+    decodes: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,12 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
                 tokens=(entry.sink_length, entry.packed_length, entry.recent_length),
                 nbytes=entry.nbytes,
                 elements=0 if entry.empty() else entry.elements,
+                decodes=entry.decodes,
             )
         else:
             name = type(entry).__name__
-            reason = LEFT_ALONE.get(name, "not a plain KVCache")
+            reason = getattr(entry, "left_alone", None)
+            reason = reason or LEFT_ALONE.get(name, "not a kind we know")
             yield LayerReport(layer, name, nbytes=_nbytes(entry), reason=reason)
 
 
@@ -161,7 +165,9 @@ def _backend(entry: TurboQuantCache) -> str:
     """What computes the next decoded token, and why it is not a kernel."""
     if entry.empty():
         return ""
-    backend, reason = select.choose(*entry.keys_and_values())
+    backend, reason = select.choose(*entry.segments())
+    if entry.decodes:
+        reason = "the model computes attention itself, so each step decodes all"
     return backend.name if reason is None else f"{backend.name}: {reason}"
 
 

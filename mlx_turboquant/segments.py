@@ -71,6 +71,8 @@ class Segments(Handle):
         recent: Last tokens (B, H, R, D) as the model gave them.
         means: What was taken off the packed tokens; None if nothing was.
         observe: Wants to see (q, scale) of the attention over this; None if not.
+        hidden: (start, count) of stored tokens that nobody may see any more, such as
+            those that left a sliding window; `shape` does not count them.
     """
 
     codec: Codec
@@ -80,12 +82,14 @@ class Segments(Handle):
     recent: mx.array
     means: PageMeans | None = None
     observe: Callable[[mx.array, float], None] | None = None
+    hidden: tuple[int, int] = (0, 0)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, T, D) over all segments."""
+        """(B, H, T, D) over all segments, but hidden tokens."""
         batch, heads, recent, dim = self.recent.shape
-        return batch, heads, self.sink_length + self.packed_length + recent, dim
+        stored = self.sink_length + self.packed_length + recent
+        return batch, heads, stored - self.hidden[1], dim
 
     @property
     def dtype(self) -> mx.Dtype:  # type: ignore[override]
@@ -114,12 +118,12 @@ class RowSegments(Handle):
     Attributes:
         rows: Per row, what its own cache returned: a `Segments`, or an array
             (1, H, T, D) while the row holds nothing older than this step.
-        steps: Per row, how many of this step's tokens are real; the rest is
-            right padding whose output nobody reads.
+        spans: Per row, from where to where this step's tokens are real; what is before
+            and behind is padding whose output nobody reads.
     """
 
     rows: Sequence[Segments | mx.array]
-    steps: Sequence[int]
+    spans: Sequence[tuple[int, int]]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -7,7 +7,6 @@ from mlx_lm import batch_generate, stream_generate
 from mlx_lm.models import llama
 
 import mlx_turboquant as tq
-from mlx_turboquant.errors import UnsupportedError
 
 
 def tokens(count, seed, dim=64):
@@ -95,12 +94,6 @@ def test_merge_filter_extend_extract():
     assert batch.trim(1) == 1
     assert batch.offset.tolist() == [300, 150, 20, 0]
     assert batch.nbytes == sum(row.nbytes for row in batch.rows)
-
-
-def test_left_padding_is_refused_in_words():
-    batch = tq.BatchTurboQuantCache.merge([tq.TurboQuantCache("3,page=32")])
-    with pytest.raises(UnsupportedError, match="left padding"):
-        batch.prepare(left_padding=[3])
 
 
 def tiny_model():

@@ -161,8 +161,10 @@ def test_state_round_trips_and_copies_are_independent(spec):
     [
         ({"header": "someone else 1 x"}, "not a mlx_turboquant"),
         ({"header": None}, "not a mlx_turboquant"),
-        ({"header": "mlx_turboquant 99 k3v3"}, "format 99 is not 2"),
-        ({"header": "mlx_turboquant 2 k33v3"}, "damaged"),
+        ({"header": "mlx_turboquant 99 k3v3"}, "format 99 is not 3"),
+        ({"header": "mlx_turboquant 3 k33v3 decodes=0"}, "damaged"),
+        ({"header": "mlx_turboquant 3 k3v3 decodes=x"}, "damaged"),
+        ({"header": "mlx_turboquant 3 k3v3"}, "damaged"),
         ({"packed:keys_scales": None}, "do not fit"),
         ({"recent:values": None}, "do not fit"),
     ],

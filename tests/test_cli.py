@@ -79,7 +79,10 @@ BAD = {
     "codec": (["--kv-bits", "3", "--kv-codec", "zip"], "codec 'zip' is unknown"),
     "window": (["--kv-bits", "3", "--kv-window", "-5"], "window -5 is outside"),
     "alone": (["--kv-window", "64"], "--kv-window needs --kv-bits"),
-    "both": (["--kv-bits", "3", "--max-kv-size", "64"], "--max-kv-size 64 makes"),
+    "both": (
+        ["--kv-bits", "3", "--max-kv-size", "64"],
+        "its window of 64 tokens is too short for 292",
+    ),
     "empty": (["-p", ""], "the prompt is empty"),
     "template": (["--chat-template-config", "{"], "is not JSON"),
     "cache": (["--prompt-cache-file", "/nowhere.safetensors"], "cannot read a prompt"),

@@ -27,6 +27,7 @@ class Cpu:
     """Plain MLX operations in the order a CPU likes."""
 
     name = "cpu"
+    decode = staticmethod(reference.decode)
     encode = staticmethod(reference.encode)
 
     def attend(

@@ -48,6 +48,10 @@ class Backend(Protocol):
         """As `reference.attend`."""
         ...
 
+    def decode(self, side: Segments, heads: slice, dtype: mx.Dtype) -> mx.array:
+        """As `reference.decode`."""
+        ...
+
     def encode(
         self,
         keys: mx.array,
@@ -66,6 +70,7 @@ class Reference:
 
     name = "reference"
     attend = staticmethod(reference.attend)
+    decode = staticmethod(reference.decode)
     encode = staticmethod(reference.encode)
 
 

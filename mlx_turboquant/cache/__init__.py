@@ -3,5 +3,13 @@
 from .allocation import Allocation, Seat
 from .batch import BatchTurboQuantCache
 from .linear import TurboQuantCache
+from .rotating import RotatingTurboQuantCache, least_size
 
-__all__ = ["Allocation", "BatchTurboQuantCache", "Seat", "TurboQuantCache"]
+__all__ = [
+    "Allocation",
+    "BatchTurboQuantCache",
+    "RotatingTurboQuantCache",
+    "Seat",
+    "TurboQuantCache",
+    "least_size",
+]

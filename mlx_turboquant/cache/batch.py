@@ -3,7 +3,7 @@
 Owns the rows, each a `TurboQuantCache` of one sequence, and which of a step's tokens
 belong to which row. Rows never share codes, means or padding, so a row's output is
 that of its single stream whatever happens to the others. Nothing is rolled or
-padded: right padding is simply not appended.
+padded: padding is simply not appended.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import UnsupportedError
 from ..segments import RowSegments
 from .linear import TurboQuantCache
-from .masks import causal_mask
+
+#: Real tokens to come of a row that nothing pads.
+_UNPADDED = 1 << 30
 
 
 class BatchTurboQuantCache:
@@ -29,7 +30,9 @@ class BatchTurboQuantCache:
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
         self.rows = list(rows)
+        self._skip = [0] * len(self.rows)  # padding still to come on the left
         self._left: list[int] | None = None  # real tokens still to come, while padded
+        self._last: list[tuple[int, int]] = []  # of the latest step's tokens, the real
 
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantCache]) -> BatchTurboQuantCache:
@@ -38,26 +41,63 @@ class BatchTurboQuantCache:
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
-    ) -> tuple[RowSegments, RowSegments]:
-        """Append each row's real tokens of keys (B, H, N, D); handles for `attend`."""
-        steps = self._take(keys.shape[2])
+    ) -> tuple[RowSegments, RowSegments] | tuple[mx.array, mx.array]:
+        """Append each row's real tokens of keys (B, H, N, D).
+
+        Returns:
+            Handles for `attend`; or, for a model that computes attention itself,
+            arrays whose rows are right-aligned, as `make_mask` has them.
+        """
+        self._last = self._take(keys.shape[2])
+        nothing = (keys[:1, :, :0], values[:1, :, :0])
         fetched = []
-        for row, (cache, n) in enumerate(zip(self.rows, steps, strict=True)):
-            new = (keys[row : row + 1, :, :n], values[row : row + 1, :, :n])
-            fetched.append(cache.update_and_fetch(*new) if n else new)
+        for row, (start, stop) in enumerate(self._last):
+            if stop > start:
+                part = (slice(row, row + 1), slice(None), slice(start, stop))
+                new = self.rows[row].update_and_fetch(keys[part], values[part])
+                fetched.append(new)
+            else:
+                fetched.append(_held(self.rows[row], nothing))
+        return self._as_batch(fetched)
+
+    def keys_and_values(
+        self,
+    ) -> tuple[RowSegments, RowSegments] | tuple[mx.array, mx.array]:
+        """What `update_and_fetch` returned last, for layers that share a cache."""
+        keys, values = next(row.segments() for row in self.rows if not row.empty())
+        nothing = (keys.recent[:, :, :0], values.recent[:, :, :0])
+        return self._as_batch([_held(row, nothing) for row in self.rows])
+
+    def _as_batch(
+        self, fetched: Sequence[tuple[Any, Any]]
+    ) -> tuple[RowSegments, RowSegments] | tuple[mx.array, mx.array]:
         k_rows, v_rows = zip(*fetched, strict=True)
-        return RowSegments(k_rows, steps), RowSegments(v_rows, steps)
+        if self._decodes:
+            return _right_aligned(k_rows), _right_aligned(v_rows)
+        return RowSegments(k_rows, self._last), RowSegments(v_rows, self._last)
 
-    def _next_steps(self, n: int) -> list[int]:
+    @property
+    def _decodes(self) -> bool:
+        return any(row.decodes for row in self.rows)
+
+    def _spans(self, n: int) -> list[tuple[int, int]]:
+        """Where each row's real tokens stand among the next ``n``."""
+        starts = [min(n, skip) for skip in self._skip]
         if self._left is None:
-            return [n] * len(self.rows)
-        return [min(n, left) for left in self._left]
+            return [(start, n) for start in starts]
+        return [
+            (start, min(n, start + left))
+            for start, left in zip(starts, self._left, strict=True)
+        ]
 
-    def _take(self, n: int) -> list[int]:
-        steps = self._next_steps(n)
+    def _take(self, n: int) -> list[tuple[int, int]]:
+        spans = self._spans(n)
+        self._skip = [s - a for s, (a, _) in zip(self._skip, spans, strict=True)]
         if self._left is not None:
-            self._left = [a - b for a, b in zip(self._left, steps, strict=True)]
-        return steps
+            self._left = [
+                left - (b - a) for left, (a, b) in zip(self._left, spans, strict=True)
+            ]
+        return spans
 
     def prepare(
         self,
@@ -66,20 +106,24 @@ class BatchTurboQuantCache:
         lengths: Sequence[int] | None = None,
         right_padding: Sequence[int] | None = None,
     ) -> None:
-        """Announce a right-padded prompt: row i has ``lengths[i]`` real tokens.
+        """Announce a padded prompt, which must be over before `finalize`.
+
+        Args:
+            left_padding: Tokens to skip in each row first; its positions are negative,
+                as in mlx-lm.
+            lengths: Real tokens of each row, needed with right padding.
+            right_padding: Tokens behind them to skip.
 
         Raises:
-            UnsupportedError: for left padding, which mlx-lm's batching never uses.
+            ValueError: if ``right_padding`` comes without ``lengths``.
         """
-        if left_padding is not None and max(left_padding) > 0:
-            raise UnsupportedError(
-                f"left padding {list(left_padding)} is not supported in a batch",
-                "pad on the right and pass lengths= and right_padding=",
-            )
+        if left_padding is not None:
+            pads = zip(self._skip, left_padding, strict=True)
+            self._skip = [skip + int(pad) for skip, pad in pads]
         if right_padding is not None and max(right_padding) > 0:
             if lengths is None:
                 raise ValueError("right_padding needs lengths, the real tokens per row")
-            self._left = list(lengths)
+            self._left = [int(length) for length in lengths]
 
     def finalize(self) -> None:
         """The padded prompt is over; every row takes every token again."""
@@ -88,35 +132,59 @@ class BatchTurboQuantCache:
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """None or ``"causal"`` per row; as an array, columns are right-aligned."""
-        if window_size is None and not return_array:
-            return None if n == 1 else "causal"
-        longest = max(row.offset for row in self.rows) + n
-        masks = []
-        for row, steps in zip(self.rows, self._next_steps(n), strict=True):
-            mask = causal_mask(steps, row.offset, window_size)
-            pad = [(0, n - steps), (longest - mask.shape[1], 0)]
-            masks.append(mx.pad(mask, pad))
+        """None or ``"causal"`` if that is true of each row; else right-aligned columns.
+
+        Returns:
+            For rows of one's own masks: bool (B, 1, n, longest row after the step).
+            Padded queries see all columns, so that no softmax is over nothing.
+        """
+        spans = self._spans(n)
+        aligned = self._decodes and (
+            len({row.offset for row in self.rows}) > 1 or set(spans) != {(0, n)}
+        )
+        whole = [row.make_mask(n, return_array, window_size) for row in self.rows]
+        if not aligned and not any(isinstance(mask, mx.array) for mask in whole):
+            return whole[0] if whole else None
+        columns = [
+            row.shown_before() + stop - start
+            for row, (start, stop) in zip(self.rows, spans, strict=True)
+        ]
+        longest, masks = max(columns), []
+        for row, (start, stop), width in zip(self.rows, spans, columns, strict=True):
+            steps = stop - start
+            mask = row.make_mask(steps, True, window_size) if steps else None
+            if not isinstance(mask, mx.array):
+                mask = mx.ones((steps, width), mx.bool_)
+            mask = mx.pad(mask, [(0, 0), (longest - width, 0)])
+            before, behind = mx.ones((start, longest)), mx.ones((n - stop, longest))
+            masks.append(mx.concatenate([before, mask, behind]).astype(mx.bool_))
         return mx.stack(masks)[:, None]
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep only these rows, in this order."""
         keep = [int(i) for i in batch_indices]
         self.rows = [self.rows[i] for i in keep]
+        self._skip = [self._skip[i] for i in keep]
         if self._left is not None:
             self._left = [self._left[i] for i in keep]
 
     def extend(self, other: BatchTurboQuantCache) -> None:
         """Append the other batch's rows."""
+        if self._left is not None or other._left is not None:
+            lefts = [
+                batch._left or [_UNPADDED] * len(batch.rows) for batch in (self, other)
+            ]
+            self._left = [*lefts[0], *lefts[1]]
         self.rows += other.rows
+        self._skip += other._skip
 
     def extract(self, idx: int) -> TurboQuantCache:
         """A copy of one row as a cache of its own."""
         return copy.deepcopy(self.rows[idx])
 
     def is_trimmable(self) -> bool:
-        """Always."""
-        return True
+        """Whether every row is."""
+        return all(row.is_trimmable() for row in self.rows)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens of every row; returns the most forgotten."""
@@ -124,8 +192,9 @@ class BatchTurboQuantCache:
 
     @property
     def offset(self) -> mx.array:
-        """Tokens per row, int32 (B,): the position of each row's next token."""
-        return mx.array([row.offset for row in self.rows], dtype=mx.int32)
+        """Position of each row's next token, int32 (B,); negative in left padding."""
+        pairs = zip(self.rows, self._skip, strict=True)
+        return mx.array([row.offset - skip for row, skip in pairs], dtype=mx.int32)
 
     def size(self) -> int:
         """Tokens of the longest row."""
@@ -134,6 +203,31 @@ class BatchTurboQuantCache:
     def empty(self) -> bool:
         """Whether no row holds a token."""
         return self.size() == 0
+
+    # Real arrays that some models tie other work to with ``mx.depends``: one row's, as
+    # all rows are evaluated together.
+
+    @property
+    def keys(self) -> mx.array | None:
+        """Recent keys of the first row that has any."""
+        return self._first_row.keys
+
+    @keys.setter
+    def keys(self, array: mx.array) -> None:
+        self._first_row.keys = array
+
+    @property
+    def values(self) -> mx.array | None:
+        """Recent values of the first row that has any."""
+        return self._first_row.values
+
+    @values.setter
+    def values(self, array: mx.array) -> None:
+        self._first_row.values = array
+
+    @property
+    def _first_row(self) -> TurboQuantCache:
+        return next((row for row in self.rows if not row.empty()), self.rows[0])
 
     @property
     def nbytes(self) -> int:
@@ -148,3 +242,18 @@ class BatchTurboQuantCache:
     def __repr__(self) -> str:
         lengths = [row.offset for row in self.rows]
         return f"BatchTurboQuantCache(rows of {lengths} tokens, {self.nbytes} bytes)"
+
+
+def _held(cache: TurboQuantCache, nothing: tuple[mx.array, mx.array]) -> Any:
+    return nothing if cache.empty() else cache.keys_and_values()
+
+
+def _right_aligned(rows: Sequence[mx.array]) -> mx.array:
+    """Rows (1, H, T, D) of different T as (B, H, longest T, D), zeros before them."""
+    longest = max(row.shape[2] for row in rows)
+    return mx.concatenate(
+        [
+            mx.pad(row, [(0, 0), (0, 0), (longest - row.shape[2], 0), (0, 0)])
+            for row in rows
+        ]
+    )

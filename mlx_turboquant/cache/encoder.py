@@ -175,6 +175,12 @@ class PageEncoder:
             self._means.trim(self._means.length)
         self._means_changed()
 
+    def drop(self, encoded: int) -> None:
+        """Forget the first ``encoded`` encoded tokens, whole pages."""
+        if self.spec.center == "page":
+            self._means.drop(encoded // self.spec.page)
+            self._means_changed()
+
     @property
     def nbytes(self) -> int:
         """Bytes of means and gains."""

@@ -13,27 +13,38 @@ import mlx.core as mx
 
 from ..codecs import codec_for
 from ..codecs.base import Side
-from ..errors import FormatError, SpecError
+from ..errors import FormatError
 from ..spec import CacheSpec, CodecSpec
 
 #: Raised by any change to bit layout, levels, signs or array names.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MAGIC = "mlx_turboquant"
 _GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]
 State = dict[str, Any]
+Notes = dict[str, int]
 
 
-def to_state(spec: CacheSpec, groups: Mapping[str, Mapping[str, mx.array]]) -> State:
-    """The tree of arrays and text that mlx-lm evaluates and saves."""
-    state: dict[str, Any] = {"header": f"{_MAGIC} {FORMAT_VERSION} {spec.full}"}
+def to_state(
+    spec: CacheSpec, groups: Mapping[str, Mapping[str, mx.array]], notes: Notes
+) -> State:
+    """The tree of arrays and text that mlx-lm evaluates and saves.
+
+    Args:
+        spec: Of the cache.
+        groups: Its arrays.
+        notes: Whole numbers that are no part of the spec, by name.
+    """
+    words = [_MAGIC, str(FORMAT_VERSION), spec.full]
+    words += [f"{name}={number}" for name, number in notes.items()]
+    state: dict[str, Any] = {"header": " ".join(words)}
     for group, arrays in groups.items():
         for name, array in arrays.items():
             state[f"{group}:{name}"] = array
     return state
 
 
-def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups]:
+def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Notes]:
     """The inverse of `to_state`.
 
     Raises:
@@ -41,7 +52,7 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups]:
     """
     header = state.get("header") if isinstance(state, Mapping) else None
     words = header.split() if isinstance(header, str) else []
-    if len(words) != 3 or words[0] != _MAGIC:
+    if len(words) < 3 or words[0] != _MAGIC:
         raise FormatError(
             "this is not a mlx_turboquant prompt cache (no header); "
             "make it again with tq.save_prompt_cache"
@@ -53,15 +64,19 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups]:
         )
     try:
         spec = CacheSpec.parse(words[2])
-    except SpecError as error:
-        raise FormatError(f"the cache's spec is damaged: {error}") from error
+        pairs = [word.partition("=") for word in words[3:]]
+        notes = {name: int(number) for name, _, number in pairs}
+        if "decodes" not in notes:
+            raise ValueError("it does not say decodes=")
+    except ValueError as error:  # as is SpecError
+        raise FormatError(f"the cache's header is damaged: {error}") from error
     groups: Groups = {group: {} for group in _GROUPS}
     for key, array in state.items():
         group, _, name = key.partition(":")
         if group in groups:
             groups[group][name] = array
     _check(spec, groups)
-    return spec, groups
+    return spec, groups, notes
 
 
 def _check(spec: CacheSpec, groups: Groups) -> None:

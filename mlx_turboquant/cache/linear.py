@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..attention import decoded
 from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..segments import Segments
@@ -43,14 +44,19 @@ class TurboQuantCache(SequenceCache):
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
         seat: Its place among the layers whose bits are chosen together; alone if None.
+        decodes: Hand out decoded arrays, for a model that computes attention itself.
 
     >>> TurboQuantCache("k3v3")
     TurboQuantCache(k3v3, empty)
     """
 
     def __init__(
-        self, spec: CacheSpec | str | float = "k3v3", seat: Seat | None = None
+        self,
+        spec: CacheSpec | str | float = "k3v3",
+        seat: Seat | None = None,
+        decodes: bool = False,
     ) -> None:
+        self.decodes = decodes
         self._start(CacheSpec.parse(spec), seat)
 
     def _start(self, spec: CacheSpec, seat: Seat | None = None) -> None:
@@ -77,7 +83,7 @@ class TurboQuantCache(SequenceCache):
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
-    ) -> tuple[Segments, Segments]:
+    ) -> tuple[Segments, Segments] | tuple[mx.array, mx.array]:
         """Append tokens and return what attention should read.
 
         Args:
@@ -85,8 +91,8 @@ class TurboQuantCache(SequenceCache):
             values: (B, H, N, Dv).
 
         Returns:
-            Handles over all tokens so far. Until something is packed, attention over
-            them is MLX's own on the model's own arrays.
+            Handles over all tokens so far, or arrays if it `decodes`. Until something
+            is packed, attention over them is MLX's own on the model's own arrays.
 
         Raises:
             UnsupportedError: for a head_dim the rotation cannot do, or a shape
@@ -101,8 +107,15 @@ class TurboQuantCache(SequenceCache):
             self._pack(self._due())
         return fetched
 
-    def keys_and_values(self) -> tuple[Segments, Segments]:
-        """Handles over everything stored, for layers that share a cache."""
+    def keys_and_values(
+        self,
+    ) -> tuple[Segments, Segments] | tuple[mx.array, mx.array]:
+        """What `update_and_fetch` returned last, for layers that share a cache."""
+        keys, values = self.segments()
+        return decoded(keys, values) if self.decodes else (keys, values)
+
+    def segments(self) -> tuple[Segments, Segments]:
+        """Handles over everything stored."""
         encoder = self._encoder
         (k_codec, v_codec), (k_basis, v_basis) = encoder.codecs, encoder.bases
         recent = self._recent.views()
@@ -262,11 +275,21 @@ class TurboQuantCache(SequenceCache):
                 "recent": self._recent.views(),
                 **self._encoder.state,
             },
+            self._notes(),
         )
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        spec, groups = files.from_state(state)
+        self._restore(*files.from_state(state))
+
+    def _notes(self) -> files.Notes:
+        """What a file says of it besides spec and arrays."""
+        return {"decodes": int(self.decodes)}
+
+    def _restore(
+        self, spec: CacheSpec, groups: files.Groups, notes: files.Notes
+    ) -> None:
+        self.decodes = bool(notes["decodes"])
         self._start(spec)
         self._sink = groups["sink"]
         self._packed.replace(groups["packed"])
@@ -296,10 +319,10 @@ class TurboQuantCache(SequenceCache):
 
     def __repr__(self) -> str:
         if self.empty():
-            return f"TurboQuantCache({self.spec}, empty)"
+            return f"{type(self).__name__}({self.spec}, empty)"
         parts = f"{self.sink_length}+{self.packed_length}+{self.recent_length}"
         bits = 8 * self.nbytes / self.elements
         return (
-            f"TurboQuantCache({self.spec}, {self.offset} tokens = {parts} "
+            f"{type(self).__name__}({self.spec}, {self.offset} tokens = {parts} "
             f"sink+packed+recent, {self.nbytes} bytes, {bits:.2f} bits per element)"
         )

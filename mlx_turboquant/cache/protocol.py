@@ -29,6 +29,10 @@ class SequenceCache:
         """Tokens stored."""
         return self.offset
 
+    def shown_before(self) -> int:
+        """Tokens that a step's attention shows besides its own."""
+        return self.offset
+
     def empty(self) -> bool:
         """Whether no token is stored."""
         return self.offset == 0

@@ -56,6 +56,10 @@ class TokenStore:
         """Forget the last ``count`` tokens; the buffers stay."""
         self.length -= count
 
+    def drop(self, count: int) -> None:
+        """Forget the first ``count`` tokens; what is left moves to new buffers."""
+        self.replace({k: v[:, :, count:] for k, v in self.views().items()})
+
     def replace(self, tokens: Mapping[str, mx.array]) -> None:
         """Start over in new buffers holding just ``tokens``, which may be empty."""
         self.arrays, self.length = {}, 0

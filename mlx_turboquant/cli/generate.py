@@ -72,11 +72,6 @@ def generate(
         kv_seed,
         kv_quality,
     )
-    if spec is not None and max_kv_size is not None:
-        raise SpecError(
-            f"--max-kv-size {max_kv_size} makes a rotating cache, which --kv-bits "
-            f"{kv_bits} cannot compress; leave one of them out"
-        )
     template = _read_template_config(chat_template_config)
     text = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = sys.stdin.read() if prompt == "-" else text
@@ -170,7 +165,7 @@ def _read_cache_file(
     """Model name, tokenizer options and layer caches, from the file if there is one."""
     if path is None:
         return model, {}, None
-    from ..integrations.mlx_lm import load_prompt_cache
+    from ..integrations.prompt_files import load_prompt_cache
 
     stored, metadata = load_prompt_cache(path, return_metadata=True)
     made_by = metadata.get("model")
@@ -219,13 +214,12 @@ def _make_cache(
     max_kv_size: int | None,
     stored: list[Any] | None,
 ) -> list[Any]:
-    from mlx_lm.models.cache import make_prompt_cache as make_stock
-
     from ..cache import TurboQuantCache
     from ..integrations import mlx_lm as host
+    from ..integrations.prompt_files import check_cache
 
     if stored is not None:
-        host.check_cache(network, stored, "the prompt cache")
+        check_cache(network, stored, "the prompt cache")
         held = {c.spec for c in stored if isinstance(c, TurboQuantCache)}
         if spec is not None and not spec.adaptive and held != {spec}:
             raise SpecError(
@@ -235,8 +229,8 @@ def _make_cache(
             )
         return stored
     if spec is None:
-        return list(make_stock(network, max_kv_size))
-    return host.make_prompt_cache(network, spec)
+        return host.stock_caches(network, max_kv_size)
+    return host.make_prompt_cache(network, spec, max_kv_size)
 
 
 def _check_context(network: nn.Module, cache: list[Any], ids: list[int]) -> None:
@@ -257,9 +251,8 @@ def _add_draft(
     """The draft model, and the caches of both models as mlx-lm wants them."""
     if name is None:
         return None, cache
-    from mlx_lm.models.cache import make_prompt_cache as make_stock
-
     from ..integrations.loading import load
+    from ..integrations.mlx_lm import stock_caches
 
     draft, draft_tokenizer = load(name)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
@@ -267,7 +260,7 @@ def _add_draft(
             f"draft model {name!r} has {draft_tokenizer.vocab_size} tokens, the model "
             f"{tokenizer.vocab_size}; choose a draft model of the same family"
         )
-    return draft, [*cache, *make_stock(draft)]
+    return draft, [*cache, *stock_caches(draft)]
 
 
 @contextmanager

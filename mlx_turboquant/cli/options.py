@@ -60,7 +60,7 @@ Verbose = Annotated[
 ]
 MaxKvSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Bound the cache as mlx-lm does; excludes --kv-bits."),
+    typer.Option(min=1, help="Keep only so many tokens, the first 4 among them."),
 ]
 PrefillStepSize = Annotated[
     int, typer.Option(min=1, help="Prompt tokens processed at a time.")

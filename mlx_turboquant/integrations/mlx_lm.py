@@ -1,324 +1,264 @@
-"""Everything this package knows of mlx-lm's internals.
+"""The cache factory: compressed caches for every loop of mlx-lm.
 
-Owns the attention hook, the cache factory and prompt-cache files. Importing it
-changes nothing in mlx-lm; `apply`, `make_prompt_cache` and `load_prompt_cache` do,
-and `uninstall` undoes it.
-
-The hook rebinds ``scaled_dot_product_attention`` in the globals of the functions
-that make up one model's layers, which is where mlx-lm's models (and a user's own
-model file) look it up. It looks at the type of the keys it is given, never at the
-cache, because some models share keys across layers that have no cache.
+Owns which of a model's stock caches are replaced by what, and `apply` and `uninstall`.
+Importing it changes nothing in mlx-lm. How attention reads the caches is `hook`'s, what
+each layer can take is `probe`'s, files are `prompt_files`'.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import tempfile
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.models.base as host_base
 import mlx_lm.models.cache as host_cache
 
-from ..attention import attend
-from ..cache import BatchTurboQuantCache, Seat, TurboQuantCache
-from ..errors import FormatError, UnsupportedModelError
+from ..cache import RotatingTurboQuantCache, Seat, TurboQuantCache, least_size
+from ..errors import UnsupportedModelError
 from ..report import Explanation, explain
-from ..segments import Handle
+from ..spec import CacheSpec
+from . import hook
 from .layers import Parsed, Specs, of_layers, parsed
-from .support import READS_CACHE_ITSELF
+from .probe import MakeSlot, Slot, probe
 
 KVCache = host_cache.KVCache
-_HOOKED = "scaled_dot_product_attention"
-_CLASSES = (TurboQuantCache, BatchTurboQuantCache)
+_KEPT = 4  # first tokens that mlx-lm's --max-kv-size keeps
+_REPLACED = (KVCache, host_cache.RotatingKVCache)
 
-_hooked_globals: dict[int, dict[str, Any]] = {}
 _applied: list[weakref.ref[nn.Module]] = []
-
-
-# The hook.
-
-
-@functools.wraps(host_base.scaled_dot_product_attention)
-def _hook(
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    if isinstance(keys, Handle):
-        return attend(queries, keys, values, scale, mask, sinks)
-    stock: mx.array = host_base.scaled_dot_product_attention(
-        queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
-    )
-    return stock
-
-
-def _layer_globals(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Globals of every function of every class that makes up the model."""
-    for kind in {type(module) for module in model.modules()}:
-        for cls in kind.__mro__:
-            for member in vars(cls).values():
-                if isinstance(member, types.FunctionType):
-                    yield member.__globals__
-
-
-def install(model: nn.Module) -> None:
-    """Let this model's attention layers read compressed caches.
-
-    Raises:
-        UnsupportedModelError: if none of its layers uses mlx-lm's attention.
-    """
-    for cls in _CLASSES:
-        setattr(host_cache, cls.__name__, cls)  # where load_prompt_cache looks
-    found = False
-    for scope in _layer_globals(model):
-        current = scope.get(_HOOKED)
-        if current is host_base.scaled_dot_product_attention:
-            _hooked_globals[id(scope)] = scope
-            scope[_HOOKED] = current = _hook
-        found = found or current is _hook
-    if not found:
-        raise UnsupportedModelError(
-            f"{_model_type(model)} layers do not call mlx-lm's {_HOOKED}",
-            "run it with an uncompressed cache (leave --kv-bits out)",
-        )
-
-
-def uninstall() -> None:
-    """Undo every hook, every `apply` and the registered class names."""
-    for scope in _hooked_globals.values():
-        scope[_HOOKED] = host_base.scaled_dot_product_attention
-    _hooked_globals.clear()
-    for ref in _applied:
-        model = ref()
-        if model is not None and isinstance(getattr(model, "make_cache", None), _Maker):
-            del model.make_cache
-    _applied.clear()
-    for cls in _CLASSES:
-        if getattr(host_cache, cls.__name__, None) is cls:
-            delattr(host_cache, cls.__name__)
-
-
-# The cache factory.
+_probed: dict[int, tuple[weakref.ref[nn.Module], list[Slot]]] = {}
 
 
 class _Maker:
     """The ``make_cache`` that `apply` puts on a model instance."""
 
-    def __init__(self, model: nn.Module, spec: Parsed) -> None:
+    def __init__(
+        self, model: nn.Module, spec: Parsed, max_kv_size: int | None = None
+    ) -> None:
         self._model = weakref.ref(model)
-        self.spec = spec
+        self.spec, self.max_kv_size = spec, max_kv_size
 
     def __call__(self) -> list[Any]:
         model = self._model()
         assert model is not None, "the model owns this object"
-        return _make(model, self.spec)
+        return _make(model, self.spec, self.max_kv_size)
 
 
-def apply(model: nn.Module, spec: Specs = "k3v3") -> Explanation:
+def apply(
+    model: nn.Module, spec: Specs = "k3v3", max_kv_size: int | None = None
+) -> Explanation:
     """Make compressed caches this model's own, for every loop of mlx-lm.
 
     Sets ``model.make_cache`` on the instance, so ``generate``, ``stream_generate``,
     ``batch_generate``, the server, chat and ``evaluate`` get them unasked. Layers
-    that keep their stock cache are listed in the result and in a warning.
+    that keep their stock cache, or decode all of it at each step, are listed in the
+    result and in a warning.
 
     Args:
         model: A model loaded by mlx-lm.
         spec: A `CacheSpec` or its text, such as ``"k4v3"``; or a list of them, one for
             each layer that can take one.
+        max_kv_size: Tokens to keep at most in layers that would keep all: the first 4
+            and the latest.
 
     Raises:
         UnsupportedModelError: if no layer can take the cache.
         SpecError: if a list of specs has another length.
     """
     read = parsed(spec)
-    explanation = explain(make_prompt_cache(model, read))
-    model.make_cache = _Maker(model, read)
+    explanation = explain(make_prompt_cache(model, read, max_kv_size))
+    model.make_cache = _Maker(model, read, max_kv_size)
     _applied.append(weakref.ref(model))
     return explanation
 
 
-def make_prompt_cache(model: nn.Module, spec: Specs = "k3v3") -> list[Any]:
+def uninstall() -> None:
+    """Undo every hook, every `apply` and the registered class names."""
+    hook.remove()
+    for ref in _applied:
+        model = ref()
+        if model is not None and isinstance(getattr(model, "make_cache", None), _Maker):
+            del model.make_cache
+    _applied.clear()
+    _probed.clear()
+
+
+def make_prompt_cache(
+    model: nn.Module, spec: Specs = "k3v3", max_kv_size: int | None = None
+) -> list[Any]:
     """A prompt cache for mlx-lm's ``prompt_cache=``, one entry per layer.
 
-    Every plain ``KVCache`` the model asks for becomes a `TurboQuantCache`; other
-    kinds are left alone, with a warning that names them.
+    Every ``KVCache`` the model asks for becomes a `TurboQuantCache`, every
+    ``RotatingKVCache`` that is long enough a `RotatingTurboQuantCache`; other kinds are
+    left alone, with a warning that names them.
 
     Args:
         model: A model loaded by mlx-lm.
         spec: A `CacheSpec` or its text, such as ``"k4v3"``; or a list of them, one for
             each layer that can take one.
+        max_kv_size: Tokens to keep at most in layers that would keep all: the first 4
+            and the latest.
 
     Raises:
         UnsupportedModelError: if no layer can take the cache.
         SpecError: if a list of specs has another length.
     """
-    caches = _make(model, parsed(spec))
+    caches = _make(model, parsed(spec), max_kv_size)
     explanation = explain(caches)
+    total = len(explanation.layers)
     left = explanation.left_alone
     if left:
         kinds = sorted({f"{row.cache} ({row.reason})" for row in left})
         warnings.warn(
-            f"{len(left)} of {len(explanation.layers)} caches stay in the "
-            f"model's dtype: {', '.join(kinds)}",
+            f"{len(left)} of {total} caches stay in the model's dtype: "
+            f"{', '.join(kinds)}",
+            stacklevel=2,
+        )
+    decoding = sum(row.decodes for row in explanation.layers)
+    if decoding:
+        warnings.warn(
+            f"{decoding} of {total} caches are decoded whole at each step, because "
+            f"{_model_type(model)} computes attention itself: they save memory, not "
+            "time",
             stacklevel=2,
         )
     return caches
 
 
-def _make(model: nn.Module, spec: Parsed) -> list[Any]:
-    reason = READS_CACHE_ITSELF.get(_model_type(model))
-    if reason is not None:
+def _make(model: nn.Module, spec: Parsed, max_kv_size: int | None) -> list[Any]:
+    stock = stock_caches(model, max_kv_size)
+    slots = iter(slots_of(model))
+    any_spec = spec if isinstance(spec, CacheSpec) else spec[0]
+    places = [
+        (entry, slot)
+        for entry in _leaves(stock)
+        if type(entry) in _REPLACED and _fits(entry, slot := next(slots), any_spec)
+    ]
+    if not places:
+        kinds = sorted({_told(entry) for entry in _leaves(stock)})
         raise UnsupportedModelError(
-            f"{_model_type(model)} layers cannot take a compressed cache: {reason}",
+            f"none of the {len(stock)} caches of {_model_type(model)} can be "
+            f"compressed (they are: {', '.join(kinds)})",
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
-    stock = stock_caches(model)
-    made: list[TurboQuantCache] = []
-
-    def make() -> TurboQuantCache:
-        seat = Seat(allocation, len(made)) if allocation else None
-        made.append(TurboQuantCache(specs[len(made)], seat))
-        return made[-1]
-
-    plain = sum(type(entry) is KVCache for entry in _flat(stock))
-    specs, allocation = of_layers(spec, plain)
-    caches = [_replace(entry, make) for entry in stock]
-    if not explain(caches).packed_layers:
-        kinds = ", ".join(sorted({type(entry).__name__ for entry in stock}))
-        raise UnsupportedModelError(
-            f"none of the {len(stock)} caches of {_model_type(model)} is a plain "
-            f"KVCache (they are: {kinds})",
-            "run it with an uncompressed cache (leave --kv-bits out)",
+    specs, allocation = of_layers(spec, len(places))
+    made = {
+        id(entry): _compressed(
+            entry, slot, own, Seat(allocation, i) if allocation else None
         )
-    install(model)
-    return caches
+        for i, ((entry, slot), own) in enumerate(zip(places, specs, strict=True))
+    }
+    hook.install(model)
+    return [_replace(entry, lambda leaf: made.get(id(leaf), leaf)) for entry in stock]
 
 
-def stock_caches(model: nn.Module) -> list[Any]:
-    """What mlx-lm would make for this model if we were not here."""
+def _fits(entry: Any, slot: Slot, spec: CacheSpec) -> bool:
+    """Whether the entry can be compressed; if not, it says why to `explain`."""
+    if slot.stock:
+        entry.left_alone = slot.stock
+    elif type(entry) is not KVCache and entry.max_size < least_size(spec):
+        entry.left_alone = (
+            f"its window of {entry.max_size} tokens is too short for "
+            f"{least_size(spec)}: sink, window and two pages"
+        )
+    return not hasattr(entry, "left_alone")
+
+
+def _compressed(
+    entry: Any, slot: Slot, spec: CacheSpec, seat: Seat | None
+) -> TurboQuantCache:
+    if type(entry) is KVCache:
+        return TurboQuantCache(spec, seat, slot.decodes)
+    return RotatingTurboQuantCache(spec, entry.max_size, entry.keep, seat, slot.decodes)
+
+
+def slots_of(model: nn.Module) -> list[Slot]:
+    """What each replaceable entry of the model's caches can be; probed once."""
+    known = _probed.get(id(model))
+    if known is not None and known[0]() is model:
+        return known[1]
+    hook.install(model)
+
+    def build(make: MakeSlot) -> list[Any]:
+        count = iter(range(len(_slots_in(stock_caches(model)))))
+
+        def ask(leaf: Any) -> Any:
+            if type(leaf) not in _REPLACED:
+                return leaf
+            made = make(next(count))
+            return leaf if made is None else made
+
+        return [_replace(entry, ask) for entry in stock_caches(model)]
+
+    slots = probe(model, build, len(_slots_in(stock_caches(model))))
+    _probed[id(model)] = (weakref.ref(model), slots)
+    return slots
+
+
+def _slots_in(caches: list[Any]) -> list[Any]:
+    return [leaf for leaf in _leaves(caches) if type(leaf) in _REPLACED]
+
+
+def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+    """What mlx-lm would make for this model if we were not here.
+
+    But ``max_kv_size`` bounds the plain caches of every model, also of one that makes
+    its own, where mlx-lm ignores it.
+    """
     maker = getattr(model, "make_cache", None)
     if isinstance(maker, _Maker):
         maker = getattr(type(model), "make_cache", None)
         maker = maker and functools.partial(maker, model)
-    if maker is not None:
-        return list(maker())
-    plain = types.SimpleNamespace(layers=model.layers)
-    return list(host_cache.make_prompt_cache(plain))
+    if maker is None:
+        plain = types.SimpleNamespace(layers=model.layers)
+        return list(host_cache.make_prompt_cache(plain, max_kv_size))
+    caches = list(maker())
+    if max_kv_size is None:
+        return caches
+
+    def bounded(leaf: Any) -> Any:
+        if type(leaf) is not KVCache:
+            return leaf
+        return host_cache.RotatingKVCache(max_kv_size, _KEPT)
+
+    return [_replace(entry, bounded) for entry in caches]
 
 
 def replace_plain(model: nn.Module, make: Callable[[], Any]) -> list[Any]:
     """The model's stock caches, but what ``make`` makes for every plain `KVCache`."""
-    return [_replace(entry, make) for entry in stock_caches(model)]
+    return [
+        _replace(entry, lambda leaf: make() if type(leaf) is KVCache else leaf)
+        for entry in stock_caches(model)
+    ]
 
 
-def _flat(caches: Iterable[Any]) -> Iterator[Any]:
+def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
     for entry in caches:
-        yield from _flat(getattr(entry, "caches", ()))
-        yield entry
+        inner = getattr(entry, "caches", None)
+        if inner is None:
+            yield entry
+        else:
+            yield from _leaves(inner)
 
 
-def _replace(entry: Any, make: Callable[[], Any]) -> Any:
-    if type(entry) is KVCache:
-        return make()
-    if isinstance(entry, host_cache.CacheList):
-        entry.caches = type(entry.caches)(_replace(e, make) for e in entry.caches)
+def _replace(entry: Any, make: Callable[[Any], Any]) -> Any:
+    """What ``make`` makes of an entry, or of every leaf of a `CacheList`."""
+    if not isinstance(entry, host_cache.CacheList):
+        return make(entry)
+    entry.caches = type(entry.caches)(_replace(e, make) for e in entry.caches)
     return entry
+
+
+def _told(entry: Any) -> str:
+    name = type(entry).__name__
+    return f"{name}, {entry.left_alone}" if hasattr(entry, "left_alone") else name
 
 
 def _model_type(model: nn.Module) -> str:
     args = getattr(model, "args", None)
     name = getattr(model, "model_type", None) or getattr(args, "model_type", None)
     return str(name or type(model).__name__)
-
-
-# Prompt-cache files.
-
-
-def save_prompt_cache(
-    path: str | Path, cache: list[Any], metadata: dict[str, str] | None = None
-) -> None:
-    """Save a prompt cache in mlx-lm's file format, all of it or nothing.
-
-    Args:
-        path: A ``.safetensors`` file; an older one stays intact until the end.
-        cache: Any prompt cache of mlx-lm or of ours.
-        metadata: Text to keep beside it, as in mlx-lm.
-    """
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        target = target.with_name(target.name + ".safetensors")
-    handle, beside = tempfile.mkstemp(dir=target.parent, suffix=".safetensors")
-    os.close(handle)
-    try:
-        host_cache.save_prompt_cache(beside, cache, metadata or {})
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
-
-
-def load_prompt_cache(
-    path: str | Path, model: nn.Module | None = None, return_metadata: bool = False
-) -> Any:
-    """Load a prompt cache that `save_prompt_cache` or mlx-lm wrote.
-
-    Args:
-        path: The file.
-        model: The model that will read it; hooks its attention. Without it, call
-            `apply` or `make_prompt_cache` on the model before generating.
-        return_metadata: Also return the metadata, as in mlx-lm.
-
-    Raises:
-        FormatError: if the file is missing, unreadable, foreign, damaged or newer.
-        UnsupportedModelError: if the model has another number of caches.
-    """
-    for cls in _CLASSES:
-        setattr(host_cache, cls.__name__, cls)
-    try:
-        cache, metadata = host_cache.load_prompt_cache(str(path), return_metadata=True)
-    except FormatError:
-        raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-    ) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FormatError(
-            f"cannot read a prompt cache from {path} ({first}); "
-            "make it again with tq.save_prompt_cache"
-        ) from error
-    if model is not None:
-        check_cache(model, cache, str(path))
-    return (cache, metadata) if return_metadata else cache
-
-
-def check_cache(model: nn.Module, cache: list[Any], name: str) -> None:
-    """Make sure ``model`` can read ``cache``, and hook it if that is needed.
-
-    Raises:
-        UnsupportedModelError: if the model has another number of caches.
-    """
-    wanted = len(stock_caches(model))
-    if wanted != len(cache):
-        raise UnsupportedModelError(
-            f"{name} holds {len(cache)} layer caches, the model has {wanted}",
-            "use the model that made it",
-        )
-    if explain(cache).packed_layers:
-        install(model)

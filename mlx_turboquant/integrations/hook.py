@@ -1,0 +1,84 @@
+"""The attention hook: lets a model's own attention call read compressed caches.
+
+Owns which functions are rebound, and putting them back. The hook rebinds
+``scaled_dot_product_attention`` in the globals of the functions that make up one
+model's layers, which is where mlx-lm's models (and a user's own model file) look it up.
+It looks at the type of the keys it is given, never at the cache, because some models
+share keys across layers that have no cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.base as host_base
+import mlx_lm.models.cache as host_cache
+
+from ..attention import attend
+from ..cache import BatchTurboQuantCache, RotatingTurboQuantCache, TurboQuantCache
+from ..segments import Handle
+
+_HOOKED = "scaled_dot_product_attention"
+_CLASSES = (TurboQuantCache, RotatingTurboQuantCache, BatchTurboQuantCache)
+
+_hooked_globals: dict[int, dict[str, Any]] = {}
+
+
+@functools.wraps(host_base.scaled_dot_product_attention)
+def _hook(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    if isinstance(keys, Handle):
+        return attend(queries, keys, values, scale, mask, sinks)
+    stock: mx.array = host_base.scaled_dot_product_attention(
+        queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
+    )
+    return stock
+
+
+def _layer_globals(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Globals of every function of every class that makes up the model."""
+    for kind in {type(module) for module in model.modules()}:
+        for cls in kind.__mro__:
+            for member in vars(cls).values():
+                if isinstance(member, types.FunctionType):
+                    yield member.__globals__
+
+
+def register() -> None:
+    """Put our cache classes where mlx-lm's ``load_prompt_cache`` looks names up."""
+    for cls in _CLASSES:
+        setattr(host_cache, cls.__name__, cls)
+
+
+def install(model: nn.Module) -> None:
+    """Let this model's attention layers read compressed caches.
+
+    Layers that call something else are not touched: `probe` finds them.
+    """
+    register()
+    for scope in _layer_globals(model):
+        if scope.get(_HOOKED) is host_base.scaled_dot_product_attention:
+            _hooked_globals[id(scope)] = scope
+            scope[_HOOKED] = _hook
+
+
+def remove() -> None:
+    """Undo every `install` and `register`."""
+    for scope in _hooked_globals.values():
+        scope[_HOOKED] = host_base.scaled_dot_product_attention
+    _hooked_globals.clear()
+    for cls in _CLASSES:
+        if getattr(host_cache, cls.__name__, None) is cls:
+            delattr(host_cache, cls.__name__)

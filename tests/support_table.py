@@ -1,0 +1,78 @@
+"""The table of supported models in ``docs/models.md``, made from what `explain` says.
+
+``python tests/support_table.py`` writes it; test_models.py holds each row to the file.
+"""
+
+import warnings
+from collections import Counter
+
+from helpers import ROOT
+from tiny_models import NOT_BUILT, build, types
+
+import mlx_turboquant as tq
+from mlx_turboquant.errors import UnsupportedModelError
+
+FILE = ROOT / "docs" / "models.md"
+#: Small enough for a window of 56 tokens to be compressed.
+SPEC = "8,window=4,sink=2,page=16"
+HEAD = """\
+# Models
+
+What every model type of mlx-lm 0.32.2 does with `--kv-bits`, found by building a tiny
+random one of each (`tests/tiny_models.py`) and asking `tq.explain`; made by
+`python tests/support_table.py` and held by `tests/test_models.py`, which also compares
+the logits of two chunks of a prompt and two decode steps at 8 bits with mlx-lm's own
+cache: they differ by less than 1% of the logits' spread.
+
+*codes*: attention reads packed codes, by a kernel where there is one. *decoded*: the
+model computes attention itself, so all of a layer is decoded at each step: it saves
+memory between steps, not time. *sliding*: a window of tokens, compressed if it is at
+least sink + window + two pages long (292 tokens unless said otherwise). Counts are
+layers of the tiny models, most of which have four.
+
+| model type | codes | sliding | decoded | left to mlx-lm |
+|---|---|---|---|---|
+"""
+
+
+def row(name, caches):
+    """One model's line."""
+    counts = Counter()
+    left = Counter()
+    for layer in tq.explain(caches).layers:
+        if not layer.spec:
+            left[f"{layer.cache}: {layer.reason}"] += 1
+        elif layer.decodes:
+            counts["decoded"] += 1
+        elif layer.cache == "RotatingTurboQuantCache":
+            counts["sliding"] += 1
+        else:
+            counts["codes"] += 1
+    cells = [str(counts[kind] or "") for kind in ("codes", "sliding", "decoded")]
+    cells.append("; ".join(f"{n} {text}" for text, n in sorted(left.items())))
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def refusal(name, error):
+    """The line of a model that takes no compressed cache."""
+    return f"| {name} | | | | refused: {error.reason} |"
+
+
+def line(name):
+    """The line of any type."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return row(name, tq.make_prompt_cache(build(name), SPEC))
+    except UnsupportedModelError as error:
+        return refusal(name, error)
+
+
+def main():
+    """Write the file."""
+    lines = [line(name) for name in types()]
+    lines += [f"| {name} | | | | not tried: {why} |" for name, why in NOT_BUILT.items()]
+    FILE.write_text(HEAD + "\n".join(sorted(lines)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Every model type of mlx-lm: what it does with a compressed cache, and its logits."""
+
+import mlx.core as mx
+import pytest
+import support_table
+import tiny_models
+from mlx_lm import batch_generate, stream_generate
+from mlx_lm.models.cache import RotatingKVCache
+
+import mlx_turboquant as tq
+from mlx_turboquant.errors import UnsupportedModelError
+from mlx_turboquant.integrations import mlx_lm as host
+
+TYPES = list(tiny_models.types())
+DOCUMENTED = support_table.FILE.read_text().splitlines()
+#: They have no keys and values, or in a cache of the model's own.
+REFUSED = ("deepseek_v41", "mamba", "mamba2", "rwkv7")
+#: Two chunks of a prompt, longer than the sliding windows, and two decode steps.
+CHUNKS = (70, 40, 1, 1)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*caches")
+
+
+def logits(model, caches):
+    ids = mx.random.randint(
+        0, tiny_models.VOCAB, (1, sum(CHUNKS)), key=mx.random.key(5)
+    )
+    steps, start = [], 0
+    for count in CHUNKS:
+        steps.append(model(ids[:, start : start + count], cache=caches))
+        mx.eval(steps[-1], [cache.state for cache in caches])
+        start += count
+    # Some types write -inf to ids of their own beyond these.
+    return mx.concatenate(steps, axis=1)[..., : tiny_models.VOCAB]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_eight_bits_agree_with_stock(name, hooked):
+    model = tiny_models.build(name)
+    if name in REFUSED:
+        with pytest.raises(UnsupportedModelError) as caught:
+            tq.make_prompt_cache(model, support_table.SPEC)
+        assert support_table.refusal(name, caught.value) in DOCUMENTED
+        return
+    caches = tq.make_prompt_cache(model, support_table.SPEC)
+    got = logits(model, caches)
+    want = logits(model, host.stock_caches(model))
+    error = mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)
+    assert 0 < error.item() < 0.01
+    assert support_table.row(name, caches) in DOCUMENTED, (
+        "docs/models.md is not true any more; run python tests/support_table.py"
+    )
+    for row in tq.explain(caches).layers:
+        if row.spec:  # something was packed, or all of this says nothing
+            assert row.tokens[1] > 0
+
+
+def test_the_table_has_every_type_once():
+    rows = [line.split("|")[1].strip() for line in DOCUMENTED if line.startswith("| ")]
+    assert rows[0] == "model type"
+    assert rows[1:] == sorted([*TYPES, *tiny_models.NOT_BUILT])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("afm7", "deepseek_v3", "deepseek_v32", "falcon_h1", "gemma2", "gemma3n"),
+        *("gemma4_text", "gpt_oss", "iquestloopcoder", "llama", "minimax_m3_vl"),
+    ],
+)
+def test_bounded_caches_agree_with_stock(name, hooked):
+    """``max_kv_size`` in every kind of model: windows, sharing, arrays, an index."""
+    model = tiny_models.build(name)
+    bound = tiny_models.WINDOW
+    caches = tq.make_prompt_cache(model, support_table.SPEC, max_kv_size=bound)
+    got = logits(model, caches)
+    want = logits(model, host.stock_caches(model, bound))
+    error = mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)
+    assert 0 < error.item() < 0.01
+    packed = [row for row in tq.explain(caches).layers if row.spec]
+    assert all(row.cache == "RotatingTurboQuantCache" for row in packed)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mimo_v2_flash"])
+def test_learned_sinks_matter_and_are_exact(name, hooked):
+    """Without them the logits would be others: the 1% above is not luck."""
+    model = tiny_models.build(name)
+    caches = tq.make_prompt_cache(model, support_table.SPEC)
+    got = logits(model, caches)
+
+    def silence(path, module):
+        for field in ("sinks", "attention_sink_bias"):
+            if field in module:
+                module[field] = mx.full(module[field].shape, -1e9)
+
+    model.apply_to_modules(silence)
+    without = logits(model, host.stock_caches(model))
+    error = mx.sqrt(mx.mean((got - without) ** 2)) / mx.std(got)
+    assert error.item() > 0.02
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("afm7", "deepseek_v3", "deepseek_v32", "falcon_h1", "gemma3n", "gpt_oss"),
+        *("gemma4_text", "lfm2", "llama", "mimo_v2_flash", "mistral4", "plamo"),
+        *("qwen3_5", "qwen3_next", "stablelm", "cohere2"),
+    ],
+)
+def test_batches_equal_single_streams(name, books, hooked):
+    """mlx-lm's continuous batching, rows shorter and longer than windows."""
+    model, (_, tokenizer) = tiny_models.build(name), books
+    tq.apply(model, support_table.SPEC)
+    prompts = [list(range(3, 3 + count)) for count in (90, 7, 41)]
+    options = {"max_tokens": 12, "prefill_step_size": 32}
+    got = batch_generate(model, tokenizer, prompts, return_token_ids=True, **options)
+    for prompt, ids in zip(prompts, got.token_ids, strict=True):
+        steps = stream_generate(model, tokenizer, prompt, **options)
+        assert ids == [step.token for step in steps]
+
+
+def test_short_windows_stay_stock_and_say_so(hooked):
+    model = tiny_models.build("gpt_oss")
+    with pytest.warns(UserWarning, match=r"2 of 4 .* window of 56 tokens is too short"):
+        caches = tq.make_prompt_cache(model, "3")
+    assert [type(c) for c in caches[::2]] == [RotatingKVCache] * 2
+
+
+def test_models_that_compute_attention_themselves_are_warned_of(hooked):
+    model = tiny_models.build("gemma2")
+    with pytest.warns(UserWarning, match=r"4 of 4 .* gemma2 computes attention itself"):
+        caches = tq.make_prompt_cache(model, "3,page=16,window=4")
+    logits(model, caches)
+    assert all("decodes all" in row.backend for row in tq.explain(caches).layers)
+
+
+def test_the_dry_run_reads_no_weight(hooked):
+    """A model of lazily loaded weights is not read by `apply`."""
+    model = tiny_models.build("deepseek_v3")
+    model.model.embed_tokens.weight = mx.random.normal((1 << 20, 64))
+    before = mx.get_active_memory()
+    slots = host.slots_of(model)
+    assert all(slot.decodes for slot in slots)
+    assert mx.get_active_memory() - before < 1 << 20
+    mx.eval(model.model.embed_tokens.weight)
+    assert mx.get_active_memory() - before >= 256 << 20
+
+
+def test_a_model_that_always_fails_is_refused_with_its_own_words(monkeypatch):
+    model = tiny_models.build("llama")
+
+    def broken(*args, **kwargs):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(type(model), "__call__", broken)
+    with pytest.raises(UnsupportedModelError, match=r"few tokens .*no such luck"):
+        tq.make_prompt_cache(model, "3")

@@ -148,5 +148,5 @@ def _scales(codes: PackedCodes) -> mx.array:
 
 
 @functools.cache
-def _side_stream() -> mx.Stream:
-    return mx.new_stream(mx.cpu)
+def _side_stream() -> mx.ThreadLocalStream:
+    return mx.new_thread_local_stream(mx.cpu)

@@ -15,9 +15,13 @@ import typer
 
 from .. import __version__
 from ..errors import TurboQuantError
+from .cache_prompt import cache_prompt
+from .chat import chat
 from .doctor import doctor
 from .evaluate import evaluate
 from .generate import generate
+from .plan import plan
+from .serve import serve
 
 P = ParamSpec("P")
 
@@ -65,6 +69,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 app.command()(guarded(generate))
 app.command()(guarded(doctor))
 app.command("eval")(guarded(evaluate))
+app.command("cache_prompt")(guarded(cache_prompt))
+app.command()(guarded(chat))
+app.command()(guarded(plan))
+app.command("server")(guarded(serve))
 
 
 def main() -> None:
@@ -85,6 +93,26 @@ def main_doctor() -> None:
 def main_eval() -> None:
     """Entry point of ``mlx_tq.eval``."""
     _run_alone(evaluate)
+
+
+def main_cache_prompt() -> None:
+    """Entry point of ``mlx_tq.cache_prompt``."""
+    _run_alone(cache_prompt)
+
+
+def main_chat() -> None:
+    """Entry point of ``mlx_tq.chat``."""
+    _run_alone(chat)
+
+
+def main_plan() -> None:
+    """Entry point of ``mlx_tq.plan``."""
+    _run_alone(plan)
+
+
+def main_server() -> None:
+    """Entry point of ``mlx_tq.server``."""
+    _run_alone(serve)
 
 
 def _run_alone(command: Callable[..., None]) -> None:

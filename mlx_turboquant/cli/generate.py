@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -17,14 +15,14 @@ from .. import blas
 from ..errors import SpecError, UnsupportedError
 from ..spec import CacheSpec
 from . import options as opt
+from .plan import warn_if_tight
+from .progress import reading
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-#: Prompts shorter than this show no progress bar.
-_LONG_PROMPT = 1024
 
-
+@opt.with_spec
 def generate(
     model: opt.Model = None,
     adapter_path: opt.AdapterPath = None,
@@ -50,29 +48,11 @@ def generate(
     prompt_cache_file: opt.PromptCacheFile = None,
     draft_model: opt.DraftModel = None,
     num_draft_tokens: opt.NumDraftTokens = 3,
-    kv_bits: opt.KvBits = None,
-    kv_quality: opt.KvQuality = None,
-    kv_codec: opt.KvCodec = None,
-    kv_window: opt.KvWindow = None,
-    kv_sink: opt.KvSink = None,
-    kv_page: opt.KvPage = None,
-    kv_center: opt.KvCenter = None,
-    kv_equalize: opt.KvEqualize = None,
-    kv_seed: opt.KvSeed = None,
+    draft_kv_bits: opt.DraftKvBits = None,
+    spec: CacheSpec | None = None,
 ) -> None:
     """Generate text with a compressed KV cache."""
-    spec = opt.cache_spec(
-        kv_bits,
-        kv_codec,
-        kv_window,
-        kv_sink,
-        kv_page,
-        kv_center,
-        kv_equalize,
-        kv_seed,
-        kv_quality,
-    )
-    template = _read_template_config(chat_template_config)
+    template = opt.json_object("--chat-template-config", chat_template_config)
     text = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = sys.stdin.read() if prompt == "-" else text
     if not text and prefill_response is None:
@@ -83,6 +63,7 @@ def generate(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from ..integrations.footprint import of_network
     from ..integrations.loading import load
     from ..report import explain
 
@@ -111,8 +92,13 @@ def generate(
         template=template,
     )
     cache = _make_cache(network, spec, max_kv_size, stored)
+    if loud and max_kv_size is None:
+        warn_if_tight(of_network(network), len(ids) + max_tokens, spec)
     _check_context(network, cache, ids)
-    draft, all_caches = _add_draft(draft_model, tokenizer, cache)
+    draft_spec = None if draft_kv_bits is None else CacheSpec.parse(draft_kv_bits)
+    draft, all_caches = _add_draft(
+        draft_model, draft_spec, tokenizer, cache, len(ids) + max_tokens
+    )
     sampler = make_sampler(
         temp,
         top_p,
@@ -126,7 +112,8 @@ def generate(
     extra: dict[str, Any] = {}
     if draft is not None:
         extra["num_draft_tokens"] = num_draft_tokens
-    with _progress(len(ids), loud and draft is None) as report:
+    drafted = 0
+    with reading(len(ids), wanted=loud and draft is None) as report:
         if report is not None:
             extra["prompt_progress_callback"] = report
         for response in stream_generate(
@@ -141,22 +128,13 @@ def generate(
             **extra,
         ):
             typer.echo(response.text, nl=False)
+            drafted += response.from_draft
     typer.echo()
     if loud:
         _print_statistics(response, explain(cache))
-
-
-def _read_template_config(text: str | None) -> dict[str, Any]:
-    try:
-        config = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise SpecError(
-            f"--chat-template-config {text!r} is not JSON ({error}); "
-            """give an object such as '{"enable_thinking": false}'"""
-        ) from None
-    if not isinstance(config, dict):
-        raise SpecError(f"--chat-template-config {text!r} is not a JSON object")
-    return config
+        if draft is not None:
+            share = 100 * drafted / response.generation_tokens
+            typer.echo(f"Drafted: {share:.1f}% of the tokens")
 
 
 def _read_cache_file(
@@ -246,13 +224,19 @@ def _check_context(network: nn.Module, cache: list[Any], ids: list[int]) -> None
 
 
 def _add_draft(
-    name: str | None, tokenizer: Any, cache: list[Any]
+    name: str | None,
+    spec: CacheSpec | None,
+    tokenizer: Any,
+    cache: list[Any],
+    tokens: int,
 ) -> tuple[Any, list[Any]]:
     """The draft model, and the caches of both models as mlx-lm wants them."""
     if name is None:
+        if spec is not None:
+            raise SpecError("--draft-kv-bits needs --draft-model")
         return None, cache
     from ..integrations.loading import load
-    from ..integrations.mlx_lm import stock_caches
+    from ..integrations.speculation import PairedCaches, check_rewinds
 
     draft, draft_tokenizer = load(name)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:
@@ -260,32 +244,16 @@ def _add_draft(
             f"draft model {name!r} has {draft_tokenizer.vocab_size} tokens, the model "
             f"{tokenizer.vocab_size}; choose a draft model of the same family"
         )
-    return draft, [*cache, *stock_caches(draft)]
-
-
-@contextmanager
-def _progress(total: int, wanted: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr while a long prompt is read."""
-    if not wanted or total < _LONG_PROMPT or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("reading the prompt", total=total)
-    bar.start()
-
-    def report(done: int, _: int) -> None:
-        bar.update(task, completed=done)
-        if done >= total:
-            bar.stop()
-
-    try:
-        yield report
-    finally:
-        bar.stop()
+    held = getattr(cache[0], "offset", 0) if cache else 0
+    if held:
+        raise SpecError(
+            f"the prompt cache holds {held} tokens that the draft model has not seen; "
+            "leave --draft-model or --prompt-cache-file out"
+        )
+    draft_cache = _make_cache(draft, spec, None, None)
+    check_rewinds(cache, "model", tokens)
+    check_rewinds(draft_cache, "draft model", tokens)
+    return draft, PairedCaches(cache, draft_cache)
 
 
 def _print_statistics(response: Any, explanation: Any) -> None:

@@ -5,7 +5,11 @@ Owns help texts and defaults; `cache_spec` is where the KV options become a spec
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+import json
+from collections.abc import Callable
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -73,6 +77,15 @@ DraftModel = Annotated[
 ]
 NumDraftTokens = Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")]
 
+Pipeline = Annotated[
+    bool,
+    typer.Option(help="Under mlx.launch: split by layers, not by tensors."),
+]
+DraftKvBits = Annotated[
+    str | None,
+    typer.Option(help="Compress the draft model's KV cache, as --kv-bits."),
+]
+
 KvBits = Annotated[
     str | None,
     typer.Option(
@@ -106,33 +119,51 @@ KvEqualize = Annotated[
 KvSeed = Annotated[int | None, typer.Option(help="Seed of the random rotation.")]
 
 
-def cache_spec(
-    bits: str | None,
-    codec: str | None,
-    window: int | None,
-    sink: int | None,
-    page: int | None,
-    center: str | None,
-    equalize: bool | None,
-    seed: int | None,
-    quality: str | None,
-) -> CacheSpec | None:
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+#: Options of `with_spec`, by the names `cache_spec` has for them.
+_KV_OPTIONS = {
+    "bits": KvBits,
+    "quality": KvQuality,
+    "codec": KvCodec,
+    "window": KvWindow,
+    "sink": KvSink,
+    "page": KvPage,
+    "center": KvCenter,
+    "equalize": KvEqualize,
+    "seed": KvSeed,
+}
+
+
+def with_spec(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all ``--kv-`` options; it takes them as one ``spec``.
+
+    ``spec`` is a `CacheSpec`, or None without ``--kv-bits``.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    own = [p for p in signature(command).parameters.values() if p.name != "spec"]
+    added = {f"kv_{name}": kind for name, kind in _KV_OPTIONS.items()}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        values = {name: given.pop(f"kv_{name}") for name in _KV_OPTIONS}
+        command(spec=cache_spec(**values), **given)
+
+    extra = [Parameter(n, Parameter.KEYWORD_ONLY, default=None) for n in added]
+    own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own]
+    run.__signature__ = Signature([*own, *extra])  # type: ignore[attr-defined]
+    hints.pop("spec")
+    run.__annotations__ = {**hints, **added}
+    return run
+
+
+def cache_spec(bits: str | None, **overrides: Any) -> CacheSpec | None:
     """The spec of ``--kv-bits`` and its companions, or None without it.
 
     Raises:
         SpecError: for a bad value, or a companion without ``--kv-bits``.
     """
-    overrides = {
-        "codec": codec,
-        "window": window,
-        "sink": sink,
-        "page": page,
-        "center": center,
-        "equalize": equalize,
-        "seed": seed,
-        "quality": quality,
-    }
-    if bits is None and quality is not None:
+    if bits is None and overrides["quality"] is not None:
         raise SpecError("--kv-quality needs --kv-bits auto")
     if bits is not None:
         return CacheSpec.parse(bits, **overrides)
@@ -140,3 +171,37 @@ def cache_spec(
     if given:
         raise SpecError(f"{given[0]} needs --kv-bits; add for example --kv-bits 3")
     return None
+
+
+def json_object(option: str, text: str | None) -> dict[str, Any]:
+    """The object in an option's text; empty without one.
+
+    Raises:
+        SpecError: if it is none.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise SpecError(
+            f"{option} {text!r} is not JSON ({error}); "
+            """give an object such as '{"enable_thinking": false}'"""
+        ) from None
+    if not isinstance(found, dict):
+        raise SpecError(f"{option} {text!r} is not a JSON object")
+    return found
+
+
+def size(option: str, text: str | None) -> int | None:
+    """Bytes in an option's text such as ``16GB`` (1e9 bytes each); None without one.
+
+    Raises:
+        SpecError: if it is no size.
+    """
+    if text is None:
+        return None
+    digits = text.upper().rstrip("KMGTB ")
+    unit = text.upper()[len(digits) :].strip().removesuffix("B")
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise SpecError(f"{option} {text!r} is no size; write one as 16GB") from None

@@ -39,10 +39,15 @@ def load(model: str, **options: Any) -> tuple[nn.Module, Any]:
             "give a folder with config.json and safetensors, or a hub id such as "
             "'mlx-community/Llama-3.2-3B-Instruct-4bit'",
         ) from e
-    if mx.default_device().type == mx.DeviceType.cpu:
-        network = dequantize_model(network)
-        network.set_dtype(mx.float32)
+    for_this_machine(network)
     return network, tokenizer
+
+
+def for_this_machine(network: nn.Module) -> None:
+    """On MLX's CPU device, make the weights float32."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        dequantize_model(network)
+        network.set_dtype(mx.float32)
 
 
 def context_length(network: nn.Module) -> int | None:

@@ -135,11 +135,11 @@ def _make(model: nn.Module, spec: Parsed, max_kv_size: int | None) -> list[Any]:
     any_spec = spec if isinstance(spec, CacheSpec) else spec[0]
     places = [
         (entry, slot)
-        for entry in _leaves(stock)
+        for entry in leaves(stock)
         if type(entry) in _REPLACED and _fits(entry, slot := next(slots), any_spec)
     ]
     if not places:
-        kinds = sorted({_told(entry) for entry in _leaves(stock)})
+        kinds = sorted({_told(entry) for entry in leaves(stock)})
         raise UnsupportedModelError(
             f"none of the {len(stock)} caches of {_model_type(model)} can be "
             f"compressed (they are: {', '.join(kinds)})",
@@ -200,7 +200,7 @@ def slots_of(model: nn.Module) -> list[Slot]:
 
 
 def _slots_in(caches: list[Any]) -> list[Any]:
-    return [leaf for leaf in _leaves(caches) if type(leaf) in _REPLACED]
+    return [leaf for leaf in leaves(caches) if type(leaf) in _REPLACED]
 
 
 def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
@@ -236,13 +236,24 @@ def replace_plain(model: nn.Module, make: Callable[[], Any]) -> list[Any]:
     ]
 
 
-def _leaves(caches: Iterable[Any]) -> Iterator[Any]:
+def slots_or_none(model: nn.Module) -> list[Slot | None]:
+    """`slots_of` for every leaf of the caches; None where none is replaceable."""
+    caches = stock_caches(model)
+    try:
+        slots = iter(slots_of(model))
+    except UnsupportedModelError:
+        return [None for _ in leaves(caches)]
+    return [next(slots) if type(c) in _REPLACED else None for c in leaves(caches)]
+
+
+def leaves(caches: Iterable[Any]) -> Iterator[Any]:
+    """The entries of a prompt cache, and of what holds several."""
     for entry in caches:
         inner = getattr(entry, "caches", None)
         if inner is None:
             yield entry
         else:
-            yield from _leaves(inner)
+            yield from leaves(inner)
 
 
 def _replace(entry: Any, make: Callable[[Any], Any]) -> Any:

@@ -36,9 +36,7 @@ def save_prompt_cache(
         cache: Any prompt cache of mlx-lm or of ours.
         metadata: Text to keep beside it, as in mlx-lm.
     """
-    target = Path(path)
-    if target.suffix != ".safetensors":
-        target = target.with_name(target.name + ".safetensors")
+    target = _named(path)
     handle, beside = tempfile.mkstemp(dir=target.parent, suffix=".safetensors")
     os.close(handle)
     try:
@@ -66,7 +64,10 @@ def load_prompt_cache(
         UnsupportedModelError: if the model has another number of caches.
     """
     hook.register()
+    path = path if Path(path).is_file() else _named(path)
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
         cache, metadata = host_cache.load_prompt_cache(str(path), return_metadata=True)
         wanted = metadata.pop(_CHECKSUM, None)  # mlx-lm's own files have none
         damaged = wanted is not None and wanted != _checksum(cache)
@@ -110,6 +111,14 @@ def check_cache(model: nn.Module, cache: list[Any], name: str) -> None:
         )
     if explain(cache).packed_layers:
         hook.install(model)
+
+
+def _named(path: str | Path) -> Path:
+    """With the suffix that MLX knows the format by."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return path
+    return path.with_name(f"{path.name}.safetensors")
 
 
 def _checksum(cache: list[Any]) -> str:

@@ -1,0 +1,185 @@
+"""`Conversation`: a long chat whose cache goes along with its text.
+
+Owns the messages, the tokens the cache holds, and making the one follow the other: a
+turn reads only what the cache has not seen, whatever a chat template rewrites. Asking
+and showing is the command line's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from ..errors import FormatError, UnsupportedError
+from ..report import Explanation, explain
+from .loading import context_length
+from .prompt_files import load_prompt_cache, save_prompt_cache
+
+_KIND = "mlx_turboquant chat"
+
+
+class Conversation:
+    """One chat.
+
+    Args:
+        network: A loaded model.
+        tokenizer: Its tokenizer; without a chat template, turns are joined as they are.
+        make_cache: Makes an empty prompt cache.
+        system: A system prompt, or None.
+        name: The model's, kept in saved chats.
+        template: Options of the chat template.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tokenizer: Any,
+        make_cache: Callable[[], list[Any]],
+        system: str | None = None,
+        name: str = "",
+        template: dict[str, Any] | None = None,
+    ) -> None:
+        self.network, self.tokenizer, self.name = network, tokenizer, name
+        self._make_cache, self._template = make_cache, template or {}
+        self._system = system
+        self.reset()
+
+    def reset(self) -> None:
+        """Start over."""
+        self.messages: list[dict[str, str]] = []
+        if self._system is not None:
+            self.messages.append({"role": "system", "content": self._system})
+        self.cache = self._make_cache()
+        self._held: list[int] = []  # the tokens that the cache has seen
+        self._all: list[int] = []  # and those that it has not: the last of an answer
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the cache holds."""
+        return len(self._held)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens the model was made for; None if it does not say."""
+        return context_length(self.network)
+
+    def explain(self) -> Explanation:
+        """What the cache stores."""
+        return explain(self.cache)
+
+    def say(self, text: str, **options: Any) -> Generator[Any, None, None]:
+        """Answer ``text``, and remember both; yields mlx-lm's responses.
+
+        An answer that the caller stops, by closing this, is kept as far as it came.
+
+        Args:
+            text: The user's turn.
+            options: For ``mlx_lm.stream_generate``.
+
+        Raises:
+            UnsupportedError: if the chat would be longer than the model's context; the
+                turn is not kept then.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        tokens = self._encoded(messages, text)
+        if self.context is not None and len(tokens) > self.context:
+            raise UnsupportedError(
+                f"the chat would have {len(tokens)} tokens, the model's context is "
+                f"{self.context}",
+                "/reset starts over",
+            )
+        rest = tokens[self._follow(tokens) :]
+        answer, generated = "", []
+        try:
+            for response in stream_generate(
+                self.network, self.tokenizer, rest, prompt_cache=self.cache, **options
+            ):
+                answer += response.text
+                generated.append(int(response.token))
+                yield response
+        finally:
+            self.messages = [*messages, {"role": "assistant", "content": answer}]
+            self._all = [*tokens, *generated]
+            seen = _length(self.cache)
+            self._held = self._all[: len(self._all) - 1 if seen is None else seen]
+
+    def _encoded(self, messages: list[dict[str, str]], text: str) -> list[int]:
+        if self.tokenizer.has_chat_template:
+            options = {"add_generation_prompt": True, "tokenize": True}
+            return list(
+                self.tokenizer.apply_chat_template(
+                    messages, **{**options, **self._template}
+                )
+            )
+        if not self._all and len(messages) > 1:
+            text = f"{messages[0]['content']}\n{text}"
+        first = not self._all
+        new = self.tokenizer.encode(text, add_special_tokens=first)
+        return [*self._all, *new]
+
+    def _follow(self, tokens: list[int]) -> int:
+        """Make the cache hold a prefix of ``tokens``; returns its length."""
+        same = 0
+        for ours, theirs in zip(self._held, tokens[:-1], strict=False):
+            if ours != theirs:
+                break
+            same += 1
+        extra = len(self._held) - same
+        if extra and can_trim_prompt_cache(self.cache):
+            trim_prompt_cache(self.cache, extra)
+        elif extra:  # a state that cannot go back
+            self.cache = self._make_cache()
+            same = 0
+        self._held = self._held[:same]
+        return same
+
+    def save(self, path: str | Path) -> None:
+        """Write messages and cache to a prompt-cache file."""
+        mx.eval([cache.state for cache in self.cache])
+        save_prompt_cache(
+            path,
+            self.cache,
+            {
+                "kind": _KIND,
+                "model": self.name,
+                "messages": json.dumps(self.messages),
+                "held": json.dumps(self._held),
+                "tokens": json.dumps(self._all),
+            },
+        )
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a file that `save` wrote; a failure changes nothing.
+
+        Raises:
+            FormatError: if it is none, or of another model.
+            UnsupportedModelError: if the model has another number of caches.
+        """
+        cache, metadata = load_prompt_cache(path, self.network, return_metadata=True)
+        if metadata.get("kind") != _KIND:
+            raise FormatError(
+                f"{path} is a prompt cache but no chat; use --prompt-cache-file of "
+                "mlx_tq.generate"
+            )
+        if metadata["model"] != self.name:
+            raise FormatError(
+                f"{path} is a chat with {metadata['model']!r}, not {self.name!r}; "
+                "start mlx_tq.chat with that model"
+            )
+        self.messages = json.loads(metadata["messages"])
+        self._held = json.loads(metadata["held"])
+        self._all = json.loads(metadata["tokens"])
+        self.cache = cache
+
+
+def _length(caches: list[Any]) -> int | None:
+    """Tokens that the caches have seen; None if none of them counts."""
+    offsets = [c.offset for c in caches if isinstance(getattr(c, "offset", None), int)]
+    return max(offsets, default=None)

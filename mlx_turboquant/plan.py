@@ -1,0 +1,131 @@
+"""`Footprint`: how many bytes caches take at any length, and what that does to speed.
+
+Owns the arithmetic from layer shapes and specs to bytes, tokens that fit and estimated
+time per token. Where the shapes come from is ``integrations/footprint.py``'s.
+
+Decoding a token reads every active weight and the whole cache once, so at best the
+time of a step is that of the bytes read, with codes counted `_CODE_COST` times: what
+decoding them was measured to cost over reading them (NVIDIA H200, one attention over
+131,072 tokens, dev/LOG.md; no Mac has been measured). Launches and host work are not in
+it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .backends.reference import SLICE_BYTES
+from .codecs import codec_for
+from .spec import CacheSpec, CodecSpec
+
+#: By codec. Over fp16 an attention took 131 us for 268 MB; over codes 73 us for 56 MB
+#: (turboquant, 3 bits), 60 for 75 (rotated-int4), 122 for 56 (trellis, 3 bits).
+_CODE_COST = {"turboquant": 2.7, "rotated-int4": 1.6, "trellis": 4.5}
+#: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
+_TRANSIENT = SLICE_BYTES + (256 << 20)
+_UNIT = 2  # bytes of an uncompressed element
+_STEP = 128  # tokens that buffers grow by
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One cache entry's shape.
+
+    Attributes:
+        heads: KV heads.
+        k_dim: Elements of a key.
+        v_dim: Elements of a value.
+        window: Tokens it keeps; None for all.
+        packed: Whether it can hold codes.
+    """
+
+    heads: int
+    k_dim: int
+    v_dim: int
+    window: int | None = None
+    packed: bool = True
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A model's memory, known from its config.
+
+    Attributes:
+        layers: Its cache entries that hold keys and values.
+        weights: Bytes of all weights.
+        active: Bytes of the weights that one token reads.
+        fixed: Bytes of caches that do not grow, such as recurrent states.
+        context: Longest text it was made for, in tokens; None if unknown.
+    """
+
+    layers: Sequence[Layer]
+    weights: int
+    active: int
+    fixed: int = 0
+    context: int | None = None
+
+    def cache_bytes(self, tokens: int, spec: CacheSpec | None = None) -> int:
+        """Bytes of the caches of a text, spare capacity included."""
+        return self.fixed + sum(_bytes(layer, tokens, spec)[0] for layer in self.layers)
+
+    def tokens_in(self, memory: int, spec: CacheSpec | None = None) -> int:
+        """Tokens of one text that fit in ``memory`` bytes beside the weights.
+
+        Bounded by the context; 0 if the weights alone do not fit.
+        """
+        room = memory - self.weights - _TRANSIENT
+        low, high = 0, self.context or 1 << 40
+        if self.cache_bytes(high, spec) <= room:
+            return high
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.cache_bytes(middle, spec) <= room
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def speed(self, tokens: int, spec: CacheSpec) -> float | None:
+        """Tokens per second after ``tokens`` at best, over those with fp16 caches.
+
+        None for codecs that have not been timed.
+        """
+        costs = [_CODE_COST.get(side.name) for side in (spec.keys, spec.values)]
+        timed = [cost for cost in costs if cost is not None]
+        if len(timed) < len(costs):
+            return None
+        parts = [_bytes(layer, tokens, spec) for layer in self.layers]
+        codes = sum(part[1] for part in parts)
+        others = sum(part[0] for part in parts) - codes
+        whole = self.active + self.fixed + self.cache_bytes(tokens)
+        return whole / (self.active + self.fixed + others + max(timed) * codes)
+
+
+def _bytes(layer: Layer, tokens: int, spec: CacheSpec | None) -> tuple[int, int]:
+    """Bytes of one entry, and how many of them are codes."""
+    held = tokens if layer.window is None else min(tokens, layer.window)
+    plain = layer.heads * (layer.k_dim + layer.v_dim) * _UNIT
+    if spec is None or not layer.packed:
+        return plain * -(-held // _STEP) * _STEP, 0
+    settled = max(0, held - spec.sink - spec.window)
+    if layer.window is not None and tokens > layer.window:
+        settled += spec.page  # its first page may be hidden in part
+    packed = settled // spec.page * spec.page
+    recent = spec.sink + spec.window + spec.page + 8
+    sides = zip(("keys", "values"), (layer.k_dim, layer.v_dim), strict=True)
+    code = sum(_code_bytes(getattr(spec, side), dim, spec.page) for side, dim in sides)
+    capacity = -(-packed // _STEP) * _STEP
+    means = layer.k_dim * 2 / spec.page if spec.center == "page" else 0
+    codes = round(layer.heads * capacity * (code + means))
+    return plain * recent + codes, codes
+
+
+@functools.cache
+def _code_bytes(codec: CodecSpec, dim: int, page: int) -> float:
+    """Bytes of one encoded vector, scales and all; means apart."""
+    if codec.name == "identity":
+        return _UNIT * dim
+    made = codec_for(codec, dim, "keys").encode(mx.zeros((1, 1, page, dim)))
+    return made.nbytes / page

@@ -1,0 +1,326 @@
+"""The server over loopback, asked by OpenAI's own client and by rude ones."""
+
+import argparse
+import functools
+import http.client
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
+
+import openai
+import pytest
+from helpers import MODEL
+from mlx_lm import generate
+from mlx_lm.models.cache import LRUPromptCache
+
+import mlx_turboquant as tq
+from mlx_turboquant.integrations import server
+from mlx_turboquant.spec import CacheSpec
+
+SPEC = CacheSpec.parse("k8v8,page=32,window=8")
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+)
+STORY = "The old man looked at the sea and thought of the years that had gone. " * 8
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*not recommended for production")
+
+
+def options(**changes):
+    defaults = {
+        "model": str(MODEL),
+        "adapter_path": None,
+        "draft_model": None,
+        "num_draft_tokens": 3,
+        "allowed_origins": ["*"],
+        "trust_remote_code": False,
+        "chat_template": TEMPLATE,
+        "use_default_chat_template": False,
+        "chat_template_args": {},
+        "temp": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "max_tokens": 64,
+        "decode_concurrency": 8,
+        "prompt_concurrency": 4,
+        "prefill_step_size": 256,
+        "prompt_cache_size": 10,
+        "prompt_cache_bytes": None,
+        "pipeline": False,
+        "kv_bits": None,
+        "kv_group_size": 64,
+        "quantized_kv_start": 0,
+    }
+    return argparse.Namespace(**{**defaults, **changes})
+
+
+class Running:
+    """A server in this process, on a free port."""
+
+    def __init__(self, spec=SPEC, draft_spec=None, **changes):
+        given = options(**changes)
+        budget = given.prompt_cache_bytes
+        provider = server.Provider(given, spec, draft_spec)
+        self.cache = LRUPromptCache(given.prompt_cache_size, budget or 1 << 63)
+        self.generator = server.Generator(provider, self.cache)
+        handler = functools.partial(
+            server.Handler, self.generator, system_fingerprint="test"
+        )
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.port = self.http.server_address[1]
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=120,
+        )
+
+    def complete(self, prompt, **changes):
+        request = {"max_tokens": 12, "temperature": 0, **changes}
+        return self.client.completions.create(
+            model="default_model", prompt=prompt, **request
+        )
+
+    def chat(self, messages, **changes):
+        request = {"max_tokens": 12, "temperature": 0, **changes}
+        return self.client.chat.completions.create(
+            model="default_model", messages=messages, **request
+        )
+
+    def raw(self, body, headers=None, method="POST", path="/v1/completions"):
+        """(status, parsed answer) of a request that no client would send."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body=body, headers=headers or {})
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        return answer.status, json.loads(text) if text.startswith(b"{") else text
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+        self.generator.stop_and_join()
+        tq.uninstall()
+
+
+@pytest.fixture(scope="module")
+def running():
+    made = Running()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alone(books):
+    """What one stream of the same cache writes."""
+    model, tokenizer = books
+
+    def write(prompt, count=12):
+        cache = tq.make_prompt_cache(model, SPEC)
+        return generate(model, tokenizer, prompt, max_tokens=count, prompt_cache=cache)
+
+    return write
+
+
+def test_completions_are_those_of_a_single_stream(running, alone):
+    answer = running.complete(STORY)
+    assert answer.choices[0].text == alone(STORY)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 12
+    assert running.generator.model_provider.is_batchable
+    layer = running.generator.model_provider.model.make_cache()[0]
+    assert type(layer) is tq.TurboQuantCache
+
+
+def test_concurrent_requests_are_those_of_single_streams(running, alone):
+    prompts = [STORY[: 100 + 90 * i] for i in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(running.complete, prompts))
+    assert [a.choices[0].text for a in answers] == [alone(p) for p in prompts]
+
+
+def test_streaming_gives_the_same_text_piece_by_piece(running):
+    whole = running.chat([{"role": "user", "content": STORY}])
+    pieces = list(
+        running.chat(
+            [{"role": "user", "content": STORY}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(p.choices[0].delta.content or "" for p in pieces if p.choices)
+    assert text == whole.choices[0].message.content
+    assert len(pieces) > 5
+    assert pieces[-1].usage.completion_tokens == 12
+
+
+def test_a_second_turn_reads_only_what_is_new(running):
+    talk = [{"role": "user", "content": STORY}]
+    first = running.chat(talk)
+    talk.append({"role": "assistant", "content": first.choices[0].message.content})
+    talk.append({"role": "user", "content": "And then?"})
+    second = running.chat(talk)
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached > 0.8 * first.usage.prompt_tokens
+    # What was reused is what would have been read: a fresh server says the same.
+    fresh = Running()
+    try:
+        again = fresh.chat(talk)
+        assert again.usage.prompt_tokens_details.cached_tokens == 0
+        assert again.choices[0].message.content == second.choices[0].message.content
+    finally:
+        fresh.close()
+
+
+def test_a_diverging_prompt_reuses_what_is_shared(running, alone):
+    """A longer text is in the cache: it is copied, trimmed, and stays as it was."""
+    head = "Chapter one. " + STORY
+    running.complete(head + "He went home. The end of it all was near.")
+    answer = running.complete(head + "She")
+    cached = answer.usage.prompt_tokens_details.cached_tokens
+    assert cached > 0.8 * answer.usage.prompt_tokens
+    assert answer.choices[0].text == alone(head + "She")
+    again = running.complete(head + "He went home. The end of it all was near.")
+    assert again.choices[0].text == alone(
+        head + "He went home. The end of it all was near."
+    )
+
+
+def test_seeded_requests_are_served_alone(running, alone):
+    """mlx-lm does not batch them; the caches must do there too."""
+    answer = running.complete(STORY[:300], seed=7)
+    assert answer.choices[0].text == alone(STORY[:300])
+
+
+def test_a_cancelled_stream_leaves_the_others_alone(running, alone):
+    prompts = [STORY[:200], STORY[:330]]
+    stream = running.complete(STORY[:250], stream=True, max_tokens=4000)
+    with ThreadPoolExecutor(2) as pool:
+        rest = pool.map(running.complete, prompts)
+        for _ in range(5):
+            next(stream)
+        stream.close()
+        texts = [answer.choices[0].text for answer in rest]
+    assert texts == [alone(prompt) for prompt in prompts]
+    start = time.time()
+    assert running.complete(prompts[0]).choices[0].text == texts[0]
+    assert time.time() - start < 20  # not the 4000 tokens that nobody wants
+
+
+def test_a_client_that_leaves_while_its_prompt_is_read(running, alone):
+    body = json.dumps({"prompt": STORY * 8, "max_tokens": 50, "stream": True})
+    connection = http.client.HTTPConnection("127.0.0.1", running.port)
+    connection.request("POST", "/v1/completions", body=body)
+    connection.close()
+    assert running.complete(STORY[:150]).choices[0].text == alone(STORY[:150])
+    assert running.generator.is_healthy
+
+
+MALFORMED = {
+    "json": (b'{"prompt": "a", ', 400, "Invalid JSON"),
+    "list": (b"[1, 2]", 400, "JSON dictionary"),
+    "utf8": (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8"),
+    "no prompt": (b"{}", 400, "did not contain a prompt"),
+    "type": (b'{"prompt": "a", "max_tokens": "many"}', 400, "max_tokens"),
+    "range": (b'{"prompt": "a", "temperature": -1}', 400, "temperature"),
+    "empty": (b'{"prompt": ""}', 400, "no tokens"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_requests_are_refused_in_words(running, case):
+    body, status, says = MALFORMED[case]
+    got, answer = running.raw(body)
+    assert got == status
+    assert says in answer["error"]["message"]
+    assert running.generator.is_healthy
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_words(running):
+    with pytest.raises(openai.BadRequestError, match=r"context is 8192; shorten it"):
+        running.complete("word " * 8500)
+    assert running.generator.is_healthy
+
+
+def test_huge_and_lying_bodies_are_refused(running):
+    status, answer = running.raw(b"", {"Content-Length": str(1 << 40)})
+    assert status == 413
+    assert "at most 67108864" in answer["error"]["message"]
+    status, answer = running.raw(b"", {"Content-Length": "-5"})
+    assert status == 400
+    assert "negative" in answer["error"]["message"]
+    status, answer = running.raw(None, {"Content-Length": "ten"})
+    assert status == 400
+    assert "Invalid Content-Length" in answer["error"]["message"]
+    assert running.raw(None, method="GET", path="/health") == (200, {"status": "ok"})
+
+
+def test_the_byte_budget_is_enforced_in_every_path():
+    """Batched and alone; entries that could never fit are not kept either."""
+    made = Running(prompt_cache_bytes=6_000_000)
+    try:
+        most = 0
+        for i in range(4):
+            made.complete(f"{i} {STORY[:400]}")
+            made.complete(f"{i + 100} {STORY[:300]}", seed=1)
+            most = max(most, made.cache.nbytes)
+            assert made.cache.nbytes <= 6_000_000
+        assert most > 3_000_000
+        made.complete(STORY * 4)
+        assert made.cache.nbytes <= 6_000_000
+    finally:
+        made.close()
+
+
+def test_compressed_texts_fit_where_uncompressed_do_not():
+    """The point of it: the same budget keeps more texts."""
+    kept = {}
+    for spec in (None, CacheSpec.parse("2,window=8,page=32")):
+        made = Running(spec=spec, prompt_cache_bytes=12_000_000)
+        try:
+            for i in range(6):
+                made.complete(f"{i} {STORY * 2}", max_tokens=1)
+            kept[spec] = len(made.cache)
+        finally:
+            made.close()
+    assert kept.pop(None) < 6
+    assert set(kept.values()) == {6}
+
+
+def test_a_model_that_is_not_there_and_back():
+    made = Running()
+    try:
+        with pytest.raises(openai.NotFoundError, match="no/such"):
+            made.client.completions.create(model="/no/such", prompt="a")
+        first = made.complete(STORY[:100]).choices[0].text
+        assert len(first) > 5
+    finally:
+        made.close()
+
+
+def test_speculative_serving_is_plain_serving(alone):
+    made = Running(draft_model=str(MODEL), draft_spec=CacheSpec.parse("4,page=32"))
+    try:
+        first = made.complete(STORY, max_tokens=20).choices[0].text
+        assert first == alone(STORY, 20)
+        assert not made.generator.model_provider.is_batchable
+        longer = f"{STORY}{first} Then"
+        again = made.complete(longer, max_tokens=20)
+        assert again.usage.prompt_tokens_details.cached_tokens > 100
+        assert again.choices[0].text == alone(longer, 20)
+    finally:
+        made.close()
+
+
+def test_without_kv_bits_it_is_mlx_lms_server():
+    made = Running(spec=None)
+    try:
+        made.complete(STORY[:100])
+        caches = made.generator.model_provider.model
+        assert "make_cache" not in vars(caches)
+    finally:
+        made.close()

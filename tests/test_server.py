@@ -302,18 +302,20 @@ def test_a_model_that_is_not_there_and_back():
         made.close()
 
 
-def test_speculative_serving_is_plain_serving(alone):
-    made = Running(draft_model=str(MODEL), draft_spec=CacheSpec.parse("4,page=32"))
-    try:
-        first = made.complete(STORY, max_tokens=20).choices[0].text
-        assert first == alone(STORY, 20)
-        assert not made.generator.model_provider.is_batchable
-        longer = f"{STORY}{first} Then"
-        again = made.complete(longer, max_tokens=20)
-        assert again.usage.prompt_tokens_details.cached_tokens > 100
-        assert again.choices[0].text == alone(longer, 20)
-    finally:
-        made.close()
+def test_speculative_serving_is_plain_serving():
+    """Drafted or not, on a first turn and on one that goes on from its cache."""
+    texts = []
+    for draft in ({}, {"draft_model": str(MODEL)}):
+        made = Running(draft_spec=CacheSpec.parse("4,page=32"), **draft)
+        try:
+            first = made.complete(STORY, max_tokens=20, seed=1).choices[0].text
+            again = made.complete(f"{STORY}{first} Then", max_tokens=20, seed=1)
+            assert again.usage.prompt_tokens_details.cached_tokens > 100
+            texts.append([first, again.choices[0].text])
+            assert made.generator.model_provider.is_batchable == (not draft)
+        finally:
+            made.close()
+    assert texts[0] == texts[1]
 
 
 def test_without_kv_bits_it_is_mlx_lms_server():

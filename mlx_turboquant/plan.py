@@ -28,7 +28,8 @@ _CODE_COST = {"turboquant": 2.7, "rotated-int4": 1.6, "trellis": 4.5}
 #: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
 _TRANSIENT = SLICE_BYTES + (256 << 20)
 _UNIT = 2  # bytes of an uncompressed element
-_STEP = 128  # tokens that buffers grow by
+_STEP = 128  # tokens that our buffers grow by
+_PLAIN_STEP = 256  # and mlx-lm's
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _bytes(layer: Layer, tokens: int, spec: CacheSpec | None) -> tuple[int, int]
     held = tokens if layer.window is None else min(tokens, layer.window)
     plain = layer.heads * (layer.k_dim + layer.v_dim) * _UNIT
     if spec is None or not layer.packed:
-        return plain * -(-held // _STEP) * _STEP, 0
+        return plain * -(-held // _PLAIN_STEP) * _PLAIN_STEP, 0
     settled = max(0, held - spec.sink - spec.window)
     if layer.window is not None and tokens > layer.window:
         settled += spec.page  # its first page may be hidden in part

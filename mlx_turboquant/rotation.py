@@ -71,10 +71,13 @@ class Rotation:
     kind: Kind
 
     def forward(self, x: mx.array) -> mx.array:
-        """Rotate x (..., dim), any float dtype, into float32 ``x_rot``."""
-        x = x.astype(mx.float32)
+        """Rotate x (..., dim), any float dtype, into float32 ``x_rot``.
+
+        The identity leaves x as it is, dtype and all.
+        """
         if self.kind == "identity":
             return x
+        x = x.astype(mx.float32)
         if self.kind == "hadamard":
             return mx.hadamard_transform(x * self.signs, scale=self.dim**-0.5)
         return x @ self._matrix.T

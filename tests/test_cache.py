@@ -177,6 +177,15 @@ def test_foreign_state_is_refused_in_words(change, says):
         tq.TurboQuantCache.from_state(state)
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_side_kept_as_it_is_keeps_its_dtype(dtype):
+    """16 bits an element and not 32, whatever arithmetic goes on around it."""
+    k, v = tokens(300).astype(dtype), tokens(300, DV).astype(dtype)
+    cache = feed(tq.TurboQuantCache("k16v3"), k, v, [300])
+    assert cache.state["packed:keys_vectors"].dtype == dtype
+    assert mx.array_equal(cache.state["packed:keys_vectors"], k[:, :, 4:260]).item()
+
+
 def test_a_batch_of_another_shape_is_refused():
     cache = feed(tq.TurboQuantCache("3"), tokens(20), tokens(20, DV), [20])
     with pytest.raises(UnsupportedError, match="do not continue"):

@@ -13,7 +13,6 @@ import openai
 import pytest
 from helpers import MODEL
 from mlx_lm import generate
-from mlx_lm.models.cache import LRUPromptCache
 
 import mlx_turboquant as tq
 from mlx_turboquant.integrations import server
@@ -64,7 +63,7 @@ class Running:
         given = options(**changes)
         budget = given.prompt_cache_bytes
         provider = server.Provider(given, spec, draft_spec)
-        self.cache = LRUPromptCache(given.prompt_cache_size, budget or 1 << 63)
+        self.cache = server.PromptCache(given.prompt_cache_size, budget or 1 << 63)
         self.generator = server.Generator(provider, self.cache)
         handler = functools.partial(
             server.Handler, self.generator, system_fingerprint="test"

@@ -213,9 +213,10 @@ def _make_cache(
 
 def _check_context(network: nn.Module, cache: list[Any], ids: list[int]) -> None:
     from ..integrations.loading import context_length
+    from ..integrations.mlx_lm import length_of
 
     limit = context_length(network)
-    held = getattr(cache[0], "offset", 0) if cache else 0
+    held = length_of(cache) or 0
     if limit is not None and held + len(ids) > limit:
         raise UnsupportedError(
             f"the prompt has {held + len(ids)} tokens, the model's context is {limit}",
@@ -236,6 +237,7 @@ def _add_draft(
             raise SpecError("--draft-kv-bits needs --draft-model")
         return None, cache
     from ..integrations.loading import load
+    from ..integrations.mlx_lm import length_of
     from ..integrations.speculation import PairedCaches, check_rewinds
 
     draft, draft_tokenizer = load(name)
@@ -244,7 +246,7 @@ def _add_draft(
             f"draft model {name!r} has {draft_tokenizer.vocab_size} tokens, the model "
             f"{tokenizer.vocab_size}; choose a draft model of the same family"
         )
-    held = getattr(cache[0], "offset", 0) if cache else 0
+    held = length_of(cache)
     if held:
         raise SpecError(
             f"the prompt cache holds {held} tokens that the draft model has not seen; "

@@ -149,8 +149,12 @@ def with_spec(command: Callable[..., None]) -> Callable[..., None]:
         values = {name: given.pop(f"kv_{name}") for name in _KV_OPTIONS}
         command(spec=cache_spec(**values), **given)
 
-    extra = [Parameter(n, Parameter.KEYWORD_ONLY, default=None) for n in added]
-    own = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own]
+    keyword = Parameter.KEYWORD_ONLY
+    own = [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]
+    extra = [
+        Parameter(name, keyword, default=None, annotation=kind)
+        for name, kind in added.items()
+    ]
     run.__signature__ = Signature([*own, *extra])  # type: ignore[attr-defined]
     hints.pop("spec")
     run.__annotations__ = {**hints, **added}

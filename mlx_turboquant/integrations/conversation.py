@@ -20,6 +20,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from ..errors import FormatError, UnsupportedError
 from ..report import Explanation, explain
 from .loading import context_length
+from .mlx_lm import length_of
 from .prompt_files import load_prompt_cache, save_prompt_cache
 
 _KIND = "mlx_turboquant chat"
@@ -107,7 +108,7 @@ class Conversation:
         finally:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._all = [*tokens, *generated]
-            seen = _length(self.cache)
+            seen = length_of(self.cache)
             self._held = self._all[: len(self._all) - 1 if seen is None else seen]
 
     def _encoded(self, messages: list[dict[str, str]], text: str) -> list[int]:
@@ -177,9 +178,3 @@ class Conversation:
         self._held = json.loads(metadata["held"])
         self._all = json.loads(metadata["tokens"])
         self.cache = cache
-
-
-def _length(caches: list[Any]) -> int | None:
-    """Tokens that the caches have seen; None if none of them counts."""
-    offsets = [c.offset for c in caches if isinstance(getattr(c, "offset", None), int)]
-    return max(offsets, default=None)

@@ -256,6 +256,12 @@ def leaves(caches: Iterable[Any]) -> Iterator[Any]:
             yield from leaves(inner)
 
 
+def length_of(caches: Iterable[Any]) -> int | None:
+    """Tokens that a prompt cache has seen; None if none of its entries counts them."""
+    offsets = [getattr(leaf, "offset", None) for leaf in leaves(caches)]
+    return max((o for o in offsets if isinstance(o, int)), default=None)
+
+
 def _replace(entry: Any, make: Callable[[Any], Any]) -> Any:
     """What ``make`` makes of an entry, or of every leaf of a `CacheList`."""
     if not isinstance(entry, host_cache.CacheList):

@@ -16,13 +16,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.server as host_server
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    LRUPromptCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
 
 from ..errors import TurboQuantError, UnsupportedError
 from ..report import size_text
 from ..spec import CacheSpec
 from .loading import context_length, for_this_machine
-from .mlx_lm import apply
+from .mlx_lm import apply, length_of
 from .speculation import check_rewinds, check_split
 
 #: A request's body at most: some 16 million tokens of text.
@@ -76,6 +80,29 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
         except TurboQuantError:
             self.reset()  # or the next request would find a half-made model
             raise
+
+
+class PromptCache(LRUPromptCache):  # type: ignore[misc]
+    """mlx-lm's store of texts' caches, that keeps tokens and caches in step.
+
+    Speculative decoding ends with caches that have not seen the last token, or of two
+    models that have seen different numbers: a text that is continued from there would
+    miss a token.
+    """
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any
+    ) -> None:
+        """Keep what all caches have seen of ``tokens``, or nothing if they differ."""
+        lengths = [length_of([entry]) for entry in prompt_cache]
+        counted = [length for length in lengths if length is not None]
+        seen = min([*counted, len(tokens)])
+        if any(length != seen for length in counted):
+            if not can_trim_prompt_cache(prompt_cache):
+                return
+            for entry, length in zip(prompt_cache, lengths, strict=True):
+                entry.trim((length or seen) - seen)
+        super().insert_cache(model, tokens[:seen], prompt_cache, **kind)
 
 
 class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
@@ -183,7 +210,7 @@ def serve(provider: Provider) -> None:
     """
     options = provider.cli_args
     budget = options.prompt_cache_bytes
-    cache = LRUPromptCache(
+    cache = PromptCache(
         options.prompt_cache_size, (1 << 63) if budget is None else budget
     )
     generator = Generator(provider, cache)

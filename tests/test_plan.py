@@ -1,0 +1,119 @@
+"""How many tokens fit: predictions held to caches that are really filled."""
+
+import mlx.core as mx
+import pytest
+import tiny_models
+from helpers import MODEL
+
+import mlx_turboquant as tq
+from mlx_turboquant.errors import UnsupportedModelError
+from mlx_turboquant.integrations.footprint import footprint, of_network
+from mlx_turboquant.plan import Footprint, Layer
+
+SPECS = ("8", "k4v3", "3", "2", "3,codec=trellis", "k16v4", "3,window=64,page=64")
+
+
+def parse(spec):
+    return tq.CacheSpec.parse(spec)
+
+
+def filled(cache, layer, tokens, step=512):
+    """In fp16, as on the machines that `plan` is asked about."""
+    for start in range(0, tokens, step):
+        shape = (1, layer.heads, min(step, tokens - start))
+        k = mx.random.normal((*shape, layer.k_dim)).astype(mx.float16)
+        v = mx.random.normal((*shape, layer.v_dim)).astype(mx.float16)
+        tq.attend(k, *cache.update_and_fetch(k, v), 0.1, "causal")
+        mx.eval(cache.state)
+    return cache.nbytes
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dims", [(64, 64), (64, 96)])
+def test_predicted_bytes_are_those_of_a_filled_cache(spec, dims):
+    layer = Layer(2, *dims)
+    got = Footprint([layer], 0, 0).cache_bytes(2000, parse(spec))
+    want = filled(tq.TurboQuantCache(spec), layer, 2000)
+    assert abs(got - want) < 0.03 * want
+
+
+def test_predicted_windows_too():
+    layer = Layer(2, 64, 64, window=1024)
+    model = Footprint([layer], 0, 0)
+    cache = tq.RotatingTurboQuantCache("3", 1024)
+    want = filled(cache, layer, 3000, step=100)
+    assert abs(model.cache_bytes(3000, parse("3")) - want) < 0.1 * want
+    assert model.cache_bytes(3000, parse("3")) == model.cache_bytes(10**6, parse("3"))
+    assert model.cache_bytes(3000) == 2 * 2 * 128 * 1024
+
+
+def test_the_bundled_models_folder_is_all_it_needs():
+    model = footprint(str(MODEL))
+    assert model.weights == (MODEL / "model.safetensors").stat().st_size
+    assert model.active == model.weights  # tied: the embedding is read as the head
+    assert list(model.layers) == [Layer(2, 128, 128)] * 8
+    assert model.context == 8192
+
+
+def test_tokens_that_fit_follow_from_the_bytes():
+    model = Footprint([Layer(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
+    memory = 8 * 10**9
+    fits = [model.tokens_in(memory, parse(s)) for s in ("8", "4", "3", "2")]
+    assert fits == sorted(fits)
+    assert model.tokens_in(memory) < fits[0]
+    assert 4 < fits[2] / model.tokens_in(memory) < 5.2
+    room = memory - model.weights - (512 << 20)
+    for spec in (None, parse("3")):
+        fit = model.tokens_in(memory, spec)
+        assert model.cache_bytes(fit, spec) <= room < model.cache_bytes(fit + 1, spec)
+    assert model.tokens_in(10**9) == 0
+
+
+def test_speed_at_best_grows_with_the_text_and_never_beats_the_bytes():
+    model = Footprint([Layer(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
+    speeds = [model.speed(n, parse("3")) for n in (1000, 10_000, 100_000, 10**6)]
+    assert speeds == sorted(speeds)
+    assert 0.95 < speeds[0] < 1.05
+    ratio = model.cache_bytes(10**6) / model.cache_bytes(10**6, parse("3"))
+    assert speeds[-1] < ratio
+    assert model.speed(10**5, parse("4,codec=affine")) is None
+
+
+def test_of_experts_only_those_chosen_are_read():
+    model = tiny_models.build("mixtral")
+    network = of_network(model)
+    assert network.active == network.weights  # all four are chosen in tiny models
+    found = {"config": tiny_models.config("mixtral")}
+    found["config"]["num_experts_per_tok"] = 1
+    from mlx_turboquant.integrations import footprint as module
+
+    whole, active = module._weights(model, found["config"])
+    experts = 4 * 3 * (64 * 96) * 4 * 2  # layers, matrices, shape, experts, bytes
+    assert abs((whole - active) - 0.75 * experts) < 0.02 * experts
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "windows"),
+    [
+        ("gemma3_text", 4, {56, None}),
+        ("deepseek_v32", 4, {None}),
+        ("falcon_h1", 4, {None}),
+        ("llama4", 1, {56, None}),
+        ("mamba", 0, set()),
+    ],
+)
+def test_shapes_of_every_kind_of_model(name, packed, windows):
+    found = of_network(tiny_models.build(name))
+    assert sum(layer.packed for layer in found.layers) == packed
+    assert {layer.window for layer in found.layers} == windows
+    if name in ("falcon_h1", "mamba"):
+        assert found.fixed > 0
+    tq.uninstall()
+
+
+def test_no_such_model_is_one_clear_error(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="cannot read the config"):
+        footprint(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
+    with pytest.raises(UnsupportedModelError, match="no_such_type not supported"):
+        footprint(str(tmp_path))

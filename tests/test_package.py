@@ -24,7 +24,7 @@ LAYERS = (
     ("backends",),
     ("attention",),
     ("cache",),
-    ("report", "diagnosis"),
+    ("report", "diagnosis", "plan"),
     ("integrations",),
     ("evals",),
     ("cli",),

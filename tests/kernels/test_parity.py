@@ -76,7 +76,7 @@ def pruned(seed=0):
 PAGE = 96
 CASES = [["k3v3", 128, 4, 1, 5000, None, mx.float16], *pruned()]
 #: The simulator takes seconds for each, and more in its other modes; a GPU runs all.
-SIMULATED = {"plain": range(28), "debug": range(1, 6), "random": range(6, 12)}
+SIMULATED = {"plain": range(16), "debug": range(1, 4), "random": range(6, 9)}
 
 
 def made_up(spec, dim, length, dtype):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .codes import PackedCodes as PackedCodes
     from .evals import EvalPlan as EvalPlan
     from .evals import evaluate as evaluate
+    from .integrations.footprint import footprint as footprint
     from .integrations.loading import load as load
     from .integrations.mlx_lm import apply as apply
     from .integrations.mlx_lm import make_prompt_cache as make_prompt_cache
@@ -52,6 +53,7 @@ _HOMES = {
     "codec_for": "codecs",
     "evaluate": "evals",
     "explain": "report",
+    "footprint": "integrations.footprint",
     "lloyd_max": "codebook",
     "load": "integrations.loading",
     "load_prompt_cache": "integrations.prompt_files",

@@ -12,26 +12,12 @@ from support_table import SPEC
 
 import mlx_turboquant as tq
 
-CHUNKS = (70, 40, 1, 1)
-
-
-def logits(model, caches):
-    ids = mx.random.randint(
-        0, tiny_models.VOCAB, (1, sum(CHUNKS)), key=mx.random.key(5)
-    )
-    steps, start = [], 0
-    for count in CHUNKS:
-        steps.append(model(ids[:, start : start + count], cache=caches))
-        mx.eval(steps[-1], [cache.state for cache in caches])
-        start += count
-    return mx.concatenate(steps, axis=1)
-
 
 def main(mode, name):
     group = mx.distributed.init(strict=True, backend="ring")
     warnings.simplefilter("ignore")
     whole = tiny_models.build(name)
-    want = logits(whole, tq.make_prompt_cache(whole, SPEC))
+    want = tiny_models.logits(whole, tq.make_prompt_cache(whole, SPEC))
     part = tiny_models.build(name)
     if mode == "tensor":
         part.shard(group)
@@ -39,7 +25,7 @@ def main(mode, name):
         part.model.pipeline(group)
     tq.apply(part, SPEC)
     caches = part.make_cache()
-    got = logits(part, caches)
+    got = tiny_models.logits(part, caches)
     error = mx.abs(got - want).max() / mx.std(want)
     packed = min(row.tokens[1] for row in tq.explain(caches).layers)
     keys = caches[0].segments()[0]

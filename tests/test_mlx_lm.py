@@ -274,5 +274,7 @@ def test_a_spec_for_every_layer(books, hooked):
     assert len({str(c.spec) for c in caches}) == 2
     with pytest.raises(SpecError, match=f"3 specs do not fit {count} layers"):
         tq.make_prompt_cache(model, ["3", "3", "4"])
+    with pytest.raises(SpecError, match="an empty list of specs"):
+        tq.make_prompt_cache(model, [])
     tq.apply(model, specs)
     assert [str(c.spec) for c in model.make_cache()] == [str(c.spec) for c in caches]

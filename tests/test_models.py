@@ -15,23 +15,8 @@ TYPES = list(tiny_models.types())
 DOCUMENTED = support_table.FILE.read_text().splitlines()
 #: They have no keys and values, or in a cache of the model's own.
 REFUSED = ("deepseek_v41", "mamba", "mamba2", "rwkv7")
-#: Two chunks of a prompt, longer than the sliding windows, and two decode steps.
-CHUNKS = (70, 40, 1, 1)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*caches")
-
-
-def logits(model, caches):
-    ids = mx.random.randint(
-        0, tiny_models.VOCAB, (1, sum(CHUNKS)), key=mx.random.key(5)
-    )
-    steps, start = [], 0
-    for count in CHUNKS:
-        steps.append(model(ids[:, start : start + count], cache=caches))
-        mx.eval(steps[-1], [cache.state for cache in caches])
-        start += count
-    # Some types write -inf to ids of their own beyond these.
-    return mx.concatenate(steps, axis=1)[..., : tiny_models.VOCAB]
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -43,8 +28,8 @@ def test_eight_bits_agree_with_stock(name, hooked):
         assert support_table.refusal(name, caught.value) in DOCUMENTED
         return
     caches = tq.make_prompt_cache(model, support_table.SPEC)
-    got = logits(model, caches)
-    want = logits(model, host.stock_caches(model))
+    got = tiny_models.logits(model, caches)
+    want = tiny_models.logits(model, host.stock_caches(model))
     error = mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)
     assert 0 < error.item() < 0.01
     assert support_table.row(name, caches) in DOCUMENTED, (
@@ -73,8 +58,8 @@ def test_bounded_caches_agree_with_stock(name, hooked):
     model = tiny_models.build(name)
     bound = tiny_models.WINDOW
     caches = tq.make_prompt_cache(model, support_table.SPEC, max_kv_size=bound)
-    got = logits(model, caches)
-    want = logits(model, host.stock_caches(model, bound))
+    got = tiny_models.logits(model, caches)
+    want = tiny_models.logits(model, host.stock_caches(model, bound))
     error = mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)
     assert 0 < error.item() < 0.01
     packed = [row for row in tq.explain(caches).layers if row.spec]
@@ -86,7 +71,7 @@ def test_learned_sinks_matter_and_are_exact(name, hooked):
     """Without them the logits would be others: the 1% above is not luck."""
     model = tiny_models.build(name)
     caches = tq.make_prompt_cache(model, support_table.SPEC)
-    got = logits(model, caches)
+    got = tiny_models.logits(model, caches)
 
     def silence(path, module):
         for field in ("sinks", "attention_sink_bias"):
@@ -94,7 +79,7 @@ def test_learned_sinks_matter_and_are_exact(name, hooked):
                 module[field] = mx.full(module[field].shape, -1e9)
 
     model.apply_to_modules(silence)
-    without = logits(model, host.stock_caches(model))
+    without = tiny_models.logits(model, host.stock_caches(model))
     error = mx.sqrt(mx.mean((got - without) ** 2)) / mx.std(got)
     assert error.item() > 0.02
 
@@ -130,7 +115,7 @@ def test_models_that_compute_attention_themselves_are_warned_of(hooked):
     model = tiny_models.build("gemma2")
     with pytest.warns(UserWarning, match=r"4 of 4 .* gemma2 computes attention itself"):
         caches = tq.make_prompt_cache(model, "3,page=16,window=4")
-    logits(model, caches)
+    tiny_models.logits(model, caches)
     assert all("decodes all" in row.backend for row in tq.explain(caches).layers)
 
 

@@ -86,6 +86,7 @@ def test_public_names():
         "codec_for",
         "evaluate",
         "explain",
+        "footprint",
         "lloyd_max",
         "load",
         "load_prompt_cache",

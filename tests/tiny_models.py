@@ -349,3 +349,18 @@ def build(name):
         model.apply_to_modules(_fine)
     mx.eval(model.parameters())
     return model
+
+
+CHUNKS = (70, 40, 1, 1)
+
+
+def logits(model, caches):
+    """Of a prompt in two chunks, longer than the windows, and of two decode steps."""
+    ids = mx.random.randint(0, VOCAB, (1, sum(CHUNKS)), key=mx.random.key(5))
+    steps, start = [], 0
+    for count in CHUNKS:
+        steps.append(model(ids[:, start : start + count], cache=caches))
+        mx.eval(steps[-1], [cache.state for cache in caches])
+        start += count
+    # Some types write -inf to ids of their own beyond these.
+    return mx.concatenate(steps, axis=1)[..., :VOCAB]

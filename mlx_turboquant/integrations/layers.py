@@ -17,9 +17,15 @@ Parsed = CacheSpec | list[CacheSpec]
 
 
 def parsed(spec: Specs) -> Parsed:
-    """A spec, or a list of them, read."""
+    """A spec, or a list of them, read.
+
+    Raises:
+        SpecError: if one cannot be read, or the list is empty.
+    """
     if isinstance(spec, str | CacheSpec) or not isinstance(spec, Sequence):
         return CacheSpec.parse(spec)
+    if not spec:
+        raise SpecError("an empty list of specs; give one for each layer, or one spec")
     return [CacheSpec.parse(one) for one in spec]
 
 

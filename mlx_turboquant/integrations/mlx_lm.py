@@ -177,30 +177,30 @@ def _compressed(
 
 
 def slots_of(model: nn.Module) -> list[Slot]:
-    """What each replaceable entry of the model's caches can be; probed once."""
+    """What each replaceable entry of the model's caches can be; probed once.
+
+    Again for a model that was split over machines since: it has fewer entries then.
+    """
+    count = sum(type(leaf) in _REPLACED for leaf in leaves(stock_caches(model)))
     known = _probed.get(id(model))
-    if known is not None and known[0]() is model:
+    if known is not None and known[0]() is model and len(known[1]) == count:
         return known[1]
     hook.install(model)
 
     def build(make: MakeSlot) -> list[Any]:
-        count = iter(range(len(_slots_in(stock_caches(model)))))
+        indices = iter(range(count))
 
         def ask(leaf: Any) -> Any:
             if type(leaf) not in _REPLACED:
                 return leaf
-            made = make(next(count))
+            made = make(next(indices))
             return leaf if made is None else made
 
         return [_replace(entry, ask) for entry in stock_caches(model)]
 
-    slots = probe(model, build, len(_slots_in(stock_caches(model))))
+    slots = probe(model, build, count)
     _probed[id(model)] = (weakref.ref(model), slots)
     return slots
-
-
-def _slots_in(caches: list[Any]) -> list[Any]:
-    return [leaf for leaf in leaves(caches) if type(leaf) in _REPLACED]
 
 
 def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:

@@ -177,7 +177,7 @@ def test_the_server_serves_and_stops_when_asked():
         with urllib.request.urlopen(f"{url}/v1/completions", body, 60) as answer:
             assert json.load(answer)["usage"]["completion_tokens"] == 5
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     assert "k3v3 in 8 of 8 layers" in log

@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import logging
+import signal
 import sys
 from typing import Any
 
@@ -206,8 +207,10 @@ class Handler(host_server.APIHandler):  # type: ignore[misc]
 def serve(provider: Provider) -> None:
     """Answer requests until interrupted.
 
-    Under ``mlx.launch`` every rank calls this; rank 0 answers.
+    Under ``mlx.launch`` every rank calls this; rank 0 answers. SIGTERM stops it as
+    Ctrl-C does, which processes in the background may never see.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = provider.cli_args
     budget = options.prompt_cache_bytes
     cache = PromptCache(

@@ -309,6 +309,8 @@ def prelude_pch(debug=False, fast=False):
                     "-Xclang",
                     "-emit-pch",
                     "-Xclang",
+                    "-fno-pch-timestamp",  # the key is of contents, clones differ
+                    "-Xclang",
                     "-o",
                     "-Xclang",
                     tmp,

@@ -18,7 +18,7 @@ from mlx_lm import stream_generate  # noqa: E402
 
 import mlx_turboquant as tq  # noqa: E402
 from mlx_turboquant.evals import text as books  # noqa: E402
-from mlx_turboquant.integrations.mlx_lm import stock_caches  # noqa: E402
+from mlx_turboquant.integrations.mlx_lm import caches_for  # noqa: E402
 from mlx_turboquant.integrations.speculation import PairedCaches  # noqa: E402
 
 MODEL = "examples/books-20m"
@@ -33,13 +33,9 @@ def cut(model, layers):
     return draft
 
 
-def caches(model, spec):
-    return stock_caches(model) if spec is None else tq.make_prompt_cache(model, spec)
-
-
 def accepted(model, draft, tokenizer, prompt, target_spec, draft_spec, tokens, drafts):
     """(tokens written, of them drafted)."""
-    pair = PairedCaches(caches(model, target_spec), caches(draft, draft_spec))
+    pair = PairedCaches(caches_for(model, target_spec), caches_for(draft, draft_spec))
     found = stream_generate(
         model,
         tokenizer,
@@ -73,7 +69,7 @@ def main():
                     tokenizer,
                     prompt,
                     max_tokens=args.tokens,
-                    prompt_cache=caches(model, spec),
+                    prompt_cache=caches_for(model, spec),
                 )
             ]
             for prompt in prompts

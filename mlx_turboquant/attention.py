@@ -126,16 +126,16 @@ def _attend_rows(
     for row, (k, v, (start, stop)) in enumerate(
         zip(keys.rows, values.rows, keys.spans, strict=True)
     ):
-        if stop > start:
-            row_mask = mask
-            if isinstance(mask, mx.array):
-                row_mask = _mask_row(mask, row, start, stop, k.shape[2])
-            own = q[row : row + 1, :, start:stop]
-            out = attend(own, k, v, scale, row_mask, sinks)
-        else:
-            out = mx.zeros((1, q.shape[1], 0, v.shape[-1]), q.dtype)
-        outside = (start, q.shape[2] - stop) if stop > start else (0, q.shape[2])
-        if outside != (0, 0):
+        if stop <= start:
+            outputs.append(mx.zeros((1, *q.shape[1:3], v.shape[-1]), q.dtype))
+            continue
+        row_mask = mask
+        if isinstance(mask, mx.array):
+            row_mask = _mask_row(mask, row, start, stop, k.shape[2])
+        own = q[row : row + 1, :, start:stop]
+        out = attend(own, k, v, scale, row_mask, sinks)
+        outside = (start, q.shape[2] - stop)
+        if any(outside):
             out = mx.pad(out, [(0, 0), (0, 0), outside, (0, 0)])
         outputs.append(out)
     return mx.concatenate(outputs, axis=0)

@@ -12,15 +12,12 @@ it.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from .backends.reference import SLICE_BYTES
 from .codecs import codec_for
-from .spec import CacheSpec, CodecSpec
+from .spec import CacheSpec
 
 #: By codec. Over fp16 an attention took 131 us for 268 MB; over codes 73 us for 56 MB
 #: (turboquant, 3 bits), 60 for 75 (rotated-int4), 122 for 56 (trellis, 3 bits).
@@ -115,18 +112,12 @@ def _bytes(layer: Layer, tokens: int, spec: CacheSpec | None) -> tuple[int, int]
         settled += spec.page  # its first page may be hidden in part
     packed = settled // spec.page * spec.page
     recent = spec.sink + spec.window + spec.page + 8
-    sides = zip(("keys", "values"), (layer.k_dim, layer.v_dim), strict=True)
-    code = sum(_code_bytes(getattr(spec, side), dim, spec.page) for side, dim in sides)
+    sides = (
+        codec_for(spec.keys, layer.k_dim, "keys"),
+        codec_for(spec.values, layer.v_dim, "values"),
+    )
+    code = sum(side.bits_per_vector for side in sides) / 8
     capacity = -(-packed // _STEP) * _STEP
     means = layer.k_dim * 2 / spec.page if spec.center == "page" else 0
     codes = round(layer.heads * capacity * (code + means))
     return plain * recent + codes, codes
-
-
-@functools.cache
-def _code_bytes(codec: CodecSpec, dim: int, page: int) -> float:
-    """Bytes of one encoded vector, scales and all; means apart."""
-    if codec.name == "identity":
-        return _UNIT * dim
-    made = codec_for(codec, dim, "keys").encode(mx.zeros((1, 1, page, dim)))
-    return made.nbytes / page

@@ -257,10 +257,10 @@ class TurboQuantCache(SequenceCache):
 
     @property
     def elements(self) -> int:
-        """Key and value elements the stored tokens stand for."""
+        """Key and value elements that an uncompressed cache would hold now."""
         held = self._recent.arrays.values()
         width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in held)
-        return self.offset * width
+        return self.size() * width
 
     # Saving, loading and batching.
 

@@ -109,13 +109,6 @@ class RotatingTurboQuantCache(TurboQuantCache):
         """Tokens seen, which is also the position of the next one."""
         return super().offset + self._forgotten
 
-    @property
-    def elements(self) -> int:
-        """Key and value elements that an uncompressed window would hold now."""
-        held = self._recent.arrays.values()
-        width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in held)
-        return self.size() * width
-
     def size(self) -> int:
         """Tokens the next step could see, at most ``max_size``."""
         return min(self.offset, self.max_size)

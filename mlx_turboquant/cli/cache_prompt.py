@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from .. import blas
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
 from .progress import reading
@@ -41,8 +41,8 @@ def cache_prompt(
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from ..integrations import mlx_lm as host
-    from ..integrations.loading import context_length, load
+    from ..integrations.loading import check_context, load
+    from ..integrations.mlx_lm import caches_for
     from ..integrations.prompt_files import save_prompt_cache
     from ..report import explain
 
@@ -64,16 +64,8 @@ def cache_prompt(
         )
     else:
         ids = tokenizer.encode(text)
-    limit = context_length(network)
-    if limit is not None and len(ids) > limit:
-        raise UnsupportedError(
-            f"the prompt has {len(ids)} tokens, the model's context is {limit}",
-            "shorten the prompt or choose a model with a longer context",
-        )
-    if spec is None:
-        cache = host.stock_caches(network, max_kv_size)
-    else:
-        cache = host.make_prompt_cache(network, spec, max_kv_size)
+    check_context(network, len(ids))
+    cache = caches_for(network, spec, max_kv_size)
     with reading(len(ids)) as report:
         extra = {} if report is None else {"prompt_progress_callback": report}
         for _ in generate_step(

@@ -58,10 +58,10 @@ def chat(
     from mlx_lm.sample_utils import make_sampler
     from rich.console import Console
 
-    from ..integrations import mlx_lm as host
     from ..integrations.conversation import Conversation
     from ..integrations.footprint import of_network
     from ..integrations.loading import load
+    from ..integrations.mlx_lm import caches_for
 
     if seed is not None:
         mx.random.seed(seed)
@@ -74,9 +74,7 @@ def chat(
     )
 
     def make_cache() -> list[Any]:
-        if spec is None:
-            return host.stock_caches(network, max_kv_size)
-        return host.make_prompt_cache(network, spec, max_kv_size)
+        return caches_for(network, spec, max_kv_size)
 
     talk = Conversation(network, tokenizer, make_cache, system_prompt, name, template)
     console = Console(highlight=False)

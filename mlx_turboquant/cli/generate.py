@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from .. import blas
-from ..errors import SpecError, UnsupportedError
+from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
 from .plan import warn_if_tight
@@ -52,6 +52,7 @@ def generate(
     spec: CacheSpec | None = None,
 ) -> None:
     """Generate text with a compressed KV cache."""
+    draft_spec = opt.draft_spec(draft_kv_bits, draft_model)
     template = opt.json_object("--chat-template-config", chat_template_config)
     text = prompt.replace("\\n", "\n").replace("\\t", "\t")
     text = sys.stdin.read() if prompt == "-" else text
@@ -64,7 +65,8 @@ def generate(
     from mlx_lm.sample_utils import make_sampler
 
     from ..integrations.footprint import of_network
-    from ..integrations.loading import load
+    from ..integrations.loading import check_context, load
+    from ..integrations.mlx_lm import length_of
     from ..report import explain
 
     if seed is not None:
@@ -94,8 +96,7 @@ def generate(
     cache = _make_cache(network, spec, max_kv_size, stored)
     if loud and max_kv_size is None:
         warn_if_tight(of_network(network), len(ids) + max_tokens, spec)
-    _check_context(network, cache, ids)
-    draft_spec = None if draft_kv_bits is None else CacheSpec.parse(draft_kv_bits)
+    check_context(network, (length_of(cache) or 0) + len(ids))
     draft, all_caches = _add_draft(
         draft_model, draft_spec, tokenizer, cache, len(ids) + max_tokens
     )
@@ -193,7 +194,7 @@ def _make_cache(
     stored: list[Any] | None,
 ) -> list[Any]:
     from ..cache import TurboQuantCache
-    from ..integrations import mlx_lm as host
+    from ..integrations.mlx_lm import caches_for
     from ..integrations.prompt_files import check_cache
 
     if stored is not None:
@@ -206,22 +207,7 @@ def _make_cache(
                 "leave --kv-bits out"
             )
         return stored
-    if spec is None:
-        return host.stock_caches(network, max_kv_size)
-    return host.make_prompt_cache(network, spec, max_kv_size)
-
-
-def _check_context(network: nn.Module, cache: list[Any], ids: list[int]) -> None:
-    from ..integrations.loading import context_length
-    from ..integrations.mlx_lm import length_of
-
-    limit = context_length(network)
-    held = length_of(cache) or 0
-    if limit is not None and held + len(ids) > limit:
-        raise UnsupportedError(
-            f"the prompt has {held + len(ids)} tokens, the model's context is {limit}",
-            "shorten the prompt or choose a model with a longer context",
-        )
+    return caches_for(network, spec, max_kv_size)
 
 
 def _add_draft(
@@ -233,11 +219,9 @@ def _add_draft(
 ) -> tuple[Any, list[Any]]:
     """The draft model, and the caches of both models as mlx-lm wants them."""
     if name is None:
-        if spec is not None:
-            raise SpecError("--draft-kv-bits needs --draft-model")
         return None, cache
     from ..integrations.loading import load
-    from ..integrations.mlx_lm import length_of
+    from ..integrations.mlx_lm import caches_for, length_of
     from ..integrations.speculation import PairedCaches, check_rewinds
 
     draft, draft_tokenizer = load(name)
@@ -252,7 +236,7 @@ def _add_draft(
             f"the prompt cache holds {held} tokens that the draft model has not seen; "
             "leave --draft-model or --prompt-cache-file out"
         )
-    draft_cache = _make_cache(draft, spec, None, None)
+    draft_cache = caches_for(draft, spec)
     check_rewinds(cache, "model", tokens)
     check_rewinds(draft_cache, "draft model", tokens)
     return draft, PairedCaches(cache, draft_cache)

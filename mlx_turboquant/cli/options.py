@@ -177,6 +177,19 @@ def cache_spec(bits: str | None, **overrides: Any) -> CacheSpec | None:
     return None
 
 
+def draft_spec(bits: str | None, draft_model: str | None) -> CacheSpec | None:
+    """The spec of ``--draft-kv-bits``, or None without it.
+
+    Raises:
+        SpecError: for a bad value, or without ``--draft-model``.
+    """
+    if bits is None:
+        return None
+    if draft_model is None:
+        raise SpecError("--draft-kv-bits needs --draft-model")
+    return CacheSpec.parse(bits)
+
+
 def json_object(option: str, text: str | None) -> dict[str, Any]:
     """The object in an option's text; empty without one.
 

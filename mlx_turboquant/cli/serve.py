@@ -67,8 +67,7 @@ def serve(
     """Serve a model over HTTP, as OpenAI's API does."""
     if log_level.upper() not in _LEVELS:
         raise SpecError(f"--log-level {log_level} is unknown; use {', '.join(_LEVELS)}")
-    if draft_kv_bits is not None and draft_model is None:
-        raise SpecError("--draft-kv-bits needs --draft-model")
+    draft_spec = opt.draft_spec(draft_kv_bits, draft_model)
     if max_kv_size is not None and spec is None:
         raise SpecError(
             "--max-kv-size needs --kv-bits here; add for example --kv-bits 3"
@@ -101,7 +100,6 @@ def serve(
         kv_group_size=64,
         quantized_kv_start=0,
     )
-    draft_spec = None if draft_kv_bits is None else CacheSpec.parse(draft_kv_bits)
     blas.prefer_openblas()
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"

@@ -17,9 +17,9 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..errors import FormatError, UnsupportedError
+from ..errors import FormatError
 from ..report import Explanation, explain
-from .loading import context_length
+from .loading import check_context, context_length
 from .mlx_lm import length_of
 from .prompt_files import load_prompt_cache, save_prompt_cache
 
@@ -90,12 +90,9 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self._encoded(messages, text)
-        if self.context is not None and len(tokens) > self.context:
-            raise UnsupportedError(
-                f"the chat would have {len(tokens)} tokens, the model's context is "
-                f"{self.context}",
-                "/reset starts over",
-            )
+        check_context(
+            self.network, len(tokens), "the chat would have", "/reset starts over"
+        )
         rest = tokens[self._follow(tokens) :]
         answer, generated = "", []
         try:

@@ -78,8 +78,7 @@ def of_network(
     if weights is None or active is None:
         weights, active = _weights(network, {})
     caches = stock_caches(network)
-    for ids in ((0, 1), (1,)):
-        network(mx.array([ids]), cache=caches)  # for its shapes; nothing evaluates it
+    network(mx.array([[0, 1]]), cache=caches)  # for its shapes; nothing evaluates it
     layers, fixed = [], 0
     for cache, slot in zip(leaves(caches), slots_or_none(network), strict=True):
         keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)

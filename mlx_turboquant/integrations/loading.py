@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx_lm import load as host_load
 from mlx_lm.utils import dequantize_model
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedError, UnsupportedModelError
 
 
 def load(model: str, **options: Any) -> tuple[nn.Module, Any]:
@@ -63,3 +63,27 @@ def context_length(network: nn.Module) -> int | None:
         if limit:
             return int(limit)
     return None
+
+
+def check_context(
+    network: nn.Module,
+    tokens: int,
+    subject: str = "the prompt has",
+    remedy: str = "shorten the prompt or choose a model with a longer context",
+) -> None:
+    """Make sure that ``tokens`` are no more than the model was made for.
+
+    Args:
+        network: The model.
+        tokens: Of the whole text.
+        subject: What has so many, for the error.
+        remedy: What to do about it, for the error.
+
+    Raises:
+        UnsupportedError: if they are more.
+    """
+    limit = context_length(network)
+    if limit is not None and tokens > limit:
+        raise UnsupportedError(
+            f"{subject} {tokens} tokens, the model's context is {limit}", remedy
+        )

@@ -228,6 +228,15 @@ def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
     return [_replace(entry, bounded) for entry in caches]
 
 
+def caches_for(
+    model: nn.Module, spec: CacheSpec | None, max_kv_size: int | None = None
+) -> list[Any]:
+    """`make_prompt_cache` of a spec, `stock_caches` without one."""
+    if spec is None:
+        return stock_caches(model, max_kv_size)
+    return make_prompt_cache(model, spec, max_kv_size)
+
+
 def replace_plain(model: nn.Module, make: Callable[[], Any]) -> list[Any]:
     """The model's stock caches, but what ``make`` makes for every plain `KVCache`."""
     return [

@@ -26,7 +26,7 @@ from mlx_lm.models.cache import (
 from ..errors import TurboQuantError, UnsupportedError
 from ..report import size_text
 from ..spec import CacheSpec
-from .loading import context_length, for_this_machine
+from .loading import check_context, for_this_machine
 from .mlx_lm import apply, length_of
 from .speculation import check_rewinds, check_split
 
@@ -117,14 +117,13 @@ class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)
-        tokens, limit = len(found[0]), context_length(self.model_provider.model)
-        if tokens == 0:
+        if not found[0]:
             raise UnsupportedError("the prompt has no tokens", "send some text")
-        if limit is not None and tokens > limit:
-            raise UnsupportedError(
-                f"the prompt has {tokens} tokens, the model's context is {limit}",
-                "shorten it or choose a model with a longer context",
-            )
+        check_context(
+            self.model_provider.model,
+            len(found[0]),
+            remedy="shorten it or choose a model with a longer context",
+        )
         return found
 
     def _log_cache_stats(self) -> None:

@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 
 import mlx_turboquant as tq  # noqa: E402
 from mlx_turboquant.evals import caches, results, scoring, text  # noqa: E402
-from mlx_turboquant.integrations.mlx_lm import install  # noqa: E402
+from mlx_turboquant.integrations.factory import install  # noqa: E402
 
 MODEL = Path(__file__).parent.parent / "examples" / "books-20m"
 PLAN = tq.EvalPlan(lengths=(1024,), scored=192, stepped=0)

@@ -24,11 +24,11 @@ import mlx.core as mx
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference
-from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import codec_for
-from mlx_turboquant.codes import PackedCodes
 from mlx_turboquant.kernels.kernel import MlxLauncher
-from mlx_turboquant.segments import Segments
+from mlx_turboquant.segments import CompressedTokens
+from mlx_turboquant.tokens import TokenArrays
+from mlx_turboquant.transform import ChannelTransform, PageMeans
 
 HEADS, GROUP, DIM = 8, 4, 128
 CALLS, REPEATS = 64, 7
@@ -50,8 +50,8 @@ _DISTINCT = 4096
 Attention = Callable[[mx.array], mx.array]
 
 
-def made_up(spec: str, length: int) -> tuple[Segments, Segments]:
-    """Segments over random tokens: 4 sinks, 64 recent, the rest packed."""
+def made_up(spec: str, length: int) -> tuple[CompressedTokens, CompressedTokens]:
+    """CompressedTokens over random tokens: 4 sinks, 64 recent, the rest packed."""
     parsed = tq.CacheSpec.parse(spec)
     sides = []
     for side, codec_spec in (("keys", parsed.keys), ("values", parsed.values)):
@@ -67,9 +67,12 @@ def made_up(spec: str, length: int) -> tuple[Segments, Segments]:
             mx.random.normal((1, HEADS, n, DIM)).astype(mx.float16) for n in (4, 64)
         ]
         gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
-        basis, codes = Basis(codec.rotation, gains), PackedCodes(arrays, length)
-        mx.eval(ends, basis.signs_out)
-        sides.append(Segments(codec, basis, ends[0], codes, ends[1]))
+        basis, codes = (
+            ChannelTransform(codec.rotation, gains),
+            TokenArrays(arrays, length),
+        )
+        mx.eval(ends, basis.signs_times_gains)
+        sides.append(CompressedTokens(codec, basis, ends[0], codes, ends[1]))
     pages = -(-length // parsed.page)
     rows = mx.random.normal((1, HEADS, pages, DIM)).astype(mx.float16)
     mx.eval(rows)

@@ -23,10 +23,10 @@ from bench_attention import DIM, HEADS, median_us, packed
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference
 from mlx_turboquant.backends.select import REFERENCE, Backend
-from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import Codec, codec_for
 from mlx_turboquant.kernels.kernel import MlxLauncher
-from mlx_turboquant.segments import Segments
+from mlx_turboquant.segments import CompressedTokens
+from mlx_turboquant.transform import ChannelTransform, PageMeans
 
 CALLS, REPEATS = 32, 7
 PAGE, CHUNK = 128, 2048
@@ -67,14 +67,17 @@ def timed(call: Callable[[Tokens], object], count: int) -> float:
 def costs(moved: Backend, codecs: tuple[Codec, Codec]) -> dict[str, float]:
     """Microseconds of each kind of work, by number of tokens."""
     gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
-    bases = (Basis(codecs[0].rotation, gains), Basis(codecs[1].rotation, gains))
+    bases = (
+        ChannelTransform(codecs[0].rotation, gains),
+        ChannelTransform(codecs[1].rotation, gains),
+    )
     codes = moved.encode(*fresh(8192), None, 0, bases, codecs)[1]
     mx.eval(list(codes.arrays.values()))
-    side = Segments(codecs[1], bases[1], None, codes, fresh(1)[0])
+    side = CompressedTokens(codecs[1], bases[1], None, codes, fresh(1)[0])
 
     def encode(tokens: Tokens) -> object:
         pages = tokens[0].reshape(1, HEADS, -1, PAGE, DIM)
-        rows = bases[0].into(mx.mean(pages, axis=3)).astype(mx.float16)
+        rows = bases[0].encode(mx.mean(pages, axis=3)).astype(mx.float16)
         means = PageMeans(rows, PAGE, rows.shape[2])
         sides = moved.encode(*tokens, means, 0, bases, codecs)
         return [list(codes.arrays.values()) for codes in sides]

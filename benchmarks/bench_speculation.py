@@ -18,7 +18,7 @@ from mlx_lm import stream_generate  # noqa: E402
 
 import mlx_turboquant as tq  # noqa: E402
 from mlx_turboquant.evals import text as books  # noqa: E402
-from mlx_turboquant.integrations.mlx_lm import caches_for  # noqa: E402
+from mlx_turboquant.integrations.factory import caches_for  # noqa: E402
 from mlx_turboquant.integrations.speculation import PairedCaches  # noqa: E402
 
 MODEL = "examples/books-20m"

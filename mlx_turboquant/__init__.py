@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from .cache import TurboQuantCache as TurboQuantCache
     from .codebook import lloyd_max as lloyd_max
     from .codecs import codec_for as codec_for
-    from .codes import PackedCodes as PackedCodes
     from .evals import EvalPlan as EvalPlan
     from .evals import evaluate as evaluate
+    from .explanation import explain as explain
+    from .integrations.factory import apply as apply
+    from .integrations.factory import make_prompt_cache as make_prompt_cache
+    from .integrations.factory import uninstall as uninstall
     from .integrations.footprint import footprint as footprint
     from .integrations.loading import load as load
-    from .integrations.mlx_lm import apply as apply
-    from .integrations.mlx_lm import make_prompt_cache as make_prompt_cache
-    from .integrations.mlx_lm import uninstall as uninstall
     from .integrations.prompt_files import load_prompt_cache as load_prompt_cache
     from .integrations.prompt_files import save_prompt_cache as save_prompt_cache
-    from .report import explain as explain
     from .rotation import rotation_for as rotation_for
     from .spec import CacheSpec as CacheSpec
     from .spec import CodecSpec as CodecSpec
+    from .tokens import TokenArrays as TokenArrays
 
 __version__ = "0.1.0"
 
@@ -45,22 +45,22 @@ _HOMES = {
     "CacheSpec": "spec",
     "CodecSpec": "spec",
     "EvalPlan": "evals",
-    "PackedCodes": "codes",
     "RotatingTurboQuantCache": "cache",
+    "TokenArrays": "tokens",
     "TurboQuantCache": "cache",
-    "apply": "integrations.mlx_lm",
+    "apply": "integrations.factory",
     "attend": "attention",
     "codec_for": "codecs",
     "evaluate": "evals",
-    "explain": "report",
+    "explain": "explanation",
     "footprint": "integrations.footprint",
     "lloyd_max": "codebook",
     "load": "integrations.loading",
     "load_prompt_cache": "integrations.prompt_files",
-    "make_prompt_cache": "integrations.mlx_lm",
+    "make_prompt_cache": "integrations.factory",
     "rotation_for": "rotation",
     "save_prompt_cache": "integrations.prompt_files",
-    "uninstall": "integrations.mlx_lm",
+    "uninstall": "integrations.factory",
 }
 
 __all__ = [*sorted(_HOMES), "errors"]

@@ -14,15 +14,15 @@ import mlx.core as mx
 
 from .backends import select
 from .backends.reference import Decode
-from .segments import Handle, RowSegments, Segments
+from .segments import CompressedKV, CompressedRows, CompressedTokens
 
 Mask = mx.array | str | None
 
 
 def attend(
     q: mx.array,
-    keys: Handle | mx.array,
-    values: Handle | mx.array,
+    keys: CompressedKV | mx.array,
+    values: CompressedKV | mx.array,
     scale: float,
     mask: Mask = None,
     sinks: mx.array | None = None,
@@ -45,9 +45,11 @@ def attend(
         ValueError: if q's heads or dim do not fit the keys', or the mask is text
             other than ``"causal"``.
     """
-    if isinstance(keys, RowSegments) and isinstance(values, RowSegments):
+    if isinstance(keys, CompressedRows) and isinstance(values, CompressedRows):
         return _attend_rows(q, keys, values, scale, mask, sinks)
-    if not (isinstance(keys, Segments) and isinstance(values, Segments)):
+    if not (
+        isinstance(keys, CompressedTokens) and isinstance(values, CompressedTokens)
+    ):
         keys, values = cast(mx.array, keys), cast(mx.array, values)
         return mx.fast.scaled_dot_product_attention(
             q, keys, values, scale=scale, mask=mask, sinks=sinks
@@ -63,7 +65,7 @@ def attend(
     return out
 
 
-def _check(q: mx.array, keys: Segments, mask: Mask) -> None:
+def _check(q: mx.array, keys: CompressedTokens, mask: Mask) -> None:
     batch, heads, _, dim = keys.shape
     if q.ndim != 4 or q.shape[0] != batch or q.shape[1] % heads or q.shape[3] != dim:
         raise ValueError(
@@ -74,7 +76,7 @@ def _check(q: mx.array, keys: Segments, mask: Mask) -> None:
         raise ValueError(f"mask {mask!r} is unknown; use None, 'causal' or an array")
 
 
-def _hiding(mask: Mask, keys: Segments, steps: int) -> mx.array:
+def _hiding(mask: Mask, keys: CompressedTokens, steps: int) -> mx.array:
     """A mask over all stored tokens from one over those that are not hidden."""
     (first, count), shown = keys.hidden, keys.shape[2]
     if not isinstance(mask, mx.array):
@@ -88,7 +90,9 @@ def _hiding(mask: Mask, keys: Segments, steps: int) -> mx.array:
     return mx.concatenate(parts, axis=-1)
 
 
-def decoded(keys: Segments, values: Segments) -> tuple[mx.array, mx.array]:
+def decoded(
+    keys: CompressedTokens, values: CompressedTokens
+) -> tuple[mx.array, mx.array]:
     """Keys (B, H, T, Dk) and values (B, H, T, Dv) as a model's own code wants them.
 
     For attention that is not mlx-lm's function. All of a layer is decoded at once, in
@@ -98,13 +102,13 @@ def decoded(keys: Segments, values: Segments) -> tuple[mx.array, mx.array]:
     return _decoded(keys, backend.decode), _decoded(values, backend.decode)
 
 
-def _decoded(side: Segments, decode: Decode) -> mx.array:
+def _decoded(side: CompressedTokens, decode: Decode) -> mx.array:
     parts = [] if side.sink is None else [side.sink]
     if side.packed is not None:
         packed_rot = decode(side, slice(None), mx.float32)
         if side.means is not None:
             packed_rot = packed_rot + side.means.of_tokens(0, side.packed_length)
-        parts.append(side.basis.out(packed_rot).astype(side.dtype))
+        parts.append(side.basis.decode(packed_rot).astype(side.dtype))
     whole = mx.concatenate([*parts, side.recent], axis=2) if parts else side.recent
     first, count = side.hidden
     if not count:
@@ -115,8 +119,8 @@ def _decoded(side: Segments, decode: Decode) -> mx.array:
 
 def _attend_rows(
     q: mx.array,
-    keys: RowSegments,
-    values: RowSegments,
+    keys: CompressedRows,
+    values: CompressedRows,
     scale: float,
     mask: Mask,
     sinks: mx.array | None,

@@ -20,7 +20,7 @@ import numpy as np
 from .attention import attend
 from .backends import select
 from .cache import TurboQuantCache
-from .segments import Segments
+from .segments import CompressedTokens
 
 #: Half arithmetic and polynomial levels differ from the definition by this much.
 TOLERANCE = 5e-3
@@ -89,7 +89,7 @@ def check_kernels(backend: select.Backend, tokens: int = 700) -> Iterator[Kernel
             yield _check(name, run, backend)
 
 
-Sides = tuple[Segments, Segments]
+Sides = tuple[CompressedTokens, CompressedTokens]
 Work = Callable[[select.Backend], Sequence[mx.array]]
 
 
@@ -127,7 +127,7 @@ def _check(name: str, run: Work, backend: select.Backend) -> KernelCheck:
 
 def _segments(
     spec: str, heads: int, tokens: int, k_dim: int, v_dim: int
-) -> tuple[Segments, Segments]:
+) -> tuple[CompressedTokens, CompressedTokens]:
     cache = TurboQuantCache(spec)
     for start in range(0, tokens, 8192):
         count = min(8192, tokens - start)

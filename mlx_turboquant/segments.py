@@ -1,6 +1,6 @@
 """What attention sees of a compressed layer: handles that stand in for arrays.
 
-Owns `Segments` (one side of one layer: sink, packed, recent) and `RowSegments` (a
+Owns `CompressedTokens` (one side of one layer: sink, packed, recent) and `CompressedRows` (a
 batch whose rows differ in length). They carry a truthful shape and dtype and refuse
 every other use in words, so a model that reads K or V itself fails clearly.
 """
@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
-from .basis import Basis, PageMeans
 from .codecs import Codec
-from .codes import PackedCodes
 from .errors import UnsupportedModelError
+from .tokens import TokenArrays
+from .transform import ChannelTransform, PageMeans
 
 
-class Handle:
+class CompressedKV:
     """Base of the stand-ins that ``update_and_fetch`` returns."""
 
     dtype: mx.Dtype
@@ -49,18 +49,18 @@ def _refuse_use(what: str) -> NoReturn:
 
 
 def _refusing(name: str) -> Any:
-    def operator(self: Handle, *args: Any) -> NoReturn:
+    def operator(self: CompressedKV, *args: Any) -> NoReturn:
         _refuse_use(name)
 
     return operator
 
 
 for _name in ("getitem", "matmul", "mul", "add", "sub", "truediv"):
-    setattr(Handle, f"__{_name}__", _refusing(f"__{_name}__"))
+    setattr(CompressedKV, f"__{_name}__", _refusing(f"__{_name}__"))
 
 
 @dataclass(frozen=True, eq=False)
-class Segments(Handle):
+class CompressedTokens(CompressedKV):
     """One side of one layer, tokens in order.
 
     Attributes:
@@ -76,9 +76,9 @@ class Segments(Handle):
     """
 
     codec: Codec
-    basis: Basis
+    basis: ChannelTransform
     sink: mx.array | None
-    packed: PackedCodes | None
+    packed: TokenArrays | None
     recent: mx.array
     means: PageMeans | None = None
     observe: Callable[[mx.array, float], None] | None = None
@@ -108,21 +108,21 @@ class Segments(Handle):
 
     def __repr__(self) -> str:
         lengths = (self.sink_length, self.packed_length, self.recent.shape[2])
-        return f"Segments({self.codec.spec}, sink+packed+recent {lengths})"
+        return f"CompressedTokens({self.codec.spec}, sink+packed+recent {lengths})"
 
 
 @dataclass(frozen=True, eq=False)
-class RowSegments(Handle):
+class CompressedRows(CompressedKV):
     """A batch of rows of different lengths, each with its own handle.
 
     Attributes:
-        rows: Per row, what its own cache returned: a `Segments`, or an array
+        rows: Per row, what its own cache returned: a `CompressedTokens`, or an array
             (1, H, T, D) while the row holds nothing older than this step.
         spans: Per row, from where to where this step's tokens are real; what is before
             and behind is padding whose output nobody reads.
     """
 
-    rows: Sequence[Segments | mx.array]
+    rows: Sequence[CompressedTokens | mx.array]
     spans: Sequence[tuple[int, int]]
 
     @property

@@ -44,7 +44,7 @@ _LIMITS = {"sink": (0, 1024), "window": (0, 65536), "page": (16, 1024)}
 _ADVICE = "use 1..8, a mean such as 3.25, sides such as 'k4v3' or 'k16v3', or 'auto'"
 CENTERS = ("page", "first", "off")
 QUALITIES = ("lossless", "balanced", "small")
-#: Mean code bits that `cache.allocation` can meet: its widths go from 2 to 8.
+#: Mean code bits that `cache.bit_allocation` can meet: its widths go from 2 to 8.
 _BUDGETS = (2, 8)
 
 

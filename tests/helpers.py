@@ -38,11 +38,11 @@ def softmax_attention(q, k, v, scale, mask=None, sinks=None):
 
 
 def stored(side):
-    """The vectors that a `Segments` stands for, float32, in the model's own basis."""
+    """The vectors that a `CompressedTokens` stands for, float32, in the model's own basis."""
     if side.packed is None:
         return side.recent.astype(mx.float32)
     whole = reference.materialize_rot(side, slice(None), mx.float32)
-    return side.basis.out(whole)
+    return side.basis.decode(whole)
 
 
 def relative_error(got, want):

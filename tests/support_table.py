@@ -42,7 +42,7 @@ def row(name, caches):
     for layer in tq.explain(caches).layers:
         if not layer.spec:
             left[f"{layer.cache}: {layer.reason}"] += 1
-        elif layer.decodes:
+        elif layer.returns_arrays:
             counts["decoded"] += 1
         elif layer.cache == "RotatingTurboQuantCache":
             counts["sliding"] += 1

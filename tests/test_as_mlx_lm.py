@@ -245,7 +245,7 @@ def test_a_budget_drops_the_oldest(model):
 @pytest.mark.parametrize("draft", [None, "2,window=8,page=16"])
 def test_drafted_text_is_the_plain_text(books, target, draft, hooked):
     model, tokenizer = books
-    from mlx_turboquant.integrations.mlx_lm import stock_caches
+    from mlx_turboquant.integrations.factory import stock_caches
 
     def cache(spec):
         return (

@@ -8,7 +8,7 @@ from helpers import relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import reference
-from mlx_turboquant.segments import Segments
+from mlx_turboquant.segments import CompressedTokens
 
 SCALE = 0.2
 
@@ -196,7 +196,7 @@ def test_bounded_prefill_memory(monkeypatch):
     ours = [tq.TurboQuantCache("3") for _ in range(layers)]
     ours_peak = peak(ours, lambda q, k, v: tq.attend(q, k, v, 1.0, "causal"))
     held = sum(cache.nbytes for cache in ours)
-    assert all(isinstance(c.keys_and_values()[0], Segments) for c in ours)
+    assert all(isinstance(c.keys_and_values()[0], CompressedTokens) for c in ours)
     print(f"peak MB: stock {stock_peak / 1e6:.0f}, ours {ours_peak / 1e6:.0f}")
     assert ours_peak < 0.6 * stock_peak
     assert ours_peak < held + one_head + besides

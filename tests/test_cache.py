@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import mlx_turboquant as tq
-from mlx_turboquant.cache.store import TokenStore
 from mlx_turboquant.errors import FormatError, UnsupportedError
-from mlx_turboquant.segments import Segments
+from mlx_turboquant.segments import CompressedTokens
+from mlx_turboquant.tokens import TokenArrays
 
 B, H, DK, DV = 1, 2, 64, 32
 
@@ -128,7 +128,7 @@ def test_attention_of_a_first_chunk_is_mlxs_own_bit_for_bit():
 def test_handles_tell_the_truth_and_refuse_in_words():
     cache = feed(tq.TurboQuantCache("3"), tokens(200), tokens(200, DV), [200])
     keys, values = cache.update_and_fetch(tokens(5), tokens(5, DV))
-    assert isinstance(keys, Segments)
+    assert isinstance(keys, CompressedTokens)
     assert keys.shape == (B, H, 205, DK)
     assert values.shape == (B, H, 205, DV)
     assert keys.dtype == mx.float32
@@ -162,8 +162,8 @@ def test_state_round_trips_and_copies_are_independent(spec):
         ({"header": "someone else 1 x"}, "not a mlx_turboquant"),
         ({"header": None}, "not a mlx_turboquant"),
         ({"header": "mlx_turboquant 99 k3v3"}, "format 99 is not 3"),
-        ({"header": "mlx_turboquant 3 k33v3 decodes=0"}, "damaged"),
-        ({"header": "mlx_turboquant 3 k3v3 decodes=x"}, "damaged"),
+        ({"header": "mlx_turboquant 3 k33v3 returns_arrays=0"}, "damaged"),
+        ({"header": "mlx_turboquant 3 k3v3 returns_arrays=x"}, "damaged"),
         ({"header": "mlx_turboquant 3 k3v3"}, "damaged"),
         ({"packed:keys_scales": None}, "do not fit"),
         ({"recent:values": None}, "do not fit"),
@@ -210,7 +210,7 @@ def test_bytes_at_8k_tokens(dtype):
 
 def test_buffers_are_not_copied_every_step():
     """Growth is by capacity: the buffer's size changes once per 256 tokens."""
-    store = TokenStore(256)
+    store = TokenArrays(growth=256)
     sizes = set()
     for _ in range(600):
         store.append({"x": mx.zeros((1, 1, 1, 4))})

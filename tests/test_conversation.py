@@ -9,7 +9,7 @@ from mlx_lm.models.cache import ArraysCache
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError, UnsupportedError
-from mlx_turboquant.integrations import mlx_lm as host
+from mlx_turboquant.integrations import factory as host
 from mlx_turboquant.integrations.conversation import Conversation
 
 STORY = "The old man looked at the sea and thought of the years that had gone. " * 4

@@ -13,7 +13,7 @@ from mlx_turboquant.errors import FormatError, SpecError, UnsupportedModelError
 from mlx_turboquant.evals import caches, needles, pathologies, report, results, scoring
 from mlx_turboquant.evals import evaluate as evaluation
 from mlx_turboquant.evals import text as texts
-from mlx_turboquant.evals.plan import EvalPlan
+from mlx_turboquant.evals.grid import EvalPlan
 
 PLAN = EvalPlan(
     lengths=(200, 300),

@@ -68,7 +68,7 @@ def test_some_heads_and_some_tokens(name):
     codes = codec.encode(vectors(64, 20))
     whole = codec.decode(codes, mx.float32)
     assert whole.shape == (1, 2, 20, 64)
-    fewer = tq.PackedCodes(codes.arrays, 13)
+    fewer = tq.TokenArrays(codes.arrays, 13)
     one = codec.decode(fewer, mx.float32, slice(1, 2))
     assert mx.allclose(whole[:, 1:2, :13], one, rtol=1e-5, atol=1e-5).item()
 

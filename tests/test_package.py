@@ -15,16 +15,16 @@ PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("errors", "blas", "codes", "packing", "bitstream"),
+    ("errors", "blas", "tokens", "packing", "bitstream"),
     ("spec", "rotation", "codebook"),
     ("polynomial",),
-    ("codecs", "basis"),
+    ("codecs", "transform"),
     ("segments",),
     ("kernels",),
     ("backends",),
     ("attention",),
     ("cache",),
-    ("report", "diagnosis", "plan"),
+    ("explanation", "diagnosis", "memory"),
     ("integrations",),
     ("evals",),
     ("cli",),
@@ -78,8 +78,8 @@ def test_public_names():
         "CacheSpec",
         "CodecSpec",
         "EvalPlan",
-        "PackedCodes",
         "RotatingTurboQuantCache",
+        "TokenArrays",
         "TurboQuantCache",
         "apply",
         "attend",
@@ -156,10 +156,10 @@ def test_wheel_carries_everything(tmp_path):
         "import mlx_turboquant as tq; print(tq.__file__); "
         "print(tq.lloyd_max(64, 3).mse); "
         "from mlx_turboquant.kernels import source; print(source.metal_folder()); "
-        "from mlx_turboquant.backends import gpu, tokens; "
+        "from mlx_turboquant.backends import gpu, gpu_codes; "
         "print(*[len(source.header(k.file, d)) for d in ('metal', 'cuda')"
         " for k in (gpu.ATTEND_BLOCK, gpu.MERGE_ROW,"
-        " tokens.ENCODE_TOKENS, tokens.DECODE_TOKENS)])"
+        " gpu_codes.ENCODE_TOKENS, gpu_codes.DECODE_TOKENS)])"
     )
     out = subprocess.check_output(
         [sys.executable, "-c", code], text=True, cwd=site, env={"PYTHONPATH": str(site)}

@@ -8,7 +8,7 @@ from helpers import MODEL
 import mlx_turboquant as tq
 from mlx_turboquant.errors import UnsupportedModelError
 from mlx_turboquant.integrations.footprint import footprint, of_network
-from mlx_turboquant.plan import Footprint, Layer
+from mlx_turboquant.memory import Footprint, Layer
 
 SPECS = ("8", "k4v3", "3", "2", "3,codec=trellis", "k16v4", "3,window=64,page=64")
 

@@ -12,10 +12,10 @@ import functools
 
 import mlx.core as mx
 
-from ..basis import PageMeans
 from ..codecs.scalar import ScalarCodec
-from ..codes import PackedCodes
-from ..segments import Segments
+from ..segments import CompressedTokens
+from ..tokens import TokenArrays
+from ..transform import PageMeans
 from . import reference
 from .planes import layout_of, planes_of
 
@@ -33,8 +33,8 @@ class Cpu:
     def attend(
         self,
         q: mx.array,
-        keys: Segments,
-        values: Segments,
+        keys: CompressedTokens,
+        values: CompressedTokens,
         scale: float,
         mask: mx.array | str | None = None,
         sinks: mx.array | None = None,
@@ -50,7 +50,7 @@ class Cpu:
             assert isinstance(values.codec, ScalarCodec)
             planes = planes_of(values.codec, values.packed)
         dtype, q = q.dtype, q.astype(mx.float32) * scale
-        q_rot = keys.basis.query(q).reshape(batch, heads, rows, -1)
+        q_rot = keys.basis.encode_query(q).reshape(batch, heads, rows, -1)
         logits = _logits(q.reshape(batch, heads, rows, -1), q_rot, keys)
         logits = logits.reshape(batch, -1, steps, total)
         if isinstance(mask, str):
@@ -63,11 +63,13 @@ class Cpu:
         weights = _softmax(logits, sinks).reshape(batch, heads, rows, total)
         shape = (batch, -1, steps, values.shape[3])
         out_rot = _weigh_packed(weights, values, planes).reshape(shape)
-        out = values.basis.out(out_rot) + _weigh_plain(weights, values).reshape(shape)
+        out = values.basis.decode(out_rot) + _weigh_plain(weights, values).reshape(
+            shape
+        )
         return out.astype(dtype)
 
 
-def refuse(keys: Segments, values: Segments) -> str | None:
+def refuse(keys: CompressedTokens, values: CompressedTokens) -> str | None:
     """Why planes cannot serve these, or None."""
     if keys.packed is None or values.packed is None:
         return "nothing is packed yet"
@@ -77,7 +79,7 @@ def refuse(keys: Segments, values: Segments) -> str | None:
     return None
 
 
-def _logits(q: mx.array, q_rot: mx.array, keys: Segments) -> mx.array:
+def _logits(q: mx.array, q_rot: mx.array, keys: CompressedTokens) -> mx.array:
     """Of all tokens, (B, H, rows, T) float32, for both spellings of the queries."""
     assert keys.packed is not None
     assert isinstance(keys.codec, ScalarCodec)
@@ -106,7 +108,7 @@ def _mean_logits(q_rot: mx.array, means: PageMeans, tokens: int) -> mx.array:
 
 
 def _weigh_packed(
-    weights: mx.array, values: Segments, planes: list[mx.array]
+    weights: mx.array, values: CompressedTokens, planes: list[mx.array]
 ) -> mx.array:
     """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
     first = values.sink_length
@@ -119,7 +121,7 @@ def _weigh_packed(
     return mx.concatenate(pieces, axis=-1)[..., layout.places]
 
 
-def _weigh_plain(weights: mx.array, values: Segments) -> mx.array:
+def _weigh_plain(weights: mx.array, values: CompressedTokens) -> mx.array:
     """Weights times sink and recent values: (B, H, rows, D), not rotated."""
     first = values.sink_length
     last = first + values.packed_length
@@ -143,7 +145,7 @@ def _dot(q: mx.array, keys: mx.array) -> mx.array:
     return q @ keys.astype(mx.float32).swapaxes(-1, -2)
 
 
-def _scales(codes: PackedCodes) -> mx.array:
+def _scales(codes: TokenArrays) -> mx.array:
     return codes.view("scales").astype(mx.float32).swapaxes(-1, -2)
 
 

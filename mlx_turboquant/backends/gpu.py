@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from ..basis import Basis, PageMeans
 from ..codecs import Codec
-from ..codes import PackedCodes
 from ..kernels.decode_attention import ATTEND_BLOCK, MERGE_ROW
 from ..kernels.kernel import Launcher
-from ..segments import Segments
-from . import reference, tokens
+from ..segments import CompressedTokens
+from ..tokens import TokenArrays
+from ..transform import ChannelTransform, PageMeans
+from . import gpu_codes, reference
 from .formats import Readable
 from .plan import (
     BLOCK_SIMDGROUPS,
@@ -36,14 +36,14 @@ MAX_ROWS = 8
 _TILE = 32
 
 
-def refuse(keys: Segments, values: Segments) -> str | None:
+def refuse(keys: CompressedTokens, values: CompressedTokens) -> str | None:
     """Why these kernels cannot attend to what is stored, or None if they can."""
     if keys.packed is None or values.packed is None:
         return "nothing is packed yet"
     means = keys.means
     if means is not None and means.count > 1 and means.page % _TILE:
         return f"page {means.page} is not a multiple of {_TILE}"
-    return tokens.refuse(keys.codec, values.codec)
+    return gpu_codes.refuse(keys.codec, values.codec)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Gpu:
     def attend(
         self,
         q: mx.array,
-        keys: Segments,
-        values: Segments,
+        keys: CompressedTokens,
+        values: CompressedTokens,
         scale: float,
         mask: mx.array | str | None = None,
         sinks: mx.array | None = None,
@@ -81,11 +81,11 @@ class Gpu:
             return reference.attend(q, keys, values, scale, mask, sinks, self.decode)
         return self._attend_fused(q, keys, values, scale, mask, sinks)
 
-    def decode(self, side: Segments, heads: slice, dtype: mx.Dtype) -> mx.array:
+    def decode(self, side: CompressedTokens, heads: slice, dtype: mx.Dtype) -> mx.array:
         """As `reference.decode`, by a kernel."""
         assert isinstance(side.codec, Readable)
         assert side.packed is not None
-        return tokens.decode(self.launcher, side.codec, side.packed, dtype, heads)
+        return gpu_codes.decode(self.launcher, side.codec, side.packed, dtype, heads)
 
     def encode(
         self,
@@ -93,17 +93,19 @@ class Gpu:
         values: mx.array,
         means: PageMeans | None,
         first: int,
-        bases: tuple[Basis, Basis],
+        bases: tuple[ChannelTransform, ChannelTransform],
         codecs: tuple[Codec, Codec],
-    ) -> tuple[PackedCodes, PackedCodes]:
+    ) -> tuple[TokenArrays, TokenArrays]:
         """As `reference.encode`; codecs without a kernel are left to it."""
-        return tokens.encode(self.launcher, keys, values, means, first, bases, codecs)
+        return gpu_codes.encode(
+            self.launcher, keys, values, means, first, bases, codecs
+        )
 
     def _attend_fused(
         self,
         q: mx.array,
-        keys: Segments,
-        values: Segments,
+        keys: CompressedTokens,
+        values: CompressedTokens,
         scale: float,
         mask: mx.array | str | None,
         sinks: mx.array | None,
@@ -149,8 +151,8 @@ class Gpu:
         self,
         plan: Plan,
         q: mx.array,
-        keys: Segments,
-        values: Segments,
+        keys: CompressedTokens,
+        values: CompressedTokens,
         counts: tuple[int, int, int],
         bias: mx.array,
     ) -> list[mx.array]:
@@ -205,8 +207,8 @@ class Gpu:
         plan: Plan,
         q: mx.array,
         partial: tuple[mx.array, mx.array],
-        keys: Segments,
-        values: Segments,
+        keys: CompressedTokens,
+        values: CompressedTokens,
         bias: mx.array,
         learned: mx.array | None,
         causal: bool,
@@ -248,14 +250,14 @@ class Gpu:
         )[0]
 
 
-def _unpacked_into_basis(side: Segments) -> Segments:
+def _unpacked_into_basis(side: CompressedTokens) -> CompressedTokens:
     """With sink and recent tokens in the codes' basis, dtype kept."""
-    into, dtype = side.basis.into, side.recent.dtype
+    into, dtype = side.basis.encode, side.recent.dtype
     sink = None if side.sink is None else into(side.sink).astype(dtype)
     return replace(side, sink=sink, recent=into(side.recent).astype(dtype))
 
 
-def _whole_tiles(codes: PackedCodes, tiles: int) -> list[mx.array]:
+def _whole_tiles(codes: TokenArrays, tiles: int) -> list[mx.array]:
     """Words and scales whose capacity reaches to the end of the last tile.
 
     The kernel reads there and counts it for nothing. A cache's buffers always do.

@@ -13,8 +13,8 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 
-from ..basis import Basis
 from ..rotation import Rotation, SplitRotation
+from ..transform import ChannelTransform
 from .formats import Readable, format_of, given_of
 
 LOG2E = math.log2(math.e)
@@ -114,7 +114,7 @@ def plan_for(
     )
 
 
-def signs_of(basis: Basis, heads: int, out: bool) -> mx.array:
+def signs_of(basis: ChannelTransform, heads: int, out: bool) -> mx.array:
     """A basis's signs times (``out``) or over its gains, for each of ``heads``.
 
     One contiguous row of D per batch and KV head, or zeros if no kernel rotates.
@@ -123,7 +123,7 @@ def signs_of(basis: Basis, heads: int, out: bool) -> mx.array:
         return zeros()
     if basis.gains is None:
         return _equal_signs(basis.rotation, heads)
-    return basis.signs_out if out else basis.signs_in
+    return basis.signs_times_gains if out else basis.signs_over_gains
 
 
 @functools.cache

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..codecs.scalar import ScalarCodec
-from ..codes import PackedCodes
 from ..polynomial import levels_of
+from ..tokens import TokenArrays
 
 #: Planes to a compiled pass: MLX fuses up to some twenty arrays.
 _FUSED = 8
@@ -116,7 +116,7 @@ def _index(numbers: list[int]) -> mx.array:
     return mx.array(numbers, dtype=mx.uint32)
 
 
-def planes_of(codec: ScalarCodec, codes: PackedCodes) -> list[mx.array]:
+def planes_of(codec: ScalarCodec, codes: TokenArrays) -> list[mx.array]:
     """Levels (B, H, rows, T) float32 of every plane, in the order of `Layout`."""
     bits, dim, terms = codec.bits, codec.dim, codec.coefficients
     layout = layout_of(bits, dim)

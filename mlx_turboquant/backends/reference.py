@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..basis import Basis, PageMeans
 from ..codecs import Codec
-from ..codes import PackedCodes
-from ..segments import Segments
+from ..segments import CompressedTokens
+from ..tokens import TokenArrays
+from ..transform import ChannelTransform, PageMeans
 
 #: Bound on the decoded slice and the intermediates of decoding it.
 SLICE_BYTES = 256 << 20
@@ -26,10 +26,10 @@ SLICE_BYTES = 256 << 20
 # allocator was seen to hold at once for float32 models.
 _BYTES_PER_ELEMENT = 20
 
-Decode = Callable[[Segments, slice, mx.Dtype], mx.array]
+Decode = Callable[[CompressedTokens, slice, mx.Dtype], mx.array]
 
 
-def decode(side: Segments, heads: slice, dtype: mx.Dtype) -> mx.array:
+def decode(side: CompressedTokens, heads: slice, dtype: mx.Dtype) -> mx.array:
     """The packed tokens of some heads (B, heads, T_p, D), in the basis, no means."""
     assert side.packed is not None
     return side.codec.decode(side.packed, dtype, heads)
@@ -40,9 +40,9 @@ def encode(
     values: mx.array,
     means: PageMeans | None,
     first: int,
-    bases: tuple[Basis, Basis],
+    bases: tuple[ChannelTransform, ChannelTransform],
     codecs: tuple[Codec, Codec],
-) -> tuple[PackedCodes, PackedCodes]:
+) -> tuple[TokenArrays, TokenArrays]:
     """Codes of tokens that follow ``first`` packed ones.
 
     Args:
@@ -60,10 +60,14 @@ def encode(
 
 
 def encode_side(
-    x: mx.array, means: PageMeans | None, first: int, basis: Basis, codec: Codec
-) -> PackedCodes:
+    x: mx.array,
+    means: PageMeans | None,
+    first: int,
+    basis: ChannelTransform,
+    codec: Codec,
+) -> TokenArrays:
     """`encode` of keys or values alone."""
-    x_rot = basis.into(x)
+    x_rot = basis.encode(x)
     if means is not None:
         x_rot = x_rot - means.of_tokens(first, x.shape[2])
     return codec.encode(x_rot)
@@ -71,8 +75,8 @@ def encode_side(
 
 def attend(
     q: mx.array,
-    keys: Segments,
-    values: Segments,
+    keys: CompressedTokens,
+    values: CompressedTokens,
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
@@ -97,15 +101,15 @@ def attend(
         return mx.fast.scaled_dot_product_attention(
             q, keys.recent, values.recent, scale=scale, mask=mask, sinks=sinks
         )
-    q_rot = keys.basis.query(q).astype(q.dtype)
+    q_rot = keys.basis.encode_query(q).astype(q.dtype)
     out_rot = attend_rot(q_rot, keys, values, scale, mask, sinks, decode)
-    return values.basis.out(out_rot).astype(q.dtype)
+    return values.basis.decode(out_rot).astype(q.dtype)
 
 
 def attend_rot(
     q_rot: mx.array,
-    keys: Segments,
-    values: Segments,
+    keys: CompressedTokens,
+    values: CompressedTokens,
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
@@ -132,7 +136,7 @@ def attend_rot(
     return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
 
-def heads_per_slice(keys: Segments, values: Segments) -> int:
+def heads_per_slice(keys: CompressedTokens, values: CompressedTokens) -> int:
     """KV heads decoded at once: as many as fit in `SLICE_BYTES`, at least one."""
     batch, heads, length, k_dim = keys.shape
     per_head = batch * length * (k_dim + values.shape[-1]) * _BYTES_PER_ELEMENT
@@ -140,7 +144,7 @@ def heads_per_slice(keys: Segments, values: Segments) -> int:
 
 
 def materialize_rot(
-    side: Segments, heads: slice, dtype: mx.Dtype, decode: Decode = decode
+    side: CompressedTokens, heads: slice, dtype: mx.Dtype, decode: Decode = decode
 ) -> mx.array:
     """All tokens of some KV heads (B, heads, T, D) in the basis, means put back.
 
@@ -153,7 +157,7 @@ def materialize_rot(
     basis = side.basis.of_heads(heads)
     parts = []
     if side.sink is not None:
-        parts.append(basis.into(side.sink[:, heads]).astype(dtype))
+        parts.append(basis.encode(side.sink[:, heads]).astype(dtype))
     if side.packed is not None:
         packed = decode(side, heads, dtype)
         if side.means is not None:
@@ -161,7 +165,7 @@ def materialize_rot(
             packed = (packed.astype(mx.float32) + means).astype(dtype)
         parts.append(packed)
     if side.recent.shape[2]:
-        parts.append(basis.into(side.recent[:, heads]).astype(dtype))
+        parts.append(basis.encode(side.recent[:, heads]).astype(dtype))
     return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
 

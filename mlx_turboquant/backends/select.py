@@ -14,12 +14,12 @@ from typing import NoReturn, Protocol
 
 import mlx.core as mx
 
-from ..basis import Basis, PageMeans
 from ..codecs import Codec
-from ..codes import PackedCodes
 from ..errors import BackendUnavailableError, SpecError
 from ..kernels.kernel import MlxLauncher
-from ..segments import Segments
+from ..segments import CompressedTokens
+from ..tokens import TokenArrays
+from ..transform import ChannelTransform, PageMeans
 from . import cpu, gpu, reference
 
 VARIABLE = "MLX_TQ_BACKEND"
@@ -39,8 +39,8 @@ class Backend(Protocol):
     def attend(
         self,
         q: mx.array,
-        keys: Segments,
-        values: Segments,
+        keys: CompressedTokens,
+        values: CompressedTokens,
         scale: float,
         mask: mx.array | str | None = None,
         sinks: mx.array | None = None,
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """As `reference.attend`."""
         ...
 
-    def decode(self, side: Segments, heads: slice, dtype: mx.Dtype) -> mx.array:
+    def decode(self, side: CompressedTokens, heads: slice, dtype: mx.Dtype) -> mx.array:
         """As `reference.decode`."""
         ...
 
@@ -58,9 +58,9 @@ class Backend(Protocol):
         values: mx.array,
         means: PageMeans | None,
         first: int,
-        bases: tuple[Basis, Basis],
+        bases: tuple[ChannelTransform, ChannelTransform],
         codecs: tuple[Codec, Codec],
-    ) -> tuple[PackedCodes, PackedCodes]:
+    ) -> tuple[TokenArrays, TokenArrays]:
         """As `reference.encode`."""
         ...
 
@@ -115,7 +115,9 @@ def machine_backend() -> tuple[Backend, str | None]:
     return backend, None
 
 
-def choose(keys: Segments, values: Segments) -> tuple[Backend, str | None]:
+def choose(
+    keys: CompressedTokens, values: CompressedTokens
+) -> tuple[Backend, str | None]:
     """The backend for attention over these, and why it is not the device's, if so.
 
     Raises:

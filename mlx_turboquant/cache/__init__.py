@@ -1,15 +1,15 @@
 """Caches: one layer of one sequence, or of a batch; and bits chosen over layers."""
 
-from .allocation import Allocation, Seat
 from .batch import BatchTurboQuantCache
-from .linear import TurboQuantCache
-from .rotating import RotatingTurboQuantCache, least_size
+from .bit_allocation import BitAllocator, LayerSlot
+from .layer import TurboQuantCache
+from .sliding import RotatingTurboQuantCache, min_window
 
 __all__ = [
-    "Allocation",
     "BatchTurboQuantCache",
+    "BitAllocator",
+    "LayerSlot",
     "RotatingTurboQuantCache",
-    "Seat",
     "TurboQuantCache",
-    "least_size",
+    "min_window",
 ]

@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..segments import RowSegments
-from .linear import TurboQuantCache
+from ..segments import CompressedRows
+from .layer import TurboQuantCache
 
 #: Real tokens to come of a row that nothing pads.
 _UNPADDED = 1 << 30
@@ -41,7 +41,7 @@ class BatchTurboQuantCache:
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
-    ) -> tuple[RowSegments, RowSegments] | tuple[mx.array, mx.array]:
+    ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
         """Append each row's real tokens of keys (B, H, N, D).
 
         Returns:
@@ -62,7 +62,7 @@ class BatchTurboQuantCache:
 
     def keys_and_values(
         self,
-    ) -> tuple[RowSegments, RowSegments] | tuple[mx.array, mx.array]:
+    ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
         """What `update_and_fetch` returned last, for layers that share a cache."""
         keys, values = next(row.segments() for row in self.rows if not row.empty())
         nothing = (keys.recent[:, :, :0], values.recent[:, :, :0])
@@ -70,15 +70,15 @@ class BatchTurboQuantCache:
 
     def _as_batch(
         self, fetched: Sequence[tuple[Any, Any]]
-    ) -> tuple[RowSegments, RowSegments] | tuple[mx.array, mx.array]:
+    ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
         k_rows, v_rows = zip(*fetched, strict=True)
         if self._decodes:
             return _right_aligned(k_rows), _right_aligned(v_rows)
-        return RowSegments(k_rows, self._last), RowSegments(v_rows, self._last)
+        return CompressedRows(k_rows, self._last), CompressedRows(v_rows, self._last)
 
     @property
     def _decodes(self) -> bool:
-        return any(row.decodes for row in self.rows)
+        return any(row.returns_arrays for row in self.rows)
 
     def _spans(self, n: int) -> list[tuple[int, int]]:
         """Where each row's real tokens stand among the next ``n``."""

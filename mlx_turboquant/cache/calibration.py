@@ -1,7 +1,7 @@
 """What the first page of a text says about a layer: channel gains, logit variance.
 
 Owns the queries seen so far (their squares on the first page, and the last few) and the
-rule that turns them and the first page's keys and values into the gains of a `Basis`.
+rule that turns them and the first page's keys and values into the gains of a `ChannelTransform`.
 When that happens, and what is packed then, is `linear`'s.
 
 A rotation spreads a vector's quantization error evenly over its channels. With gains s
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from .store import TokenStore
+from ..tokens import TokenArrays
 
 #: Last queries of a step that `reach` looks at.
 _LAST = 64
@@ -39,7 +39,7 @@ class Calibration:
 
     def __init__(self, skip: int, page: int) -> None:
         self._skip, self._page = skip, page
-        self._queries = TokenStore(skip + page)
+        self._queries = TokenArrays(growth=skip + page)
         self.scale = 0.0
         self._last: mx.array | None = None
 
@@ -66,7 +66,7 @@ class Calibration:
 
     def trim(self, offset: int) -> None:
         """Forget the queries of tokens from ``offset`` on."""
-        self._queries.trim(max(0, self._queries.length - offset))
+        self._queries.drop_last(max(0, self._queries.length - offset))
 
     def key_gains(self, keys: mx.array) -> mx.array:
         """Gains (B, H, 1, Dk) for the page's centred keys (B, H, page, Dk)."""

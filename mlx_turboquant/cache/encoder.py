@@ -12,12 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..backends import select
-from ..basis import Basis, PageMeans
 from ..codecs import Codec, codec_for
 from ..spec import CacheSpec
-from .allocation import Seat
+from ..tokens import TokenArrays
+from ..transform import ChannelTransform, PageMeans
+from .bit_allocation import LayerSlot
 from .calibration import Calibration, by_power
-from .store import TokenStore
 
 _MEANS_STEP = 8
 _ALL_TOKENS = 1 << 30
@@ -27,17 +27,19 @@ Arrays = dict[str, mx.array]
 class PageEncoder:
     """Encodes pages of one layer; calibrated by the first of them, then frozen."""
 
-    def __init__(self, spec: CacheSpec, seat: Seat | None = None) -> None:
+    def __init__(self, spec: CacheSpec, seat: LayerSlot | None = None) -> None:
         self.spec = spec
         self._seat = seat
         self._waited = False
         self.calibrated = False
         self.calibration = Calibration(spec.sink, spec.page)
         self.means: PageMeans | None = None  # what was taken off the keys so far
-        self._means = TokenStore(_MEANS_STEP)
+        self._means = TokenArrays(growth=_MEANS_STEP)
         self._gains: Arrays = {}
         self._dims: tuple[int, int] | None = None
-        self._built: tuple[tuple[Codec, Codec], tuple[Basis, Basis]] | None = None
+        self._built: (
+            tuple[tuple[Codec, Codec], tuple[ChannelTransform, ChannelTransform]] | None
+        ) = None
 
     def prepare(self, k_dim: int, v_dim: int) -> None:
         """Make sure vectors of these dims can be encoded.
@@ -49,7 +51,9 @@ class PageEncoder:
             self._dims = (k_dim, v_dim)
             self._build()
 
-    def _build(self) -> tuple[tuple[Codec, Codec], tuple[Basis, Basis]]:
+    def _build(
+        self,
+    ) -> tuple[tuple[Codec, Codec], tuple[ChannelTransform, ChannelTransform]]:
         if self._built is None:
             assert self._dims is not None, "prepare comes first"
             spec = self.spec
@@ -59,8 +63,10 @@ class PageEncoder:
             )
             gains = self._gains
             bases = (
-                Basis(codecs[0].rotation, gains.get("keys"), gains.get("keys_order")),
-                Basis(
+                ChannelTransform(
+                    codecs[0].rotation, gains.get("keys"), gains.get("keys_order")
+                ),
+                ChannelTransform(
                     codecs[1].rotation, gains.get("values"), gains.get("values_order")
                 ),
             )
@@ -73,7 +79,7 @@ class PageEncoder:
         return self._build()[0]
 
     @property
-    def bases(self) -> tuple[Basis, Basis]:
+    def bases(self) -> tuple[ChannelTransform, ChannelTransform]:
         """Of keys and values."""
         return self._build()[1]
 
@@ -154,7 +160,7 @@ class PageEncoder:
         batch, heads, count, dim = keys.shape
         if count:
             pages = keys.astype(mx.float32).reshape(batch, heads, -1, spec.page, dim)
-            means = self.bases[0].into(mx.mean(pages, axis=3))
+            means = self.bases[0].encode(mx.mean(pages, axis=3))
             self._means.append({"keys": means.astype(mx.float16)})
             self._means_changed()
 
@@ -170,15 +176,15 @@ class PageEncoder:
         """Keep what the first ``encoded`` encoded tokens need; the gains stay."""
         if self.spec.center == "page":
             pages = -(-encoded // self.spec.page)
-            self._means.trim(max(0, self._means.length - pages))
+            self._means.drop_last(max(0, self._means.length - pages))
         elif not encoded:
-            self._means.trim(self._means.length)
+            self._means.drop_last(self._means.length)
         self._means_changed()
 
     def drop(self, encoded: int) -> None:
         """Forget the first ``encoded`` encoded tokens, whole pages."""
         if self.spec.center == "page":
-            self._means.drop(encoded // self.spec.page)
+            self._means.drop_first(encoded // self.spec.page)
             self._means_changed()
 
     @property

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..tokens import TokenArrays
 from .masks import make_mask
-from .store import TokenStore
 
 
 class SequenceCache:
     """Answers that follow from ``offset`` and from the buffers of recent tokens."""
 
-    _recent: TokenStore
+    _recent: TokenArrays
 
     @property
     def offset(self) -> int:

@@ -41,10 +41,10 @@ def cache_prompt(
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
+    from ..explanation import explain
+    from ..integrations.factory import caches_for
     from ..integrations.loading import check_context, load
-    from ..integrations.mlx_lm import caches_for
     from ..integrations.prompt_files import save_prompt_cache
-    from ..report import explain
 
     tokenizer_config = {"trust_remote_code": trust_remote_code}
     if eos_token is not None:

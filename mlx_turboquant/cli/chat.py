@@ -59,9 +59,9 @@ def chat(
     from rich.console import Console
 
     from ..integrations.conversation import Conversation
+    from ..integrations.factory import caches_for
     from ..integrations.footprint import of_network
     from ..integrations.loading import load
-    from ..integrations.mlx_lm import caches_for
 
     if seed is not None:
         mx.random.seed(seed)
@@ -127,7 +127,7 @@ def _lines(console: Console, talk: Conversation) -> Iterator[str]:
 
 def _meter(talk: Conversation) -> str:
     """How full the context is, and what it takes: ``812 / 8192 tokens, 2.1 MB``."""
-    from ..report import size_text
+    from ..explanation import size_text
 
     told = talk.explain()
     of = "" if talk.context is None else f" / {talk.context}"

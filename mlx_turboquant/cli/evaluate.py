@@ -77,8 +77,8 @@ def evaluate(
 
     from ..evals import EvalPlan, report
     from ..evals import evaluate as run
+    from ..evals.grid import BASELINES, SPECS
     from ..evals.pathologies import NAMES
-    from ..evals.plan import BASELINES, SPECS
     from ..integrations.loading import load
 
     given: dict[str, Any] = {

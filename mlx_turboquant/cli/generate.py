@@ -64,10 +64,10 @@ def generate(
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
 
+    from ..explanation import explain
+    from ..integrations.factory import length_of
     from ..integrations.footprint import of_network
     from ..integrations.loading import check_context, load
-    from ..integrations.mlx_lm import length_of
-    from ..report import explain
 
     if seed is not None:
         mx.random.seed(seed)
@@ -194,7 +194,7 @@ def _make_cache(
     stored: list[Any] | None,
 ) -> list[Any]:
     from ..cache import TurboQuantCache
-    from ..integrations.mlx_lm import caches_for
+    from ..integrations.factory import caches_for
     from ..integrations.prompt_files import check_cache
 
     if stored is not None:
@@ -220,8 +220,8 @@ def _add_draft(
     """The draft model, and the caches of both models as mlx-lm wants them."""
     if name is None:
         return None, cache
+    from ..integrations.factory import caches_for, length_of
     from ..integrations.loading import load
-    from ..integrations.mlx_lm import caches_for, length_of
     from ..integrations.speculation import PairedCaches, check_rewinds
 
     draft, draft_tokenizer = load(name)

@@ -14,7 +14,7 @@ from ..spec import CacheSpec
 from . import options as opt
 
 if TYPE_CHECKING:
-    from ..plan import Footprint
+    from ..memory import Footprint
 
 #: Shown unless others are asked for.
 _PRESETS = ("4", "k4v3", "3", "2", "3,codec=trellis", "2,codec=trellis")
@@ -43,8 +43,8 @@ def plan(
             )
     size = opt.size("--memory", memory) or memory_of_machine()
 
+    from ..explanation import size_text
     from ..integrations.footprint import footprint
-    from ..report import size_text
 
     found = footprint(model or opt.DEFAULT_MODEL)
     typer.echo(
@@ -96,7 +96,7 @@ def warn_if_tight(found: Footprint, tokens: int, spec: CacheSpec | None) -> None
     fits = found.tokens_in(size, spec)
     if fits >= min(tokens, found.context or tokens):
         return
-    from ..report import size_text
+    from ..explanation import size_text
 
     need = found.weights + found.cache_bytes(tokens, spec)
     ways = ["3"] if spec is None else ["2", "2,codec=trellis"]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .scale import FP16_BITS
 
@@ -39,16 +39,16 @@ class Affine(Traits):
     equalized = False
     arrays = ("words", "scales", "biases")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words, scales and biases, both fp16."""
         bits = int(self.spec.bits)
         half = mx.clip(x_rot, -_LARGEST, _LARGEST).astype(mx.float16)
         words, scales, biases = mx.quantize(half, group_size=self.group, bits=bits)
         arrays = {"words": words, "scales": scales, "biases": biases}
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Every used token: (B, heads, length, dim)."""
         words, scales, biases = (codes.view(name, heads) for name in self.arrays)

@@ -12,9 +12,9 @@ from typing import ClassVar, Literal, Protocol
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..rotation import Rotation, SplitRotation
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 
 Side = Literal["keys", "values"]
 
@@ -34,7 +34,7 @@ class Codec(Protocol):
 
     @property
     def rotation(self) -> Rotation | SplitRotation:
-        """Basis that `encode` expects and `decode` returns."""
+        """ChannelTransform that `encode` expects and `decode` returns."""
         ...
 
     @property
@@ -57,7 +57,7 @@ class Codec(Protocol):
         """Names of the arrays that `encode` makes."""
         ...
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Encode x_rot (B, H, T, dim), any float dtype.
 
         A token's codes depend on that token alone, not on its neighbours or place.
@@ -65,7 +65,7 @@ class Codec(Protocol):
         ...
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """The used tokens as (B, heads, length, dim) in ``dtype``, still rotated."""
         ...

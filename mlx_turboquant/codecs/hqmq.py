@@ -22,10 +22,10 @@ import numpy as np
 
 from ..bitstream import Stream
 from ..codebook import Array
-from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from . import lloyd
 from .base import Side, Traits, register
 from .scale import FP16_BITS, Rule, fp16, scaled, unit
@@ -60,7 +60,7 @@ class Hqmq(Traits):
     length_bits: int
     arrays = ("words", "scales", "place", "chunk")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words, scales, and the chunk kept apart."""
         chunks = x_rot.astype(mx.float32).reshape(*x_rot.shape[:-1], -1, _CHUNK)
         length = mx.linalg.norm(chunks, axis=-1)
@@ -81,7 +81,7 @@ class Hqmq(Traits):
             "place": mx.where(apart, longest, _NO_CHUNK).astype(mx.uint8),
             "chunk": mx.where(apart, fp16(held), 0),
         }
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def _nearest(self, chunks: mx.array) -> mx.array:
         """Codes (...,) of chunks (..., 4): the direction, then the length."""
@@ -101,7 +101,7 @@ class Hqmq(Traits):
         return self.units[codes >> self.length_bits] * length[number][..., None]
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Every used token: (B, heads, length, dim)."""
         points = self._points(self._stream.windows(codes.view("words", heads)))

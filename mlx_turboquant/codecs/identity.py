@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 
 
@@ -27,12 +27,12 @@ class Identity(Traits):
     equalized = False
     arrays = ("vectors",)
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Keep x_rot (B, H, T, dim) in its own dtype."""
-        return PackedCodes({"vectors": x_rot}, x_rot.shape[-2])
+        return TokenArrays({"vectors": x_rot}, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """The kept vectors as (B, heads, length, dim) in ``dtype``."""
         return codes.view("vectors", heads).astype(dtype)

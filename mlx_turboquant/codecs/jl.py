@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .scale import FP16_BITS, fp16
 
@@ -35,12 +35,12 @@ class Jl(Traits):
     rows: int
     arrays = ("vectors",)
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Rotated vectors (B, H, T, dim) to their first ``rows`` elements, fp16."""
-        return PackedCodes({"vectors": fp16(x_rot[..., : self.rows])}, x_rot.shape[-2])
+        return TokenArrays({"vectors": fp16(x_rot[..., : self.rows])}, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Zeros beyond the rows: (B, heads, length, dim), still rotated."""
         kept = codes.view("vectors", heads).astype(mx.float32) * (self.dim / self.rows)

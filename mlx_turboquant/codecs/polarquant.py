@@ -19,10 +19,10 @@ import numpy as np
 
 from ..bitstream import Stream
 from ..codebook import Array
-from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from . import lloyd
 from .base import Side, Traits, register
 from .scale import FP16_BITS, fp16
@@ -41,7 +41,7 @@ class PolarQuant(Traits):
     rotation: Rotation
     arrays = ("words", "radii")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (15 angles a block), radii fp16."""
         radius = x_rot.reshape(*x_rot.shape[:-1], -1, BLOCK)
         codes = []
@@ -56,10 +56,10 @@ class PolarQuant(Traits):
             "words": self._stream.pack(joined.reshape(*x_rot.shape[:-1], -1)),
             "radii": fp16(radius[..., 0]),
         }
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Every used token: (B, heads, length, dim), still rotated."""
         radius = codes.view("radii", heads).astype(mx.float32)[..., None]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..packing import words_per_vector
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .scale import FP16_BITS
 from .sketch import from_sketch, sketch_of
@@ -38,13 +38,13 @@ class Qjl(Traits):
     seed: int
     arrays = ("words", "lengths")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to packed signs and fp16 lengths."""
         words, lengths = sketch_of(x_rot.astype(mx.float32), self.rows, self.seed)
-        return PackedCodes({"words": words, "lengths": lengths}, x_rot.shape[-2])
+        return TokenArrays({"words": words, "lengths": lengths}, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Vectors whose inner products are QJL's: (B, heads, length, dim)."""
         words, lengths = codes.view("words", heads), codes.view("lengths", heads)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .turboquant import TurboQuant, turboquant
 
@@ -37,7 +37,7 @@ class Residual(Traits):
         count = range(len(self.stages))
         return tuple(f"{name}_{i}" for i in count for name in ("words", "scales"))
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words and fp16 scales of every stage."""
         rest = self.rotation.inverse(x_rot)
         arrays: dict[str, mx.array] = {}
@@ -45,23 +45,23 @@ class Residual(Traits):
             codes = stage.encode(stage.rotation.forward(rest))
             rest = rest - self._stage(stage, codes)
             arrays |= {f"{name}_{i}": array for name, array in codes.arrays.items()}
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """The sum of all stages: (B, heads, length, dim), still rotated."""
         total: mx.array | None = None
         for i, stage in enumerate(self.stages):
             own = {name: codes.arrays[f"{name}_{i}"] for name in stage.arrays}
-            part = self._stage(stage, PackedCodes(own, codes.length), heads)
+            part = self._stage(stage, TokenArrays(own, codes.length), heads)
             total = part if total is None else total + part
         assert total is not None, "there is a stage"
         return self.rotation.forward(total).astype(dtype)
 
     @staticmethod
     def _stage(
-        stage: TurboQuant, codes: PackedCodes, heads: slice = slice(None)
+        stage: TurboQuant, codes: TokenArrays, heads: slice = slice(None)
     ) -> mx.array:
         return stage.rotation.inverse(stage.decode(codes, mx.float32, heads))
 

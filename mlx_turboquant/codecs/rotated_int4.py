@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..packing import pack
 from ..rotation import rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, register
 from .scalar import ScalarCodec
 from .scale import fp16
@@ -27,7 +27,7 @@ _LEVELS = 2**_BITS
 class RotatedInt4(ScalarCodec):
     """See the module's docstring; implements `codecs.base.Codec`."""
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (B, H, T, W) uint32, steps fp16."""
         x_rot = x_rot.astype(mx.float32)
         largest = mx.max(mx.abs(x_rot), axis=-1, keepdims=True)
@@ -35,7 +35,7 @@ class RotatedInt4(ScalarCodec):
         wide = step.astype(mx.float32)
         codes = mx.floor(x_rot / mx.where(wide > 0, wide, 1.0)) + _LEVELS // 2
         words = pack(mx.clip(codes, 0, _LEVELS - 1).astype(mx.uint32), _BITS)
-        return PackedCodes({"words": words, "scales": step}, x_rot.shape[-2])
+        return TokenArrays({"words": words, "scales": step}, x_rot.shape[-2])
 
 
 @register("rotated-int4")

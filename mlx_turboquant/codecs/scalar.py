@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..packing import unpack, words_per_vector
 from ..polynomial import levels_of
 from ..rotation import Rotation
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Traits
 from .scale import FP16_BITS
 
@@ -26,7 +26,7 @@ class ScalarCodec(Traits):
     Args:
         spec: Its options.
         dim: Elements per vector.
-        rotation: Basis of the vectors.
+        rotation: ChannelTransform of the vectors.
         bits: Of a code, 1..8.
         coefficients: Levels by code (`polynomial.levels_of`).
     """
@@ -43,7 +43,7 @@ class ScalarCodec(Traits):
         return levels_of(codes, self.bits, self.coefficients)
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Scale times level for every used token: (B, heads, length, dim), rotated."""
         index = unpack(codes.view("words", heads), self.bits, self.dim)

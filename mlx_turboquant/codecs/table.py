@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..bitstream import Stream
-from ..codes import PackedCodes
 from ..rotation import Rotation
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Traits
 from .scale import FP16_BITS
 
@@ -25,7 +25,7 @@ class TableCodec(Traits):
     Args:
         spec: Its options.
         dim: Elements per vector.
-        rotation: Basis of the vectors.
+        rotation: ChannelTransform of the vectors.
         pairs: Own bits of each pair of elements, padding included.
         index_bits: Bits a pair is looked up by: its own and, of a trellis, those
             behind.
@@ -43,7 +43,7 @@ class TableCodec(Traits):
     arrays = ("words", "scales")
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Scale times point for every used token: (B, heads, length, dim), rotated."""
         index = self.pairs.windows(codes.view("words", heads), self.index_bits)

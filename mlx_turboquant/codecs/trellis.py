@@ -25,9 +25,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..bitstream import Stream
-from ..codes import PackedCodes
 from ..rotation import rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from . import viterbi
 from .base import Side, register
 from .scale import Rule, scaled, unit
@@ -54,7 +54,7 @@ class Trellis(TableCodec):
     widths: tuple[int, ...]
     levels: mx.array
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (B, H, T, W) uint32, scales fp16."""
         y, rms = unit(x_rot.astype(mx.float32))
         count = 2 * self.pairs.count
@@ -67,7 +67,7 @@ class Trellis(TableCodec):
         index = pairs[..., 0] | (pairs[..., 1] << self.widths[0])
         scale = scaled(self.scale, rms, y, self.elements(index))
         words = self.pairs.pack(index & (2 ** self.pairs.pattern[0] - 1))
-        return PackedCodes({"words": words, "scales": scale}, x_rot.shape[-2])
+        return TokenArrays({"words": words, "scales": scale}, x_rot.shape[-2])
 
     @functools.cached_property
     def _trellis(self) -> viterbi.Trellis:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..bitstream import Stream
-from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .scale import FP16_BITS, fp16
 
@@ -50,7 +50,7 @@ class TurboAngle(Traits):
     bins: int
     arrays = ("words", "scales")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (angles, then norms) and two fp16 scales."""
         angle, norm = polar(x_rot)
         bins = bin_of(angle, self.bins)
@@ -77,10 +77,10 @@ class TurboAngle(Traits):
             "words": mx.concatenate(streams, axis=-1),
             "scales": mx.concatenate([largest, below], axis=-1),
         }
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Every used token: (B, heads, length, dim), still rotated."""
         words, count = codes.view("words", heads), self.dim // 2

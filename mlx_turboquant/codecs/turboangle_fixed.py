@@ -17,9 +17,9 @@ import numpy as np
 
 from ..bitstream import Stream
 from ..codebook import Array
-from ..codes import PackedCodes
 from ..rotation import rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from . import lloyd
 from .base import Side, register
 from .scale import Rule, scaled, unit
@@ -44,7 +44,7 @@ class FixedRadius(TableCodec):
     scale: Rule
     radius_bits: int
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (a code a pair), scales fp16."""
         y, rms = unit(x_rot.astype(mx.float32))
         angle, norm = polar(y)
@@ -55,7 +55,7 @@ class FixedRadius(TableCodec):
         codes = mx.pad(codes, tail)
         scale = scaled(self.scale, rms, y, self.elements(codes))
         words = self.pairs.pack(codes)
-        return PackedCodes({"words": words, "scales": scale}, x_rot.shape[-2])
+        return TokenArrays({"words": words, "scales": scale}, x_rot.shape[-2])
 
 
 def _points(bins: int, radii: int) -> mx.array:

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..codebook import Codebook
-from ..codes import PackedCodes
 from ..packing import pack
 from ..polynomial import coefficients, computable
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, register
 from .scalar import ScalarCodec
 from .scale import Rule, stored, unit
@@ -48,13 +48,13 @@ class TurboQuant(ScalarCodec):
     scale: Rule
     gains: tuple[float, ...] = SEARCH_GAINS
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (B, H, T, W) uint32, scales fp16."""
         y, rms = unit(x_rot.astype(mx.float32))
         codes, dot, code_sq = self._search(y)
         scale = stored(self.scale, rms, self.dim, dot, code_sq)
         words = pack(codes, self.bits)
-        return PackedCodes({"words": words, "scales": scale}, x_rot.shape[-2])
+        return TokenArrays({"words": words, "scales": scale}, x_rot.shape[-2])
 
     def _search(self, y: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Codes of the best gain, with <y, c> and ||c||^2 (kept dims) of its c."""

@@ -1,6 +1,6 @@
 """TurboQuant's outlier split: two instances, a bit more for the strongest channels.
 
-Owns the split. Channels come ordered by their power on the first page (`Basis.order`)
+Owns the split. Channels come ordered by their power on the first page (`ChannelTransform.order`)
 and not equalised; the first ``part`` of them get b + 1 bits, the rest b, each with a
 rotation and a scale of its own. So 2.25 bits are a quarter of the channels at 3 and the
 rest at 2, which the paper calls 2.5 (32 * 3 + 96 * 2 over 128 is 2.25).
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..errors import UnsupportedError
 from ..rotation import MIN_DIM, SplitRotation
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .turboquant import SEARCH_GAINS, TurboQuant, turboquant, usual_scale
 
@@ -41,23 +41,23 @@ class TurboQuantOutlier(Traits):
     ordered = True
     arrays = ("strong_words", "strong_scales", "weak_words", "weak_scales")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words and scales of both parts."""
         part = self.strong.dim
         strong = self.strong.encode(x_rot[..., :part])
         weak = self.weak.encode(x_rot[..., part:])
         arrays = {f"strong_{k}": v for k, v in strong.arrays.items()}
         arrays |= {f"weak_{k}": v for k, v in weak.arrays.items()}
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Both parts of every used token: (B, heads, length, dim), still rotated."""
         parts = []
         for name, codec in (("strong", self.strong), ("weak", self.weak)):
             own = {k: codes.arrays[f"{name}_{k}"] for k in codec.arrays}
-            parts.append(codec.decode(PackedCodes(own, codes.length), dtype, heads))
+            parts.append(codec.decode(TokenArrays(own, codes.length), dtype, heads))
         return mx.concatenate(parts, axis=-1)
 
     @property

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codes import PackedCodes
 from ..packing import words_per_vector
 from ..rotation import Rotation, rotation_for
 from ..spec import CodecSpec
+from ..tokens import TokenArrays
 from .base import Side, Traits, register
 from .scale import FP16_BITS
 from .sketch import from_sketch, sketch_of
@@ -38,17 +38,17 @@ class TurboQuantProd(Traits):
     seed: int
     arrays = ("words", "scales", "signs", "lengths")
 
-    def encode(self, x_rot: mx.array) -> PackedCodes:
+    def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words, scales, signs (one bit each), lengths."""
         x_rot = x_rot.astype(mx.float32)
         codes = self.base.encode(x_rot)
         rest = x_rot - self.base.decode(codes, mx.float32)
         signs, lengths = sketch_of(rest, self.dim, self.seed)
         arrays = {**codes.arrays, "signs": signs, "lengths": lengths}
-        return PackedCodes(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays, x_rot.shape[-2])
 
     def decode(
-        self, codes: PackedCodes, dtype: mx.Dtype, heads: slice = slice(None)
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
         """Both parts of every used token: (B, heads, length, dim), still rotated."""
         signs, lengths = codes.view("signs", heads), codes.view("lengths", heads)

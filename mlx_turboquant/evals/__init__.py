@@ -1,7 +1,7 @@
 """Measuring what a cache costs, on any mlx-lm model; see `evaluate`."""
 
 from .evaluate import evaluate
-from .plan import EvalPlan
+from .grid import EvalPlan
 from .results import Evaluation
 
 __all__ = ["EvalPlan", "Evaluation", "evaluate"]

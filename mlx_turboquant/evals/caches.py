@@ -16,7 +16,7 @@ import mlx.nn as nn
 
 from ..cache import TurboQuantCache
 from ..errors import SpecError
-from ..integrations import mlx_lm as host
+from ..integrations import factory as host
 from ..rotation import rotation_for
 from ..spec import CacheSpec
 

@@ -18,11 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..integrations import mlx_lm as host
+from ..integrations import factory as host
 from ..spec import CacheSpec
 from . import needles, pathologies, scoring, text
 from .caches import maker, uses_seed
-from .plan import BASELINES, SPECS, EvalPlan
+from .grid import BASELINES, SPECS, EvalPlan
 from .results import Evaluation, Job
 
 #: Called with (what is being done, jobs done, jobs in all).

@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import SpecError, UnsupportedModelError
-from ..integrations import mlx_lm as host
+from ..integrations import factory as host
 
 #: Ratio of an offset's norm to the root mean square norm of the keys around it.
 OFFSETS = (1.0, 3.0, 10.0, 30.0)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .caches import MakeCache, stored_bits
-from .plan import EvalPlan
+from .grid import EvalPlan
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..errors import FormatError
-from ..report import Explanation, explain
+from ..explanation import Explanation, explain
+from .factory import length_of
 from .loading import check_context, context_length
-from .mlx_lm import length_of
 from .prompt_files import load_prompt_cache, save_prompt_cache
 
 _KIND = "mlx_turboquant chat"

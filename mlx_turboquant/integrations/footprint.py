@@ -23,9 +23,9 @@ from mlx_lm.utils import _get_classes as classes_of
 from mlx_lm.utils import load_config
 
 from ..errors import UnsupportedModelError
-from ..plan import Footprint, Layer
+from ..memory import Footprint, Layer
+from .factory import leaves, slots_or_none, stock_caches
 from .loading import context_length
-from .mlx_lm import leaves, slots_or_none, stock_caches
 
 _INDEX = "model.safetensors.index.json"
 _UNIT = 2  # bytes of an unquantized weight

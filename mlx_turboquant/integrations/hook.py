@@ -21,7 +21,7 @@ import mlx_lm.models.cache as host_cache
 
 from ..attention import attend
 from ..cache import BatchTurboQuantCache, RotatingTurboQuantCache, TurboQuantCache
-from ..segments import Handle
+from ..segments import CompressedKV
 
 _HOOKED = "scaled_dot_product_attention"
 _CLASSES = (TurboQuantCache, RotatingTurboQuantCache, BatchTurboQuantCache)
@@ -39,7 +39,7 @@ def _hook(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    if isinstance(keys, Handle):
+    if isinstance(keys, CompressedKV):
         return attend(queries, keys, values, scale, mask, sinks)
     stock: mx.array = host_base.scaled_dot_product_attention(
         queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..cache import Allocation
+from ..cache import BitAllocator
 from ..errors import SpecError
 from ..spec import CacheSpec
 
@@ -29,14 +29,14 @@ def parsed(spec: Specs) -> Parsed:
     return [CacheSpec.parse(one) for one in spec]
 
 
-def of_layers(spec: Parsed, count: int) -> tuple[list[CacheSpec], Allocation | None]:
+def of_layers(spec: Parsed, count: int) -> tuple[list[CacheSpec], BitAllocator | None]:
     """A spec for each of ``count`` layers, and what they choose their bits by.
 
     Raises:
         SpecError: if there are more or fewer specs than layers.
     """
     if isinstance(spec, CacheSpec):
-        return [spec] * count, Allocation(spec, count) if spec.adaptive else None
+        return [spec] * count, BitAllocator(spec, count) if spec.adaptive else None
     if len(spec) != count:
         raise SpecError(f"{len(spec)} specs do not fit {count} layers; give each one")
     return spec, None

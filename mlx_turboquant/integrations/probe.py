@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from ..cache import TurboQuantCache
 from ..errors import UnsupportedError, UnsupportedModelError
-from ..segments import Segments
+from ..segments import CompressedTokens
 
 #: Token ids of the dry run: a prompt's chunk, then a decode step.
 _CALLS = ((0, 1), (1,))
@@ -33,11 +33,11 @@ class Slot:
     """What one cache entry can be.
 
     Attributes:
-        decodes: The layer wants arrays.
+        returns_arrays: The layer wants arrays.
         stock: Why it keeps mlx-lm's cache; "" if it does not.
     """
 
-    decodes: bool = False
+    returns_arrays: bool = False
     stock: str = ""
 
 
@@ -65,15 +65,15 @@ class _Log:
 class _Watched(TurboQuantCache):
     """Notes whenever its tokens are fetched or attended to."""
 
-    def __init__(self, index: int, decodes: bool, log: _Log) -> None:
-        super().__init__("8,window=0,sink=0,page=16", decodes=decodes)
+    def __init__(self, index: int, returns_arrays: bool, log: _Log) -> None:
+        super().__init__("8,window=0,sink=0,page=16", returns_arrays=returns_arrays)
         self._index, self._log = index, log
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self._log.fetched.append(self._index)
         return super().update_and_fetch(keys, values)
 
-    def segments(self) -> tuple[Segments, Segments]:
+    def segments(self) -> tuple[CompressedTokens, CompressedTokens]:
         self._log.fetched.append(self._index)
         keys, values = super().segments()
         return replace(keys, observe=self._attended), values
@@ -101,7 +101,9 @@ def probe(
     while log.error is not None:
         slots, log = _demoted(model, build, slots, log)
     return [
-        slot if slot.decodes or slot.stock or index in log.attended else _NOT_READ
+        slot
+        if slot.returns_arrays or slot.stock or index in log.attended
+        else _NOT_READ
         for index, slot in enumerate(slots)
     ]
 
@@ -113,7 +115,7 @@ def _try(
 
     def make(index: int) -> Any:
         slot = slots[index]
-        return None if slot.stock else _Watched(index, slot.decodes, log)
+        return None if slot.stock else _Watched(index, slot.returns_arrays, log)
 
     try:
         caches = build(make)
@@ -152,4 +154,4 @@ def _worse(slot: Slot, error: Exception | None) -> list[Slot]:
     if type(error) is UnsupportedError:
         return [Slot(stock=error.reason)]  # of these dims, not of this use
     failing = Slot(stock="the model's own code fails on what it decodes to")
-    return [failing] if slot.decodes else [Slot(decodes=True), failing]
+    return [failing] if slot.returns_arrays else [Slot(returns_arrays=True), failing]

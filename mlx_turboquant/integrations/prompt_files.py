@@ -1,7 +1,7 @@
 """Prompt-cache files: mlx-lm's format, whole or absent, and checked.
 
 Owns the writing beside and renaming, the checksum, and the wording of failed reads.
-What a layer's state holds is its cache's own (``cache/files.py``).
+What a layer's state holds is its cache's own (``cache/state.py``).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import mlx_lm.models.cache as host_cache
 from mlx.utils import tree_flatten
 
 from ..errors import FormatError, UnsupportedModelError
-from ..report import explain
+from ..explanation import explain
 from . import hook
-from .mlx_lm import stock_caches
+from .factory import stock_caches
 
 #: Where the checksum stands among the file's metadata.
 _CHECKSUM = "mlx_turboquant_checksum"

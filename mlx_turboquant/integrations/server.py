@@ -24,10 +24,10 @@ from mlx_lm.models.cache import (
 )
 
 from ..errors import TurboQuantError, UnsupportedError
-from ..report import size_text
+from ..explanation import size_text
 from ..spec import CacheSpec
+from .factory import apply, length_of
 from .loading import check_context, for_this_machine
-from .mlx_lm import apply, length_of
 from .speculation import check_rewinds, check_split
 
 #: A request's body at most: some 16 million tokens of text.

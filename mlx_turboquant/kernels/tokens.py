@@ -1,7 +1,7 @@
 """The kernels that move tokens in and out of codes: their buffers and entry calls.
 
 Owns no arithmetic (``metal/encode.metal``, ``metal/decode.metal``) and no
-choice of launch sizes (`backends.tokens`).
+choice of launch sizes (`backends.gpu_codes`).
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from helpers import relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference
-from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import codec_for
-from mlx_turboquant.codes import PackedCodes
-from mlx_turboquant.segments import Segments
+from mlx_turboquant.segments import CompressedTokens
+from mlx_turboquant.tokens import TokenArrays
+from mlx_turboquant.transform import ChannelTransform, PageMeans
 
 AXES = {
     "spec": (
@@ -85,9 +85,11 @@ def made_up(spec, dim, length, dtype):
         codec = codec_for(getattr(parsed, side), dim, side, 0)
         x = mx.random.normal((2, 1, length, dim))
         ends = [mx.random.normal((2, 1, n, dim)).astype(dtype) for n in (3, 20)]
-        basis = Basis(codec.rotation, mx.exp(mx.random.normal((2, 1, 1, dim)) / 2))
-        codes = PackedCodes(codec.encode(x).arrays, length)
-        sides.append(Segments(codec, basis, ends[0], codes, ends[1]))
+        basis = ChannelTransform(
+            codec.rotation, mx.exp(mx.random.normal((2, 1, 1, dim)) / 2)
+        )
+        codes = TokenArrays(codec.encode(x).arrays, length)
+        sides.append(CompressedTokens(codec, basis, ends[0], codes, ends[1]))
     pages = -(-length // PAGE)
     rows = mx.random.normal((2, 1, pages + 1, dim)).astype(mx.float16)
     return replace(sides[0], means=PageMeans(rows, PAGE, pages)), sides[1]

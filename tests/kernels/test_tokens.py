@@ -12,10 +12,10 @@ from helpers import relative_error
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import gpu, reference, select
-from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.codecs import codec_for
-from mlx_turboquant.codes import PackedCodes
-from mlx_turboquant.segments import Segments
+from mlx_turboquant.segments import CompressedTokens
+from mlx_turboquant.tokens import TokenArrays
+from mlx_turboquant.transform import ChannelTransform, PageMeans
 
 #: spec, dims, heads, tokens
 CASES = {
@@ -57,7 +57,7 @@ def vectors(heads, count, dims, dtype=mx.float32):
 def surroundings(codecs, heads, pages, page):
     """Bases of unlike channels, and means (2, heads, pages, D) of pages of keys."""
     bases = [
-        Basis(c.rotation, mx.exp(mx.random.normal((2, heads, 1, c.dim)) / 2))
+        ChannelTransform(c.rotation, mx.exp(mx.random.normal((2, heads, 1, c.dim)) / 2))
         for c in codecs
     ]
     rows = mx.random.normal((2, heads, pages, codecs[0].dim)).astype(mx.float16)
@@ -75,7 +75,7 @@ def test_encode_is_the_definition(case, centered, launcher, mode):
     args = (keys, values, means if centered else None, 11, bases, codecs)
     check_encode(launcher, args)
     if not centered:
-        bases = [Basis(codec.rotation) for codec in codecs]
+        bases = [ChannelTransform(codec.rotation) for codec in codecs]
         check_encode(launcher, (keys, values, None, 0, bases, codecs))
 
 
@@ -94,7 +94,7 @@ def check_trellis(launcher, spec, dims, heads, count):
     bases, means = surroundings(codecs, heads, -(-(11 + count) // 16), 16)
     args = (keys, values, means, 11, bases, codecs)
     got, want = gpu.Gpu(launcher).encode(*args), reference.encode(*args)
-    x = [b.into(x) for b, x in zip(bases, (keys, values), strict=True)]
+    x = [b.encode(x) for b, x in zip(bases, (keys, values), strict=True)]
     x[0] = x[0] - means.of_tokens(11, count)
     for codec, a, b, y in zip(codecs, got, want, x, strict=True):
         differ = mx.any(a.arrays["words"] != b.arrays["words"], axis=-1)
@@ -108,7 +108,7 @@ def check_encode(launcher, args):
     keys, values, means, first, bases, codecs = args
     got = gpu.Gpu(launcher).encode(*args)
     want = reference.encode(*args)
-    inputs = [b.into(x) for b, x in zip(bases, (keys, values), strict=True)]
+    inputs = [b.encode(x) for b, x in zip(bases, (keys, values), strict=True)]
     if means is not None:
         inputs[0] = inputs[0] - means.of_tokens(first, keys.shape[2])
     for codec, x, a, b in zip(codecs, inputs, got, want, strict=True):
@@ -136,7 +136,7 @@ def cosine(x, y):
 def test_encode_of_zeros_and_of_huge_vectors(launcher):
     codecs = codecs_of("k3v3", (64, 64))
     keys, values = vectors(1, 16, (64, 64))
-    bases = [Basis(codec.rotation) for codec in codecs]
+    bases = [ChannelTransform(codec.rotation) for codec in codecs]
     args = (keys * 0, values * 1e6, None, 0, bases, codecs)
     k, v = gpu.Gpu(launcher).encode(*args)
     assert not np.array(k.arrays["scales"]).any()
@@ -176,8 +176,8 @@ def test_decode_is_the_definition(spec, dim, launcher):
     codec = codec_for(tq.CodecSpec.of(name, float(bits)), dim, "values", 0)
     x = mx.random.normal((2, 3, 16, dim))
     whole = codec.encode(x)
-    codes = PackedCodes(whole.arrays, 13)
-    side = Segments(codec, Basis(codec.rotation), None, codes, x)
+    codes = TokenArrays(whole.arrays, 13)
+    side = CompressedTokens(codec, ChannelTransform(codec.rotation), None, codes, x)
     for heads in (slice(0, 3), slice(1, 2)):
         got = gpu.Gpu(launcher).decode(side, heads, mx.float32)
         want = codec.decode(codes, mx.float32, heads)
@@ -188,8 +188,8 @@ def test_decode_is_the_definition(spec, dim, launcher):
 def test_decode_in_every_mode(launcher, mode):
     codec = codec_for(tq.CacheSpec.parse("k3v3").values, 128, "values", 0)
     codes = codec.encode(mx.random.normal((1, 2, 40, 128)))
-    basis = Basis(codec.rotation)
-    side = Segments(codec, basis, None, codes, mx.zeros((1, 2, 1, 128)))
+    basis = ChannelTransform(codec.rotation)
+    side = CompressedTokens(codec, basis, None, codes, mx.zeros((1, 2, 1, 128)))
     got = gpu.Gpu(launcher).decode(side, slice(0, 2), mx.float16)
     want = codec.decode(codes, mx.float16)
     assert relative_error(got.astype(mx.float32), want.astype(mx.float32)) < 1e-3

@@ -67,7 +67,7 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Notes]:
         pairs = [word.partition("=") for word in words[3:]]
         notes = {name: int(number) for name, _, number in pairs}
         if "decodes" not in notes:
-            raise ValueError("it does not say decodes=")
+            raise ValueError("it does not say returns_arrays=")
     except ValueError as error:  # as is SpecError
         raise FormatError(f"the cache's header is damaged: {error}") from error
     groups: Groups = {group: {} for group in _GROUPS}

@@ -11,17 +11,17 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 
-from ..basis import Basis, PageMeans
 from ..codecs import Codec
 from ..codecs.scalar import ScalarCodec
 from ..codecs.scale import RULES
 from ..codecs.trellis import SHARPNESS, Trellis
 from ..codecs.turboangle import TurboAngle
 from ..codecs.turboquant import TurboQuant
-from ..codes import PackedCodes
 from ..kernels.kernel import Launcher
 from ..kernels.tokens import DECODE_TOKENS, ENCODE_TOKENS, ENCODE_TRELLIS
 from ..packing import words_per_vector
+from ..tokens import TokenArrays
+from ..transform import ChannelTransform, PageMeans
 from . import reference
 from .formats import Readable, format_of, given_of
 from .plan import MAX_DIM, rotates, signs_of, sizes_array, zeros
@@ -54,9 +54,9 @@ def encode(
     values: mx.array,
     means: PageMeans | None,
     first: int,
-    bases: tuple[Basis, Basis],
+    bases: tuple[ChannelTransform, ChannelTransform],
     codecs: tuple[Codec, Codec],
-) -> tuple[PackedCodes, PackedCodes]:
+) -> tuple[TokenArrays, TokenArrays]:
     """Both sides of some tokens; arguments as `reference.encode`'s, any strides.
 
     Codecs without an encoding kernel are left to the reference.
@@ -74,8 +74,8 @@ def encode(
     k_words, k_scales, v_words, v_scales = launcher(
         ENCODE_TOKENS,
         [
-            keys if k_inside else bases[0].into(keys).astype(keys.dtype),
-            values if v_inside else bases[1].into(values).astype(values.dtype),
+            keys if k_inside else bases[0].encode(keys).astype(keys.dtype),
+            values if v_inside else bases[1].encode(values).astype(values.dtype),
             signs_of(bases[0], batch * heads, out=False),
             signs_of(bases[1], batch * heads, out=False),
             means.rows if means else zeros(mx.float16),
@@ -108,8 +108,8 @@ def encode(
         output_dtypes=[mx.uint32, mx.float16, mx.uint32, mx.float16],
     )
     return (
-        PackedCodes({"words": k_words, "scales": k_scales}, tokens),
-        PackedCodes({"words": v_words, "scales": v_scales}, tokens),
+        TokenArrays({"words": k_words, "scales": k_scales}, tokens),
+        TokenArrays({"words": v_words, "scales": v_scales}, tokens),
     )
 
 
@@ -131,9 +131,9 @@ def _encode_side(
     x: mx.array,
     means: PageMeans | None,
     first: int,
-    basis: Basis,
+    basis: ChannelTransform,
     codec: Codec,
-) -> PackedCodes:
+) -> TokenArrays:
     if isinstance(codec, Trellis) and codec.dim <= MAX_DIM:
         return _encode_trellis(launcher, x, means, first, basis, codec)
     return reference.encode_side(x, means, first, basis, codec)
@@ -144,9 +144,9 @@ def _encode_trellis(
     x: mx.array,
     means: PageMeans | None,
     first: int,
-    basis: Basis,
+    basis: ChannelTransform,
     codec: Trellis,
-) -> PackedCodes:
+) -> TokenArrays:
     batch, heads, tokens, dim = x.shape
     inside = rotates(basis.rotation)
     count = 2 * codec.pairs.count
@@ -159,7 +159,7 @@ def _encode_trellis(
     words, scales = launcher(
         ENCODE_TRELLIS,
         [
-            x if inside else basis.into(x).astype(x.dtype),
+            x if inside else basis.encode(x).astype(x.dtype),
             signs_of(basis, batch * heads, out=False),
             means.rows if means else zeros(mx.float16),
             _branch_levels(codec),
@@ -185,13 +185,13 @@ def _encode_trellis(
         ],
         output_dtypes=[mx.uint32, mx.float16],
     )
-    return PackedCodes({"words": words, "scales": scales}, tokens)
+    return TokenArrays({"words": words, "scales": scales}, tokens)
 
 
 def decode(
     launcher: Launcher,
     codec: Readable,
-    codes: PackedCodes,
+    codes: TokenArrays,
     dtype: mx.Dtype,
     heads: slice,
 ) -> mx.array:

@@ -5,9 +5,9 @@ import pytest
 from helpers import relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
-from mlx_turboquant.basis import Basis, PageMeans
 from mlx_turboquant.cache.calibration import Calibration
 from mlx_turboquant.rotation import rotation_for
+from mlx_turboquant.transform import ChannelTransform, PageMeans
 
 SCALE = 0.125
 
@@ -18,23 +18,25 @@ def gains(heads, dim, spread=1.0, batch=1):
 
 @pytest.mark.parametrize("dim", [33, 64, 128])
 def test_a_basis_keeps_dot_products_and_is_undone(dim):
-    basis = Basis(rotation_for(dim, 1), gains(2, dim, batch=3))
+    basis = ChannelTransform(rotation_for(dim, 1), gains(2, dim, batch=3))
     k, q = mx.random.normal((3, 2, 7, dim)), mx.random.normal((3, 6, 7, dim))
-    got = mx.sum(basis.query(q) * mx.repeat(basis.into(k), 3, axis=1), axis=-1)
+    got = mx.sum(basis.encode_query(q) * mx.repeat(basis.encode(k), 3, axis=1), axis=-1)
     want = mx.sum(q * mx.repeat(k, 3, axis=1), axis=-1)
     assert relative_error(got, want) < 1e-5
-    assert relative_error(basis.out(basis.into(k)), k) < 1e-5
+    assert relative_error(basis.decode(basis.encode(k)), k) < 1e-5
     one = basis.of_heads(slice(1, 2))
-    assert relative_error(one.into(k[:, 1:]), basis.into(k)[:, 1:]) < 1e-6
+    assert relative_error(one.encode(k[:, 1:]), basis.encode(k)[:, 1:]) < 1e-6
 
 
 def test_signs_of_kernels_are_the_basis():
-    basis = Basis(rotation_for(64, 1), gains(2, 64))
+    basis = ChannelTransform(rotation_for(64, 1), gains(2, 64))
     x = mx.random.normal((1, 2, 5, 64))
-    into = mx.hadamard_transform(x * basis.signs_in, scale=1 / 8)
-    assert relative_error(into, basis.into(x)) < 1e-6
+    x_rot = mx.hadamard_transform(x * basis.signs_over_gains, scale=1 / 8)
+    assert relative_error(x_rot, basis.encode(x)) < 1e-6
     assert (
-        relative_error(mx.hadamard_transform(into, scale=1 / 8) * basis.signs_out, x)
+        relative_error(
+            mx.hadamard_transform(x_rot, scale=1 / 8) * basis.signs_times_gains, x
+        )
         < 1e-6
     )
 

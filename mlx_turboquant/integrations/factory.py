@@ -17,9 +17,9 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm.models.cache as host_cache
 
-from ..cache import RotatingTurboQuantCache, Seat, TurboQuantCache, least_size
+from ..cache import LayerSlot, RotatingTurboQuantCache, TurboQuantCache, min_window
 from ..errors import UnsupportedModelError
-from ..report import Explanation, explain
+from ..explanation import Explanation, explain
 from ..spec import CacheSpec
 from . import hook
 from .layers import Parsed, Specs, of_layers, parsed
@@ -118,7 +118,7 @@ def make_prompt_cache(
             f"{', '.join(kinds)}",
             stacklevel=2,
         )
-    decoding = sum(row.decodes for row in explanation.layers)
+    decoding = sum(row.returns_arrays for row in explanation.layers)
     if decoding:
         warnings.warn(
             f"{decoding} of {total} caches are decoded whole at each step, because "
@@ -148,7 +148,7 @@ def _make(model: nn.Module, spec: Parsed, max_kv_size: int | None) -> list[Any]:
     specs, allocation = of_layers(spec, len(places))
     made = {
         id(entry): _compressed(
-            entry, slot, own, Seat(allocation, i) if allocation else None
+            entry, slot, own, LayerSlot(allocation, i) if allocation else None
         )
         for i, ((entry, slot), own) in enumerate(zip(places, specs, strict=True))
     }
@@ -160,20 +160,22 @@ def _fits(entry: Any, slot: Slot, spec: CacheSpec) -> bool:
     """Whether the entry can be compressed; if not, it says why to `explain`."""
     if slot.stock:
         entry.left_alone = slot.stock
-    elif type(entry) is not KVCache and entry.max_size < least_size(spec):
+    elif type(entry) is not KVCache and entry.max_size < min_window(spec):
         entry.left_alone = (
             f"its window of {entry.max_size} tokens is too short for "
-            f"{least_size(spec)}: sink, window and two pages"
+            f"{min_window(spec)}: sink, window and two pages"
         )
     return not hasattr(entry, "left_alone")
 
 
 def _compressed(
-    entry: Any, slot: Slot, spec: CacheSpec, seat: Seat | None
+    entry: Any, slot: Slot, spec: CacheSpec, seat: LayerSlot | None
 ) -> TurboQuantCache:
     if type(entry) is KVCache:
-        return TurboQuantCache(spec, seat, slot.decodes)
-    return RotatingTurboQuantCache(spec, entry.max_size, entry.keep, seat, slot.decodes)
+        return TurboQuantCache(spec, seat, slot.returns_arrays)
+    return RotatingTurboQuantCache(
+        spec, entry.max_size, entry.keep, seat, slot.returns_arrays
+    )
 
 
 def slots_of(model: nn.Module) -> list[Slot]:

@@ -1,4 +1,4 @@
-"""`Allocation`: how many bits each layer's keys and values get, chosen from a text.
+"""`BitAllocator`: how many bits each layer's keys and values get, chosen from a text.
 
 Owns the choice, made once, when every layer has been calibrated on the first page (or
 can wait no longer). Layers keep their tokens as they are until then.
@@ -37,7 +37,7 @@ TARGETS = {"lossless": 0.00004, "balanced": 0.0003, "small": 0.0015}
 _UNSEEN = (0.05, 4.0)
 
 
-class Allocation:
+class BitAllocator:
     """Shared by the layers of one text; `choose` once, then `spec_of`.
 
     Args:
@@ -51,7 +51,7 @@ class Allocation:
         self._reported: set[int] = set()
         self._chosen: list[tuple[CodecSpec, CodecSpec]] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Allocation:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BitAllocator:
         """Itself: layers are copied one by one, and still belong together."""
         return self
 
@@ -78,10 +78,10 @@ class Allocation:
 
 
 @dataclass(frozen=True)
-class Seat:
+class LayerSlot:
     """One layer's place in an allocation."""
 
-    allocation: Allocation
+    allocation: BitAllocator
     layer: int
 
 

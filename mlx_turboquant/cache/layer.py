@@ -22,15 +22,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..attention import decoded
-from ..codes import PackedCodes
 from ..errors import UnsupportedError
-from ..segments import Segments
+from ..segments import CompressedTokens
 from ..spec import CacheSpec
-from . import files
-from .allocation import Allocation, Seat
+from ..tokens import TokenArrays
+from . import state as files
+from .bit_allocation import BitAllocator, LayerSlot
 from .encoder import Arrays, PageEncoder
 from .protocol import SequenceCache
-from .store import TokenStore
 
 #: Steps of at most this many tokens go through the recent buffer (speculative
 #: decoding verifies up to 8); longer ones are prefill and are packed at once.
@@ -44,7 +43,7 @@ class TurboQuantCache(SequenceCache):
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
         seat: Its place among the layers whose bits are chosen together; alone if None.
-        decodes: Hand out decoded arrays, for a model that computes attention itself.
+        returns_arrays: Hand out decoded arrays, for a model that computes attention itself.
 
     >>> TurboQuantCache("k3v3")
     TurboQuantCache(k3v3, empty)
@@ -53,15 +52,15 @@ class TurboQuantCache(SequenceCache):
     def __init__(
         self,
         spec: CacheSpec | str | float = "k3v3",
-        seat: Seat | None = None,
-        decodes: bool = False,
+        seat: LayerSlot | None = None,
+        returns_arrays: bool = False,
     ) -> None:
-        self.decodes = decodes
+        self.returns_arrays = returns_arrays
         self._start(CacheSpec.parse(spec), seat)
 
-    def _start(self, spec: CacheSpec, seat: Seat | None = None) -> None:
+    def _start(self, spec: CacheSpec, seat: LayerSlot | None = None) -> None:
         if seat is None and spec.adaptive:
-            seat = Seat(Allocation(spec, 1), 0)
+            seat = LayerSlot(BitAllocator(spec, 1), 0)
         self._asked, self._seat = spec, seat
         self._clear()
 
@@ -73,17 +72,17 @@ class TurboQuantCache(SequenceCache):
     def _clear(self) -> None:
         spec = self._asked
         self._sink: Arrays = {}
-        self._packed = TokenStore(_PACKED_STEP)
+        self._packed = TokenArrays(growth=_PACKED_STEP)
         held = spec.sink + spec.window + spec.page + DECODE_TOKENS
-        self._recent = TokenStore(held)
+        self._recent = TokenArrays(growth=held)
         self._encoder = PageEncoder(spec, self._seat)
-        self._sides: tuple[Arrays, dict[str, PackedCodes]] | None = None
+        self._sides: tuple[Arrays, dict[str, TokenArrays]] | None = None
 
     # What models and generation loops use.
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
-    ) -> tuple[Segments, Segments] | tuple[mx.array, mx.array]:
+    ) -> tuple[CompressedTokens, CompressedTokens] | tuple[mx.array, mx.array]:
         """Append tokens and return what attention should read.
 
         Args:
@@ -91,7 +90,7 @@ class TurboQuantCache(SequenceCache):
             values: (B, H, N, Dv).
 
         Returns:
-            Handles over all tokens so far, or arrays if it `decodes`. Until something
+            Handles over all tokens so far, or arrays if it `returns_arrays`. Until something
             is packed, attention over them is MLX's own on the model's own arrays.
 
         Raises:
@@ -109,12 +108,12 @@ class TurboQuantCache(SequenceCache):
 
     def keys_and_values(
         self,
-    ) -> tuple[Segments, Segments] | tuple[mx.array, mx.array]:
+    ) -> tuple[CompressedTokens, CompressedTokens] | tuple[mx.array, mx.array]:
         """What `update_and_fetch` returned last, for layers that share a cache."""
         keys, values = self.segments()
-        return decoded(keys, values) if self.decodes else (keys, values)
+        return decoded(keys, values) if self.returns_arrays else (keys, values)
 
-    def segments(self) -> tuple[Segments, Segments]:
+    def segments(self) -> tuple[CompressedTokens, CompressedTokens]:
         """Handles over everything stored."""
         encoder = self._encoder
         (k_codec, v_codec), (k_basis, v_basis) = encoder.codecs, encoder.bases
@@ -122,7 +121,7 @@ class TurboQuantCache(SequenceCache):
         packed = self._packed_sides() if self._packed.length else {}
         observe = None if encoder.calibrated else self._observe
         return (
-            Segments(
+            CompressedTokens(
                 k_codec,
                 k_basis,
                 self._sink.get("keys"),
@@ -131,7 +130,7 @@ class TurboQuantCache(SequenceCache):
                 encoder.means,
                 observe,
             ),
-            Segments(
+            CompressedTokens(
                 v_codec,
                 v_basis,
                 self._sink.get("values"),
@@ -149,7 +148,7 @@ class TurboQuantCache(SequenceCache):
         if q.shape[2] > DECODE_TOKENS:
             self._pack(self._due())
 
-    def _packed_sides(self) -> dict[str, PackedCodes]:
+    def _packed_sides(self) -> dict[str, TokenArrays]:
         # The same in all steps between two pages, so kept.
         arrays, length = self._packed.arrays, self._packed.length
         if self._sides is None or self._sides[0] is not arrays:
@@ -161,7 +160,7 @@ class TurboQuantCache(SequenceCache):
                     for name, array in arrays.items()
                     if name.startswith(prefix)
                 }
-                sides[side] = PackedCodes(chosen, length)
+                sides[side] = TokenArrays(chosen, length)
             self._sides = (arrays, sides)
         return self._sides[1]
 
@@ -210,9 +209,9 @@ class TurboQuantCache(SequenceCache):
         """Forget the last ``n`` tokens, or all there are; returns how many."""
         n = min(n, self.offset)
         from_recent = min(n, self._recent.length)
-        self._recent.trim(from_recent)
+        self._recent.drop_last(from_recent)
         from_packed = min(n - from_recent, self._packed.length)
-        self._packed.trim(from_packed)
+        self._packed.drop_last(from_packed)
         if from_packed:
             self._sides = None
             self._encoder.trim(self._packed.length)
@@ -284,12 +283,12 @@ class TurboQuantCache(SequenceCache):
 
     def _notes(self) -> files.Notes:
         """What a file says of it besides spec and arrays."""
-        return {"decodes": int(self.decodes)}
+        return {"decodes": int(self.returns_arrays)}
 
     def _restore(
         self, spec: CacheSpec, groups: files.Groups, notes: files.Notes
     ) -> None:
-        self.decodes = bool(notes["decodes"])
+        self.returns_arrays = bool(notes["decodes"])
         self._start(spec)
         self._sink = groups["sink"]
         self._packed.replace(groups["packed"])

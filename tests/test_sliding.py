@@ -8,7 +8,7 @@ from test_batch import tiny_model
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import SpecError
-from mlx_turboquant.integrations import mlx_lm as host
+from mlx_turboquant.integrations import factory as host
 
 WINDOW = 64
 SPEC = "8,window=4,sink=2,page=16"
@@ -38,10 +38,12 @@ def run(cache, plan, tensors, window_size=None):
 
 @pytest.mark.parametrize("plan", PLANS, ids=["steps", "mixed", "long"])
 @pytest.mark.parametrize("keep", [0, 4])
-@pytest.mark.parametrize("decodes", [False, True])
-def test_eight_bits_show_what_mlx_lm_shows(plan, keep, decodes):
+@pytest.mark.parametrize("returns_arrays", [False, True])
+def test_eight_bits_show_what_mlx_lm_shows(plan, keep, returns_arrays):
     tensors = drawn(plan)
-    cache = tq.RotatingTurboQuantCache(SPEC, WINDOW, keep, decodes=decodes)
+    cache = tq.RotatingTurboQuantCache(
+        SPEC, WINDOW, keep, returns_arrays=returns_arrays
+    )
     got = run(cache, plan, tensors)
     want = run(RotatingKVCache(WINDOW, keep=keep), plan, tensors)
     assert 0 < relative_error(got, want) < 0.01

@@ -38,7 +38,7 @@ class LayerReport:
         nbytes: Bytes of its buffers.
         elements: Key and value elements held; 0 if unknown.
         reason: Why it was left alone, or "".
-        decodes: The model computes attention itself, on decoded arrays.
+        returns_arrays: The model computes attention itself, on decoded arrays.
     """
 
     layer: str
@@ -49,7 +49,7 @@ class LayerReport:
     nbytes: int = 0
     elements: int = 0
     reason: str = ""
-    decodes: bool = False
+    returns_arrays: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
                 tokens=(entry.sink_length, entry.packed_length, entry.recent_length),
                 nbytes=entry.nbytes,
                 elements=0 if entry.empty() else entry.elements,
-                decodes=entry.decodes,
+                returns_arrays=entry.returns_arrays,
             )
         else:
             name = type(entry).__name__
@@ -166,7 +166,7 @@ def _backend(entry: TurboQuantCache) -> str:
     if entry.empty():
         return ""
     backend, reason = select.choose(*entry.segments())
-    if entry.decodes:
+    if entry.returns_arrays:
         reason = "the model computes attention itself, so each step decodes all"
     return backend.name if reason is None else f"{backend.name}: {reason}"
 

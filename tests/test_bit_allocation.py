@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mlx_turboquant as tq
-from mlx_turboquant.cache import allocation
-from mlx_turboquant.cache.allocation import TARGETS, WIDTHS, Allocation, Seat
+from mlx_turboquant.cache import bit_allocation
+from mlx_turboquant.cache.bit_allocation import TARGETS, WIDTHS, BitAllocator, LayerSlot
 from mlx_turboquant.codecs import trellis
 from mlx_turboquant.polynomial import computable
 
@@ -23,7 +23,7 @@ def spec(**fields):
 
 def choose(*args):
     """Bits of (keys, values) per layer."""
-    return [(k.bits, v.bits) for k, v in allocation.choose(*args)]
+    return [(k.bits, v.bits) for k, v in bit_allocation.choose(*args)]
 
 
 def mean_bits(chosen):
@@ -72,7 +72,7 @@ def test_more_budget_is_never_worse_and_flatter_than_uniform(readings):
 def test_with_the_trellis_the_predicted_cost_is_lower(readings, budget):
     """It has less error than scalars up to 4 bits; above, scalars take over."""
     coded = tq.CacheSpec.parse("auto,codec=trellis", budget=budget)
-    chosen = allocation.choose(readings, DIMS, coded)
+    chosen = bit_allocation.choose(readings, DIMS, coded)
     for side in (side for pair in chosen for side in pair):
         assert side.name == ("trellis" if side.bits <= 4 else "turboquant")
     bits = [(k.bits, v.bits) for k, v in chosen]
@@ -85,7 +85,7 @@ def test_with_the_trellis_the_predicted_cost_is_lower(readings, budget):
             for (reach, a), (k, v) in zip(readings, pairs, strict=True)
         )
 
-    scalar = allocation.choose(readings, DIMS, spec(budget=budget))
+    scalar = bit_allocation.choose(readings, DIMS, spec(budget=budget))
     assert predicted(chosen) < predicted(scalar) * (1 if budget < 5 else 1.3)
 
 
@@ -112,8 +112,8 @@ def step(cache, tokens, seed, loud=1.0):
 
 
 def layers(text, count=3):
-    shared = Allocation(tq.CacheSpec.parse(text), count)
-    return [tq.TurboQuantCache(shared.spec, Seat(shared, i)) for i in range(count)]
+    shared = BitAllocator(tq.CacheSpec.parse(text), count)
+    return [tq.TurboQuantCache(shared.spec, LayerSlot(shared, i)) for i in range(count)]
 
 
 @pytest.mark.parametrize("first", [1, 400])

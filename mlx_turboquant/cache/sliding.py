@@ -14,15 +14,15 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import SpecError
-from ..segments import Segments
+from ..segments import CompressedTokens
 from ..spec import CacheSpec
-from . import files
-from .allocation import Seat
-from .linear import TurboQuantCache
+from . import state as files
+from .bit_allocation import LayerSlot
+from .layer import TurboQuantCache
 from .masks import make_mask
 
 
-def least_size(spec: CacheSpec) -> int:
+def min_window(spec: CacheSpec) -> int:
     """Tokens a window must have for codes to be worth it: else few would be codes."""
     return spec.sink + spec.window + 2 * spec.page
 
@@ -35,10 +35,10 @@ class RotatingTurboQuantCache(TurboQuantCache):
         max_size: Tokens a step sees, itself included.
         keep: First tokens that are never forgotten.
         seat: As for `TurboQuantCache`.
-        decodes: As for `TurboQuantCache`.
+        returns_arrays: As for `TurboQuantCache`.
 
     Raises:
-        SpecError: if ``max_size`` is less than `least_size`, or not above ``keep``.
+        SpecError: if ``max_size`` is less than `min_window`, or not above ``keep``.
 
     >>> RotatingTurboQuantCache("k3v3", max_size=1024)
     RotatingTurboQuantCache(k3v3, empty)
@@ -49,19 +49,19 @@ class RotatingTurboQuantCache(TurboQuantCache):
         spec: CacheSpec | str | float = "k3v3",
         max_size: int = 4096,
         keep: int = 0,
-        seat: Seat | None = None,
-        decodes: bool = False,
+        seat: LayerSlot | None = None,
+        returns_arrays: bool = False,
     ) -> None:
         spec = CacheSpec.parse(spec)
         spec = replace(spec, sink=max(spec.sink, keep))
-        if max_size < least_size(spec):
+        if max_size < min_window(spec):
             raise SpecError(
                 f"a window of {max_size} tokens is too short for {spec}: at least "
-                f"{least_size(spec)} (sink, window and two pages); lower page= or "
+                f"{min_window(spec)} (sink, window and two pages); lower page= or "
                 "window=, or leave it uncompressed"
             )
         self.max_size, self.keep = max_size, keep
-        super().__init__(spec, seat, decodes)
+        super().__init__(spec, seat, returns_arrays)
 
     def _clear(self) -> None:
         super()._clear()
@@ -74,7 +74,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         self._forget()
         return super().update_and_fetch(keys, values)
 
-    def segments(self) -> tuple[Segments, Segments]:
+    def segments(self) -> tuple[CompressedTokens, CompressedTokens]:
         """Handles over everything stored, with what left the window hidden."""
         hidden = (self.keep, self._first - self.keep - self._forgotten)
         if hidden[1] <= 0:
@@ -92,7 +92,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
             kept = {k: v[:, :, : self.keep] for k, v in self._sink.items()}
             self._sink = {k: mx.contiguous(v) for k, v in kept.items() if self.keep}
             self._forgotten = spec.sink - self.keep
-        self._packed.drop(count)
+        self._packed.drop_first(count)
         self._sides = None
         self._encoder.drop(count)
         self._forgotten += count

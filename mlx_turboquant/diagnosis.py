@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
@@ -19,11 +19,16 @@ import numpy as np
 
 from .attention import attend
 from .backends import select
+from .backends.call import AttendCall
+from .backends.reference import Reference
 from .cache import TurboQuantCache
+from .quantizer import PageMeans, Quantizer
 from .segments import CompressedTokens
 
 #: Half arithmetic and polynomial levels differ from the definition by this much.
 TOLERANCE = 5e-3
+#: Tokens that the encoding kernels are checked on: a page of the specs below.
+_PAGE = 128
 #: spec, key dim, value dim, query heads per KV head, query rows, mask.
 CASES: tuple[tuple[str, int, int, int, int, str | None], ...] = (
     ("k3v3", 128, 128, 4, 1, None),
@@ -70,64 +75,75 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def check_kernels(backend: select.Backend, tokens: int = 700) -> Iterator[KernelCheck]:
+def check_kernels(backend: Reference, tokens: int = 700) -> Iterator[KernelCheck]:
     """Run every kernel over `CASES`, each against the reference backend."""
     for spec, k_dim, v_dim, group, rows, mask in CASES:
-        sides = _segments(spec, 2, tokens, k_dim, v_dim)
-        q = mx.random.normal((1, 2 * group, rows, k_dim)).astype(mx.float16)
-        long = mx.random.normal((1, 2 * group, 9, k_dim)).astype(mx.float16)
-        shape = f"{spec} dims {k_dim}/{v_dim}"
+        keys, values = _compressed(spec, 2, tokens, k_dim, v_dim)
         scale = k_dim**-0.5
+        step = mx.random.normal((1, 2 * group, rows, k_dim)).astype(mx.float16)
+        chunk = mx.random.normal((1, 2 * group, 9, k_dim)).astype(mx.float16)
+        shape = f"{spec} dims {k_dim}/{v_dim}"
         work: dict[str, Work] = {
             f"attention {shape} group {group} rows {rows}": partial(
-                _attention, q, sides, scale, mask
+                _attention, AttendCall(step, keys, values, scale, mask)
             ),
-            f"prefill {shape}": partial(_attention, long, sides, scale, "causal"),
-            f"encode {shape}": partial(_round_trip, sides),
+            f"prefill {shape}": partial(
+                _attention, AttendCall(chunk, keys, values, scale, "causal")
+            ),
+            f"encode {shape}": partial(
+                _round_trip,
+                [(side.quantizer, _page_for(side)) for side in (keys, values)],
+            ),
         }
         for name, run in work.items():
             yield _check(name, run, backend)
 
 
-Sides = tuple[CompressedTokens, CompressedTokens]
-Work = Callable[[select.Backend], Sequence[mx.array]]
+Work = Callable[[Reference], Sequence[mx.array]]
 
 
-def _attention(
-    q: mx.array, sides: Sides, scale: float, mask: str | None, backend: select.Backend
+def _attention(call: AttendCall, backend: Reference) -> list[mx.array]:
+    return [backend.attend(call)]
+
+
+def _page_for(side: CompressedTokens) -> mx.array:
+    """A page of vectors (1, H, page, D) for a side's quantizer."""
+    batch, heads, _, dim = side.shape
+    x = mx.random.normal((batch, heads, _PAGE, dim)).astype(side.dtype)
+    mx.eval(x)
+    return x
+
+
+def _round_trip(
+    sides: Sequence[tuple[Quantizer, mx.array]], backend: Reference
 ) -> list[mx.array]:
-    return [backend.attend(q, *sides, scale, mask)]
+    """What decoding gives of a page's codes: the codes may differ by ties."""
+    decoded = []
+    for quantizer, x in sides:
+        means = None if quantizer.means is None else PageMeans(quantizer.means.page)
+        fresh = replace(quantizer, means=means)
+        decoded.append(fresh.decode_rot(backend.encode(fresh, x, 0)))
+    return decoded
 
 
-def _round_trip(sides: Sides, backend: select.Backend) -> list[mx.array]:
-    """What decoding gives of both sides' codes: the codes may differ by ties."""
-    keys, values = sides
-    codecs, bases = (keys.codec, values.codec), (keys.basis, values.basis)
-    tokens = (keys.recent, values.recent)
-    encoded = backend.encode(*tokens, keys.means, 0, bases, codecs)
-    return [
-        codec.decode(codes, mx.float32)
-        for codec, codes in zip(codecs, encoded, strict=True)
-    ]
-
-
-def _check(name: str, run: Work, backend: select.Backend) -> KernelCheck:
+def _check(name: str, run: Work, backend: Reference) -> KernelCheck:
     try:
         got = list(run(backend))
         mx.eval(got)
     except Exception as problem:  # a compiler's message, whatever its type
         return KernelCheck(name, float("nan"), str(problem).strip())
     errors = []
-    for a, b in zip(got, run(select.REFERENCE), strict=True):
+    for a, b in zip(got, run(select.reference_backend()), strict=True):
         wide = np.array(b.astype(mx.float32), dtype=np.float64)
         distance = np.array(a.astype(mx.float32)) - wide
         errors.append(float(np.linalg.norm(distance) / np.linalg.norm(wide)))
     return KernelCheck(name, max(errors))
 
 
-def _segments(
+def _compressed(
     spec: str, heads: int, tokens: int, k_dim: int, v_dim: int
 ) -> tuple[CompressedTokens, CompressedTokens]:
+    """Handles over ``tokens`` random tokens and one of zeros."""
     cache = TurboQuantCache(spec)
     for start in range(0, tokens, 8192):
         count = min(8192, tokens - start)
@@ -137,7 +153,7 @@ def _segments(
         mx.eval(cache.state)
     last = (mx.zeros((1, heads, 1, dim), mx.float16) for dim in (k_dim, v_dim))
     cache.update_and_fetch(*last)  # what is due is packed before it
-    return cache.segments()
+    return cache.compressed()
 
 
 def time_decode(tokens: int, repeats: int = 9) -> dict[str, float]:
@@ -145,13 +161,13 @@ def time_decode(tokens: int, repeats: int = 9) -> dict[str, float]:
 
     32 query heads, 8 KV heads, head_dim 128, fp16, k3v3; medians, host included.
     """
-    keys, values = _segments("k3v3", 8, tokens, 128, 128)
+    keys, values = _compressed("k3v3", 8, tokens, 128, 128)
     plain = mx.random.normal((2, 1, 8, tokens, 128)).astype(mx.float16)
     mx.eval(plain)
-    chosen, _ = select.choose(keys, values)
+    backend = select.resolve(keys.quantizer, values.quantizer).backend
     return {
         "fp16": _median_ms(lambda q: attend(q, plain[0], plain[1], 0.09), repeats),
-        f"k3v3 on {chosen.name}": _median_ms(
+        f"k3v3 on {backend.name}": _median_ms(
             lambda q: attend(q, keys, values, 0.09), repeats
         ),
     }

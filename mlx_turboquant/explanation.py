@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .backends import select
 from .cache import BatchTurboQuantCache, TurboQuantCache
 
 #: Why a cache of mlx-lm's is not replaced, by class name.
@@ -148,7 +147,7 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
                 layer,
                 type(entry).__name__,
                 spec=str(entry.spec),
-                backend=_backend(entry),
+                backend=entry.backend_text,
                 tokens=(entry.sink_length, entry.packed_length, entry.recent_length),
                 nbytes=entry.nbytes,
                 elements=0 if entry.empty() else entry.elements,
@@ -159,16 +158,6 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
             reason = getattr(entry, "left_alone", None)
             reason = reason or LEFT_ALONE.get(name, "not a kind we know")
             yield LayerReport(layer, name, nbytes=_nbytes(entry), reason=reason)
-
-
-def _backend(entry: TurboQuantCache) -> str:
-    """What computes the next decoded token, and why it is not a kernel."""
-    if entry.empty():
-        return ""
-    backend, reason = select.choose(*entry.segments())
-    if entry.returns_arrays:
-        reason = "the model computes attention itself, so each step decodes all"
-    return backend.name if reason is None else f"{backend.name}: {reason}"
 
 
 def _nbytes(entry: Any) -> int:

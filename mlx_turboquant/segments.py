@@ -1,32 +1,47 @@
 """What attention sees of a compressed layer: handles that stand in for arrays.
 
-Owns `CompressedTokens` (one side of one layer: sink, packed, recent) and `CompressedRows` (a
-batch whose rows differ in length). They carry a truthful shape and dtype and refuse
-every other use in words, so a model that reads K or V itself fails clearly.
+`CompressedTokens` is one side of one layer: sink, packed and recent tokens.
+`CompressedRows` is a batch whose rows differ in length. Both carry a truthful shape and
+dtype and refuse every other use in words, so a model that reads K or V itself fails
+clearly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
 
 import mlx.core as mx
 
-from .codecs import Codec
 from .errors import UnsupportedModelError
+from .quantizer import Quantizer
 from .tokens import TokenArrays
-from .transform import ChannelTransform, PageMeans
+
+Shape = tuple[int, int, int, int]
+
+
+class QueryObserver(Protocol):
+    """A cache that wants to see the queries of its first page."""
+
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """See queries (B, Hq, L, D) of the last L tokens, and the logits' factor."""
+        ...
 
 
 class CompressedKV:
     """Base of the stand-ins that ``update_and_fetch`` returns."""
 
-    dtype: mx.Dtype
+    __slots__ = ()
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> Shape:
         """(B, H, T, D), as the array this stands for would have."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The model's dtype, that of the uncompressed tokens."""
         raise NotImplementedError
 
     @property
@@ -34,10 +49,34 @@ class CompressedKV:
         """Always 4."""
         return 4
 
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Hand the queries of this step to a cache that wants to see them."""
+        raise NotImplementedError
+
+    # All that a model could do with an array is refused.
+
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and hasattr(mx.array, name):
             _refuse_use(name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        _refuse_use("indexing")
+
+    def __matmul__(self, other: Any) -> NoReturn:
+        _refuse_use("@")
+
+    def __add__(self, other: Any) -> NoReturn:
+        _refuse_use("+")
+
+    def __sub__(self, other: Any) -> NoReturn:
+        _refuse_use("-")
+
+    def __mul__(self, other: Any) -> NoReturn:
+        _refuse_use("*")
+
+    def __truediv__(self, other: Any) -> NoReturn:
+        _refuse_use("/")
 
 
 def _refuse_use(what: str) -> NoReturn:
@@ -48,51 +87,44 @@ def _refuse_use(what: str) -> NoReturn:
     )
 
 
-def _refusing(name: str) -> Any:
-    def operator(self: CompressedKV, *args: Any) -> NoReturn:
-        _refuse_use(name)
-
-    return operator
-
-
-for _name in ("getitem", "matmul", "mul", "add", "sub", "truediv"):
-    setattr(CompressedKV, f"__{_name}__", _refusing(f"__{_name}__"))
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CompressedTokens(CompressedKV):
     """One side of one layer, tokens in order.
 
+    Made anew at every step, so it is plain data and nothing is computed for it.
+
     Attributes:
-        codec: Of the packed tokens.
-        basis: Of the packed tokens; its rotation is the codec's.
-        sink: First tokens (B, H, S, D) as the model gave them; None if S is 0.
-        packed: The codes between.
-        recent: Last tokens (B, H, R, D) as the model gave them.
-        means: What was taken off the packed tokens; None if nothing was.
-        observe: Wants to see (q, scale) of the attention over this; None if not.
-        hidden: (start, count) of stored tokens that nobody may see any more, such as
+        quantizer: What the packed tokens were encoded with.
+        sink: First tokens (B, H, S, D) as the model gave them; None if there are none.
+        packed: The codes between; None while there are none.
+        recent: Buffer (B, H, capacity, D) of the last tokens as the model gave them.
+        recent_length: Tokens in use of it.
+        hidden: (first, count) of stored tokens that nobody may see any more, such as
             those that left a sliding window; `shape` does not count them.
+        backend: What attends to the packed tokens; None to ask `backends.select`.
+        prepared: What that backend keeps from step to step; a new dict whenever the
+            packed tokens change.
+        observer: The cache, while it wants to see the queries of each step.
     """
 
-    codec: Codec
-    basis: ChannelTransform
+    quantizer: Quantizer
     sink: mx.array | None
     packed: TokenArrays | None
     recent: mx.array
-    means: PageMeans | None = None
-    observe: Callable[[mx.array, float], None] | None = None
+    recent_length: int
     hidden: tuple[int, int] = (0, 0)
+    backend: Any = None
+    prepared: dict[Any, Any] = field(default_factory=dict)
+    observer: QueryObserver | None = None
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> Shape:
         """(B, H, T, D) over all segments, but hidden tokens."""
-        batch, heads, recent, dim = self.recent.shape
-        stored = self.sink_length + self.packed_length + recent
-        return batch, heads, stored - self.hidden[1], dim
+        batch, heads, _, dim = self.recent.shape
+        return batch, heads, self.stored_length - self.hidden[1], dim
 
     @property
-    def dtype(self) -> mx.Dtype:  # type: ignore[override]
+    def dtype(self) -> mx.Dtype:
         """The model's dtype, that of the uncompressed segments."""
         return self.recent.dtype
 
@@ -106,12 +138,30 @@ class CompressedTokens(CompressedKV):
         """Tokens stored as codes."""
         return 0 if self.packed is None else self.packed.length
 
+    @property
+    def stored_length(self) -> int:
+        """Tokens of all segments, hidden ones included."""
+        return self.sink_length + self.packed_length + self.recent_length
+
+    @property
+    def recent_tokens(self) -> mx.array:
+        """The recent tokens in use (B, H, R, D)."""
+        if self.recent_length == self.recent.shape[2]:
+            return self.recent
+        return self.recent[:, :, : self.recent_length]
+
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Hand queries (B, Hq, L, D) of the last L tokens to the cache."""
+        if self.observer is not None:
+            self.observer.observe_queries(q, scale)
+
     def __repr__(self) -> str:
-        lengths = (self.sink_length, self.packed_length, self.recent.shape[2])
-        return f"CompressedTokens({self.codec.spec}, sink+packed+recent {lengths})"
+        lengths = (self.sink_length, self.packed_length, self.recent_length)
+        spec = self.quantizer.codec.spec
+        return f"CompressedTokens({spec}, sink+packed+recent {lengths})"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class CompressedRows(CompressedKV):
     """A batch of rows of different lengths, each with its own handle.
 
@@ -126,13 +176,27 @@ class CompressedRows(CompressedKV):
     spans: Sequence[tuple[int, int]]
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> Shape:
         """(B, H, longest T, D)."""
         shapes = [row.shape for row in self.rows]
         _, heads, _, dim = shapes[0]
         return len(shapes), heads, max(shape[2] for shape in shapes), dim
 
     @property
-    def dtype(self) -> mx.Dtype:  # type: ignore[override]
+    def dtype(self) -> mx.Dtype:
         """The model's dtype."""
         return self.rows[0].dtype
+
+    @property
+    def observer(self) -> QueryObserver | None:
+        """The first cache of the batch that wants to see queries."""
+        observers = (getattr(row, "observer", None) for row in self.rows)
+        return next((o for o in observers if o is not None), None)
+
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Hand each row's real queries of q (B, Hq, L, D) to its cache."""
+        for index, (row, (start, stop)) in enumerate(
+            zip(self.rows, self.spans, strict=True)
+        ):
+            if isinstance(row, CompressedTokens) and stop > start:
+                row.observe_queries(q[index : index + 1, :, start:stop], scale)

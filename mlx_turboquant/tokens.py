@@ -1,4 +1,4 @@
-"""`TokenArrays`: named arrays that share one token axis, and how many tokens are in use.
+"""`TokenArrays`: named arrays that share one token axis and a length.
 
 Owns capacity, length and the in-place write. Tokens are axis 2 of every array,
 (B, H, capacity, .). What the arrays mean is their owner's: codes and scales of a codec,
@@ -62,7 +62,8 @@ class TokenArrays:
 
     def _grown(self, name: str, like: mx.array, length: int) -> mx.array:
         batch, heads, _, width = like.shape
-        capacity = -(-length // self.growth) * self.growth
+        # At least one growth: MLX hands arrays of under 8 elements to kernels otherwise.
+        capacity = max(1, -(-length // self.growth)) * self.growth
         # Zeros, because kernels read whole tiles: what lies behind the last token is
         # counted for nothing, but must not be NaN.
         buffer = mx.zeros((batch, heads, capacity, width), like.dtype)

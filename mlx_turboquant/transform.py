@@ -89,29 +89,3 @@ def _permute(x: mx.array, order: mx.array | None) -> mx.array:
         return x
     order = mx.repeat(order, x.shape[1] // order.shape[1], axis=1)
     return mx.take_along_axis(x, mx.broadcast_to(order, x.shape), axis=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class PageMeans:
-    """Key means that were taken off before encoding, already in the basis.
-
-    Attributes:
-        rows: (B, H, M, D) float16, whole buffers.
-        page: Packed tokens to a row; more than there will ever be if one serves all.
-        count: Rows in use.
-    """
-
-    rows: mx.array
-    page: int
-    count: int
-
-    def of_tokens(self, first: int, count: int, heads: slice = slice(None)) -> mx.array:
-        """For packed tokens from ``first``: (B, heads, count or 1, D) float32."""
-        low = first // self.page
-        rows = self.rows[:, heads, low : -(-(first + count) // self.page)].astype(
-            mx.float32
-        )
-        if rows.shape[2] == 1:
-            return rows
-        start = first - low * self.page
-        return mx.repeat(rows, self.page, axis=2)[:, :, start : start + count]

@@ -28,7 +28,7 @@ def main(mode, name):
     got = tiny_models.logits(part, caches)
     error = mx.abs(got - want).max() / mx.std(want)
     packed = min(row.tokens[1] for row in tq.explain(caches).layers)
-    keys = caches[0].segments()[0]
+    keys = caches[0].compressed()[0]
     print(
         f"rank={group.rank()} error={error.item():.2e} caches={len(caches)} "
         f"heads={keys.shape[1]} packed={packed}",

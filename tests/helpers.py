@@ -5,7 +5,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_turboquant.backends import reference
+import mlx_turboquant as tq
+from mlx_turboquant.backends.reference import Reference
+from mlx_turboquant.segments import CompressedKV
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "books-20m"
@@ -40,9 +42,17 @@ def softmax_attention(q, k, v, scale, mask=None, sinks=None):
 def stored(side):
     """The vectors that a `CompressedTokens` stands for, float32, in the model's own basis."""
     if side.packed is None:
-        return side.recent.astype(mx.float32)
-    whole = reference.materialize_rot(side, slice(None), mx.float32)
-    return side.basis.decode(whole)
+        return side.recent_tokens.astype(mx.float32)
+    whole_rot = Reference().materialize_rot(side, slice(None), mx.float32)
+    return side.quantizer.transform.decode(whole_rot)
+
+
+def attend(q, keys, values, scale, mask=None, sinks=None):
+    """What mlx-lm's models do through the hook: attend, then show the queries."""
+    out = tq.attend(q, keys, values, scale, mask, sinks)
+    if isinstance(keys, CompressedKV) and keys.observer is not None:
+        keys.observe_queries(q, scale)
+    return out
 
 
 def relative_error(got, want):

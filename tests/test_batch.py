@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from helpers import relative_error
+from helpers import attend, relative_error
 from mlx_lm import batch_generate, stream_generate
 from mlx_lm.models import llama
 
@@ -35,7 +35,7 @@ def test_right_padded_prompt_then_steps_equal_single_streams():
     for start, stop in ((0, 100), (100, 150)):
         mask = batch.make_mask(stop - start)
         sides = batch.update_and_fetch(k[:, :, start:stop], v[:, :, start:stop])
-        got.append(tq.attend(q[:, :, start:stop], *sides, 0.2, mask))
+        got.append(attend(q[:, :, start:stop], *sides, 0.2, mask))
         mx.eval(got[-1], batch.state)
     batch.finalize()
     got = mx.concatenate(got, axis=2)
@@ -47,15 +47,15 @@ def test_right_padded_prompt_then_steps_equal_single_streams():
                 continue
             part = (slice(row, row + 1), slice(None), slice(start, stop))
             sides = cache.update_and_fetch(k[part], v[part])
-            want.append(tq.attend(q[part], *sides, 0.2, "causal"))
+            want.append(attend(q[part], *sides, 0.2, "causal"))
         want = mx.concatenate(want, axis=2)
         assert relative_error(got[row : row + 1, :, :n], want) < 1e-6
         assert mx.all(got[row, :, n:] == 0).item()
     q, k, v = q[:, :, :1], k[:, :, :1], v[:, :, :1]
-    step = tq.attend(q, *batch.update_and_fetch(k, v), 0.2, batch.make_mask(1))
+    step = attend(q, *batch.update_and_fetch(k, v), 0.2, batch.make_mask(1))
     for row, cache in enumerate(alone):
         part = slice(row, row + 1)
-        want = tq.attend(q[part], *cache.update_and_fetch(k[part], v[part]), 0.2)
+        want = attend(q[part], *cache.update_and_fetch(k[part], v[part]), 0.2)
         assert relative_error(step[part], want) < 1e-6
 
 
@@ -69,11 +69,11 @@ def test_array_masks_are_right_aligned(window):
     k, v = (mx.random.normal((2, 2, 12, 64)) for _ in range(2))
     mask = batch.make_mask(12, return_array=True, window_size=window)
     assert mask.shape == (2, 1, 12, 212)
-    got = tq.attend(q, *batch.update_and_fetch(k, v), 0.2, mask)
+    got = attend(q, *batch.update_and_fetch(k, v), 0.2, mask)
     for row, cache in enumerate(alone):
         part = slice(row, row + 1)
         own = cache.make_mask(12, return_array=True, window_size=window)
-        want = tq.attend(q[part], *cache.update_and_fetch(k[part], v[part]), 0.2, own)
+        want = attend(q[part], *cache.update_and_fetch(k[part], v[part]), 0.2, own)
         assert relative_error(got[part], want) < 1e-6
 
 

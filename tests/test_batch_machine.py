@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import mlx_turboquant as tq
-from mlx_turboquant.attention import decoded
+from mlx_turboquant.attention import dequantize
 
 VOCAB, HEADS, DIM = 40, 2, 32
 SPEC = "8,window=3,sink=2,page=16"
@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
             if self.windowed:
                 text = text[max(0, before - (WINDOW - 1)) :]
             for got, want in zip(
-                decoded(*cache.segments()), vectors([text]), strict=True
+                dequantize(*cache.compressed()), vectors([text]), strict=True
             ):
                 assert got.shape == want.shape
                 error = mx.linalg.norm(got - want) / mx.linalg.norm(want)

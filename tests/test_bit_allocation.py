@@ -5,6 +5,7 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import attend
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -108,7 +109,7 @@ def step(cache, tokens, seed, loud=1.0):
         mx.random.normal((1, heads, tokens, 64), key=mx.random.key(seed + i))
         for i, heads in enumerate((2, 2, 4))
     )
-    return tq.attend(q * loud, *cache.update_and_fetch(k, v), 0.125, "causal")
+    return attend(q * loud, *cache.update_and_fetch(k, v), 0.125, "causal")
 
 
 def layers(text, count=3):

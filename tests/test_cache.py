@@ -3,7 +3,7 @@ import copy
 import mlx.core as mx
 import pytest
 from cases import each_spec
-from helpers import stored
+from helpers import attend, stored
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -30,7 +30,7 @@ def feed(cache, keys, values, steps):
         sides = cache.update_and_fetch(keys[:, :, part], values[:, :, part])
         # Queries that are a function of the tokens, however they are cut.
         q = mx.repeat(keys[:, :, part] ** 3, 2, axis=1)
-        mx.eval(tq.attend(q, *sides, 0.1), cache.state)
+        mx.eval(attend(q, *sides, 0.1), cache.state)
         done, turn = done + n, turn + 1
     return cache
 
@@ -118,7 +118,7 @@ def test_trim_takes_no_more_than_there_is():
 def test_attention_of_a_first_chunk_is_mlxs_own_bit_for_bit():
     keys, values, q = tokens(300), tokens(300, DV), tokens(300, seed=3)
     sides = tq.TurboQuantCache("2").update_and_fetch(keys, values)
-    got = tq.attend(q, *sides, 0.1, "causal")
+    got = attend(q, *sides, 0.1, "causal")
     want = mx.fast.scaled_dot_product_attention(
         q, keys, values, scale=0.1, mask="causal"
     )
@@ -161,10 +161,10 @@ def test_state_round_trips_and_copies_are_independent(spec):
     [
         ({"header": "someone else 1 x"}, "not a mlx_turboquant"),
         ({"header": None}, "not a mlx_turboquant"),
-        ({"header": "mlx_turboquant 99 k3v3"}, "format 99 is not 3"),
-        ({"header": "mlx_turboquant 3 k33v3 returns_arrays=0"}, "damaged"),
-        ({"header": "mlx_turboquant 3 k3v3 returns_arrays=x"}, "damaged"),
-        ({"header": "mlx_turboquant 3 k3v3"}, "damaged"),
+        ({"header": "mlx_turboquant 99 k3v3"}, "format 99 is not 4"),
+        ({"header": "mlx_turboquant 4 k33v3 returns_arrays=0"}, "damaged"),
+        ({"header": "mlx_turboquant 4 k3v3 returns_arrays=x"}, "damaged"),
+        ({"header": "mlx_turboquant 4 k3v3"}, "damaged"),
         ({"packed:keys_scales": None}, "do not fit"),
         ({"recent:values": None}, "do not fit"),
     ],
@@ -241,7 +241,7 @@ class AgainstAList(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.cache = tq.TurboQuantCache("k8v8,window=5,page=16,sink=3")
+        self.cache = tq.TurboQuantCache("k8v8,window=5,page=32,sink=3")
         self.tokens = []
         self.next = 0
 

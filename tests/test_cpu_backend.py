@@ -6,7 +6,9 @@ from cases import each_bits, each_dim
 from helpers import relative_error
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import cpu, reference
+from mlx_turboquant.backends.call import AttendCall
+from mlx_turboquant.backends.cpu import Cpu
+from mlx_turboquant.backends.reference import Reference
 
 
 def filled(spec, k_dim, v_dim, tokens=300, heads=2, dtype=mx.float32):
@@ -21,16 +23,16 @@ def filled(spec, k_dim, v_dim, tokens=300, heads=2, dtype=mx.float32):
 def test_every_width_is_the_reference(bits):
     sides = filled(f"k{bits}v{9 - bits}", 64, 80)
     q = mx.random.normal((2, 4, 3, 64))
-    args = (q, *sides, 0.125, "causal")
-    assert relative_error(cpu.Cpu().attend(*args), reference.attend(*args)) < 2e-6
+    call = AttendCall(q, *sides, 0.125, "causal")
+    assert relative_error(Cpu().attend(call), Reference().attend(call)) < 2e-6
 
 
 @each_dim
 def test_every_dim_is_the_reference(dim):
     sides = filled("k3v5", dim, dim)
     q = mx.random.normal((2, 6, 1, dim))
-    args = (q, *sides, 0.1)
-    assert relative_error(cpu.Cpu().attend(*args), reference.attend(*args)) < 2e-6
+    call = AttendCall(q, *sides, 0.1)
+    assert relative_error(Cpu().attend(call), Reference().attend(call)) < 2e-6
 
 
 @pytest.mark.parametrize("sinks", [False, True])
@@ -44,23 +46,24 @@ def test_masks_and_learned_sinks(spec, mask, sinks):
     elif mask == "additive":
         mask = mx.random.normal((4, 300))
     learned = mx.random.normal((4,)) if sinks else None
-    args = (q, *sides, 0.125, mask, learned)
-    assert relative_error(cpu.Cpu().attend(*args), reference.attend(*args)) < 2e-6
+    call = AttendCall(q, *sides, 0.125, mask, learned)
+    assert relative_error(Cpu().attend(call), Reference().attend(call)) < 2e-6
 
 
 def test_half_precision_models_keep_their_dtype():
     sides = filled("k3v3", 64, 64, dtype=mx.float16)
     q = mx.random.normal((2, 4, 1, 64)).astype(mx.float16)
-    got = cpu.Cpu().attend(q, *sides, 0.125)
-    wide = reference.attend(q.astype(mx.float32), *sides, 0.125)
+    got = Cpu().attend(AttendCall(q, *sides, 0.125))
+    wide = Reference().attend(AttendCall(q.astype(mx.float32), *sides, 0.125))
     assert got.dtype == mx.float16
     assert relative_error(got.astype(mx.float32), wide) < 1e-3
 
 
 def test_what_it_leaves_to_the_reference():
     sides = filled("k16v3", 64, 64)
-    assert cpu.refuse(*sides) == "codec identity:16 has no planes"
+    quantizers = [side.quantizer for side in sides]
+    assert Cpu().refuse(*quantizers) == "codec identity:16 has no planes"
     long = mx.random.normal((2, 4, 9, 64))
     sides = filled("k3v3", 64, 64)
-    args = (long, *sides, 0.125, "causal")
-    assert mx.array_equal(cpu.Cpu().attend(*args), reference.attend(*args)).item()
+    call = AttendCall(long, *sides, 0.125, "causal")
+    assert mx.array_equal(Cpu().attend(call), Reference().attend(call)).item()

@@ -1,5 +1,5 @@
 from mlx_turboquant import diagnosis
-from mlx_turboquant.backends import reference
+from mlx_turboquant.backends.reference import Reference
 
 
 def test_doctor_reports_this_machine(run_cli):
@@ -9,10 +9,8 @@ def test_doctor_reports_this_machine(run_cli):
         assert text in out
 
 
-class Fake:
+class Fake(Reference):
     """Stands in for kernels: right, wrong, or not compiling."""
-
-    name = "fake"
 
     def __init__(self, mode):
         self.mode = mode
@@ -22,13 +20,13 @@ class Fake:
             raise RuntimeError("error: use of undeclared identifier\n")
         return function(*args)
 
-    def attend(self, *args):
-        out = self._try(reference.attend, *args)
+    def attend(self, call):
+        out = self._try(super().attend, call)
         return out * 1.1 if self.mode == "wrong" else out
 
-    def encode(self, keys, values, *args):
+    def encode(self, quantizer, x, first):
         factor = 1.1 if self.mode == "wrong" else 1
-        return self._try(reference.encode, keys, values * factor, *args)
+        return self._try(super().encode, quantizer, x * factor, first)
 
 
 def test_right_kernels_pass_and_wrong_ones_fail():

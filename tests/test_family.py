@@ -8,6 +8,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import attend
 from test_codecs import mse, vectors
 
 import mlx_turboquant as tq
@@ -251,7 +252,7 @@ def test_strong_channels_get_the_outliers_bits():
     keys = mx.random.normal((1, 2, 300, 64)) * gains
     cache = tq.TurboQuantCache("k2.25v2.25,codec=turboquant-outlier,equalize=off")
     sides = cache.update_and_fetch(keys, keys)
-    tq.attend(keys, *sides, 0.02, "causal")
+    attend(keys, *sides, 0.02, "causal")
     cache.update_and_fetch(keys[:, :, :1], keys[:, :, :1])
     order = cache.keys_and_values()[0].basis.order
     assert order.shape == (1, 2, 1, 64)

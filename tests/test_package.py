@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import mlx.core as mx
-from helpers import ROOT
+from helpers import ROOT, attend
 
 import mlx_turboquant as tq
 
@@ -19,6 +19,7 @@ LAYERS = (
     ("spec", "rotation", "codebook"),
     ("polynomial",),
     ("codecs", "transform"),
+    ("quantizer",),
     ("segments",),
     ("kernels",),
     ("backends",),
@@ -127,7 +128,7 @@ def test_reprs_are_one_line():
 def test_explain_on_paper():
     cache = tq.TurboQuantCache("3")
     kv = mx.random.normal((1, 2, 500, 64))
-    tq.attend(kv, *cache.update_and_fetch(kv, kv), 0.1)
+    attend(kv, *cache.update_and_fetch(kv, kv), 0.1)
     lines = str(tq.explain([cache])).splitlines()
     assert "sink+packed+recent" in lines[0]
     assert "k3v3" in lines[1]

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 import tiny_models
-from helpers import MODEL
+from helpers import MODEL, attend
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import UnsupportedModelError
@@ -23,7 +23,7 @@ def filled(cache, layer, tokens, step=512):
         shape = (1, layer.heads, min(step, tokens - start))
         k = mx.random.normal((*shape, layer.k_dim)).astype(mx.float16)
         v = mx.random.normal((*shape, layer.v_dim)).astype(mx.float16)
-        tq.attend(k, *cache.update_and_fetch(k, v), 0.1, "causal")
+        attend(k, *cache.update_and_fetch(k, v), 0.1, "causal")
         mx.eval(cache.state)
     return cache.nbytes
 

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from helpers import relative_error
+from helpers import attend, relative_error
 from mlx_lm.models.cache import BatchRotatingKVCache, RotatingKVCache
 from test_batch import tiny_model
 
@@ -30,7 +30,7 @@ def run(cache, plan, tensors, window_size=None):
         part = (slice(None), slice(None), slice(start, start + count))
         q, k, v = (x[part] for x in tensors)
         mask = cache.make_mask(count, window_size=window_size)
-        outputs.append(tq.attend(q, *cache.update_and_fetch(k, v), 0.125, mask))
+        outputs.append(attend(q, *cache.update_and_fetch(k, v), 0.125, mask))
         mx.eval(outputs[-1], cache.state)
         start += count
     return mx.concatenate(outputs, axis=2)
@@ -74,7 +74,7 @@ def test_memory_is_bounded_and_whole_pages_are_forgotten():
     for start in range(0, 700, 7):
         part = tuple(x[:, :, start : start + 7] for x in tensors)
         mask = cache.make_mask(7)
-        tq.attend(part[0], *cache.update_and_fetch(*part[1:]), 0.125, mask)
+        attend(part[0], *cache.update_and_fetch(*part[1:]), 0.125, mask)
         mx.eval(cache.state)
         sizes.append(cache.nbytes)
         held = cache.sink_length + cache.packed_length + cache.recent_length

@@ -4,6 +4,7 @@ import threading
 
 import mlx.core as mx
 from cases import each_spec
+from helpers import attend
 
 import mlx_turboquant as tq
 
@@ -21,7 +22,7 @@ def run(spec, out, name):
                 for heads in (4, 2, 6)
             )
             sides = cache.update_and_fetch(k, v[:, :2])
-            got.append(tq.attend(q, *sides, 0.125, "causal"))
+            got.append(attend(q, *sides, 0.125, "causal"))
             mx.eval(got[-1], cache.state)
         out[name] = (cache, mx.concatenate(got, axis=2))
         mx.eval(out[name][1])
@@ -43,7 +44,7 @@ def test_caches_work_on_any_thread_and_move_between_them(spec):
     # What the other thread made goes on here.
     k = mx.random.normal((1, 2, 1, 64))
     steps = [
-        tq.attend(mx.tile(k, (1, 2, 1, 1)), *c.update_and_fetch(k, k), 0.125)
+        attend(mx.tile(k, (1, 2, 1, 1)), *c.update_and_fetch(k, k), 0.125)
         for c, _ in out.values()
     ]
     assert mx.array_equal(*steps).item()

@@ -2,12 +2,13 @@
 
 import mlx.core as mx
 import pytest
-from helpers import relative_error, softmax_attention, stored
+from helpers import attend, relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.cache.calibration import Calibration
 from mlx_turboquant.rotation import rotation_for
-from mlx_turboquant.transform import ChannelTransform, PageMeans
+from mlx_turboquant.quantizer import PageMeans
+from mlx_turboquant.transform import ChannelTransform
 
 SCALE = 0.125
 
@@ -43,17 +44,20 @@ def test_signs_of_kernels_are_the_basis():
 
 def test_page_means_by_token():
     rows = mx.arange(12.0).reshape(1, 1, 12, 1).astype(mx.float16)
-    means = PageMeans(rows, 16, 3)  # nine rows are spare
+    means = PageMeans(16)
+    means.append(rows[:, :, :3])
     got = means.of_tokens(20, 28)[0, 0, :, 0].tolist()
     assert got == [1.0] * 12 + [2.0] * 16
-    assert means.of_tokens(16, 16).shape == (1, 1, 1, 1)
-    frozen = PageMeans(rows, 1 << 30, 1)
-    assert frozen.of_tokens(5000, 700).tolist() == [[[[0.0]]]]
+    assert means.of_tokens(16, 16)[0, 0, :, 0].tolist() == [1.0] * 16
+    means.keep(17)
+    assert means.count == 2
+    means.drop_first(16)
+    assert means.of_tokens(0, 3)[0, 0, :, 0].tolist() == [1.0] * 3
 
 
 def calibrated(keys, values, q, **fields):
     cache = tq.TurboQuantCache(tq.CacheSpec.parse("k3v3,sink=0,window=0", **fields))
-    tq.attend(q, *cache.update_and_fetch(keys, values), SCALE, "causal")
+    attend(q, *cache.update_and_fetch(keys, values), SCALE, "causal")
     return cache
 
 
@@ -65,7 +69,7 @@ def data(length=512, heads=2, dim=64):
 
 
 def attention_error(cache, q, k, v):
-    got = tq.attend(q[:, :, -4:], *cache.keys_and_values(), SCALE)
+    got = attend(q[:, :, -4:], *cache.keys_and_values(), SCALE)
     return relative_error(got, softmax_attention(q[:, :, -4:], k, v, SCALE))
 
 
@@ -105,8 +109,8 @@ def test_logit_variance_predicts_the_error_of_logits():
     error = SCALE * q.reshape(1, 2, 2, 512, 64) @ wrong[:, :, None].swapaxes(-1, -2)
     watch = Calibration(0, 512)
     watch.observe(q, SCALE, 2, 512)
-    variance = watch.logit_variance(k, keys.basis.gains).item()
-    predicted = keys.codec.book.mse * 0.93 * variance  # 7% by scale search
+    variance = watch.logit_variance(k, keys.quantizer.transform.gains).item()
+    predicted = keys.quantizer.codec.book.mse * 0.93 * variance  # 7% by scale search
     assert mx.var(error).item() == pytest.approx(predicted, rel=0.1)
 
 
@@ -117,11 +121,11 @@ def test_queries_seen_twice_or_with_a_gap_do_not_count():
     watch.observe(q, 1.0, 2, 8)  # a layer that shares the cache
     watch.observe(q, 1.0, 2, 17)  # one token was never seen
     assert watch.state["squares"].shape == (1, 2, 8, 16)
-    assert not watch.complete
+    assert not watch.saw_whole_page
     watch.trim(5)
     for offset in (13, 21, 29):
         watch.observe(q, 1.0, 2, offset)
-    assert watch.complete
+    assert watch.saw_whole_page
     assert watch.state["squares"].shape == (1, 2, 22, 16)
 
 

@@ -12,47 +12,55 @@ import functools
 
 import mlx.core as mx
 
-from ..codecs.scalar import ScalarCodec
+from ..codecs.kernel_format import POLYNOMIAL
+from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
-from ..transform import PageMeans
-from . import reference
-from .planes import layout_of, planes_of
+from .call import AttendCall
+from .planes import Planes, planes_for
+from .reference import Reference, packed_of
 
 #: Query tokens of a decode step; more of them amortise the reference's decoding.
 MAX_ROWS = 8
 
 
-class Cpu:
-    """Plain MLX operations in the order a CPU likes."""
+class Cpu(Reference):
+    """Plain MLX operations in the order a CPU likes, for decode steps."""
 
-    name = "cpu"
-    decode = staticmethod(reference.decode)
-    encode = staticmethod(reference.encode)
+    @property
+    def name(self) -> str:
+        """What `explain` calls it."""
+        return "cpu"
 
-    def attend(
-        self,
-        q: mx.array,
-        keys: CompressedTokens,
-        values: CompressedTokens,
-        scale: float,
-        mask: mx.array | str | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        """As `reference.attend`, for what `refuse` has nothing against."""
+    def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
+        """Why planes cannot serve what these encode, or None."""
+        for codec in (keys.codec, values.codec):
+            form = codec.kernel_format
+            if form is None or form.kind != POLYNOMIAL:
+                return f"codec {codec.spec} has no planes"
+        return None
+
+    def attend(self, call: AttendCall) -> mx.array:
+        """As `Reference.attend`; only steps of up to `MAX_ROWS` tokens are faster."""
+        q, keys, values = call.q, call.keys, call.values
         if q.shape[2] > MAX_ROWS:
-            return reference.attend(q, keys, values, scale, mask, sinks)
-        batch, heads, total, _ = keys.shape
+            return super().attend(call)
+        batch, kv_heads, total, _ = keys.shape
         steps = q.shape[2]
-        rows = q.shape[1] // heads * steps
+        rows = q.shape[1] // kv_heads * steps
+        k_planes, v_planes = _planes_of(keys), _planes_of(values)
         with mx.stream(_side_stream()):  # beside the keys, on another core
-            assert values.packed is not None
-            assert isinstance(values.codec, ScalarCodec)
-            planes = planes_of(values.codec, values.packed)
-        dtype, q = q.dtype, q.astype(mx.float32) * scale
-        q_rot = keys.basis.encode_query(q).reshape(batch, heads, rows, -1)
-        logits = _logits(q.reshape(batch, heads, rows, -1), q_rot, keys)
+            value_levels = v_planes.levels(packed_of(values))
+        dtype, q = q.dtype, q.astype(mx.float32) * call.scale
+        q_rot = keys.quantizer.transform.encode_query(q)
+        logits = _logits(
+            q.reshape(batch, kv_heads, rows, -1),
+            q_rot.reshape(batch, kv_heads, rows, -1),
+            keys,
+            k_planes,
+        )
         logits = logits.reshape(batch, -1, steps, total)
+        mask = call.mask
         if isinstance(mask, str):
             mask = mx.arange(total) <= mx.arange(total - steps, total)[:, None]
         if isinstance(mask, mx.array):
@@ -60,82 +68,80 @@ class Cpu:
                 logits = mx.where(mask, logits, -mx.inf)
             else:
                 logits = logits + mask.astype(mx.float32)
-        weights = _softmax(logits, sinks).reshape(batch, heads, rows, total)
+        weights = _softmax(logits, call.sink_logits)
+        weights = weights.reshape(batch, kv_heads, rows, total)
         shape = (batch, -1, steps, values.shape[3])
-        out_rot = _weigh_packed(weights, values, planes).reshape(shape)
-        out = values.basis.decode(out_rot) + _weigh_plain(weights, values).reshape(
-            shape
-        )
+        out_rot = _weigh_packed(weights, values, v_planes, value_levels)
+        out = values.quantizer.transform.decode(out_rot.reshape(shape))
+        out = out + _weigh_uncompressed(weights, values).reshape(shape)
         return out.astype(dtype)
 
 
-def refuse(keys: CompressedTokens, values: CompressedTokens) -> str | None:
-    """Why planes cannot serve these, or None."""
-    if keys.packed is None or values.packed is None:
-        return "nothing is packed yet"
-    for side in (keys, values):
-        if not isinstance(side.codec, ScalarCodec):
-            return f"codec {side.codec.spec} has no planes"
-    return None
+def _planes_of(side: CompressedTokens) -> Planes:
+    codec = side.quantizer.codec
+    form = codec.kernel_format
+    if form is None:
+        raise ValueError(f"codec {codec.spec} has no planes; see Cpu.refuse")
+    return planes_for(form.bits, codec.dim, form.coefficients)
 
 
-def _logits(q: mx.array, q_rot: mx.array, keys: CompressedTokens) -> mx.array:
-    """Of all tokens, (B, H, rows, T) float32, for both spellings of the queries."""
-    assert keys.packed is not None
-    assert isinstance(keys.codec, ScalarCodec)
-    layout = layout_of(keys.codec.bits, keys.codec.dim)
-    padded = mx.pad(q_rot, [(0, 0)] * 3 + [(0, layout.padded - keys.codec.dim)])
+def _logits(
+    q: mx.array, q_rot: mx.array, keys: CompressedTokens, planes: Planes
+) -> mx.array:
+    """Logits of all tokens (B, H, rows, T) float32, from both spellings of q."""
+    codes = packed_of(keys)
+    layout = planes.layout
+    padding = layout.padded - q_rot.shape[-1]
+    padded = mx.pad(q_rot, [(0, 0)] * 3 + [(0, padding)])
     pieces = mx.split(padded[..., layout.order], layout.ends, axis=-1)
-    packed: mx.array | None = None
-    for piece, plane in zip(pieces, planes_of(keys.codec, keys.packed), strict=True):
-        packed = piece @ plane if packed is None else mx.addmm(packed, piece, plane)
-    assert packed is not None
-    packed = packed * _scales(keys.packed)
-    if keys.means is not None:
-        packed = packed + _mean_logits(q_rot, keys.means, keys.packed_length)
-    parts = [packed, _dot(q, keys.recent)]
+    levels = planes.levels(codes)
+    packed = pieces[0] @ levels[0]
+    for piece, plane in zip(pieces[1:], levels[1:], strict=True):
+        packed = mx.addmm(packed, piece, plane)
+    packed = packed * _scales(codes)
+    if keys.quantizer.means is not None:
+        packed = packed + _mean_logits(q_rot, keys.quantizer.means, codes.length)
+    parts = [packed, _dot(q, keys.recent_tokens)]
     if keys.sink is not None:
         parts.insert(0, _dot(q, keys.sink))
     return mx.concatenate(parts, axis=-1)
 
 
 def _mean_logits(q_rot: mx.array, means: PageMeans, tokens: int) -> mx.array:
-    """Of the mean of each packed token: (B, H, rows, tokens or 1)."""
-    logits = _dot(q_rot, means.rows[:, :, : means.count])
-    if means.count == 1:
-        return logits
+    """Logits of each packed token's mean: (B, H, rows, tokens)."""
+    logits = _dot(q_rot, means.state["keys"])
     return mx.repeat(logits, means.page, axis=-1)[..., :tokens]
 
 
 def _weigh_packed(
-    weights: mx.array, values: CompressedTokens, planes: list[mx.array]
+    weights: mx.array,
+    values: CompressedTokens,
+    planes: Planes,
+    levels: list[mx.array],
 ) -> mx.array:
     """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
+    codes = packed_of(values)
     first = values.sink_length
-    assert values.packed is not None
-    assert isinstance(values.codec, ScalarCodec)
-    layout = layout_of(values.codec.bits, values.codec.dim)
-    scaled = weights[..., first : first + values.packed_length]
-    scaled = scaled * _scales(values.packed)
-    pieces = [scaled @ plane.swapaxes(-1, -2) for plane in planes]
-    return mx.concatenate(pieces, axis=-1)[..., layout.places]
+    scaled = weights[..., first : first + codes.length] * _scales(codes)
+    pieces = [scaled @ plane.swapaxes(-1, -2) for plane in levels]
+    return mx.concatenate(pieces, axis=-1)[..., planes.layout.places]
 
 
-def _weigh_plain(weights: mx.array, values: CompressedTokens) -> mx.array:
+def _weigh_uncompressed(weights: mx.array, values: CompressedTokens) -> mx.array:
     """Weights times sink and recent values: (B, H, rows, D), not rotated."""
     first = values.sink_length
     last = first + values.packed_length
-    out = weights[..., last:] @ values.recent.astype(mx.float32)
+    out = weights[..., last:] @ values.recent_tokens.astype(mx.float32)
     if values.sink is not None:
         out = out + weights[..., :first] @ values.sink.astype(mx.float32)
     return out
 
 
-def _softmax(logits: mx.array, sinks: mx.array | None) -> mx.array:
-    """Over tokens, and learned sink logits (Hq,) that carry no value."""
-    if sinks is None:
+def _softmax(logits: mx.array, sink_logits: mx.array | None) -> mx.array:
+    """Softmax over tokens, and learned sink logits (Hq,) that carry no value."""
+    if sink_logits is None:
         return mx.softmax(logits, axis=-1, precise=True)
-    extra = sinks.astype(mx.float32)[None, :, None, None]
+    extra = sink_logits.astype(mx.float32)[None, :, None, None]
     extra = mx.broadcast_to(extra, (*logits.shape[:3], 1))
     joined = mx.concatenate([extra, logits], axis=-1)
     return mx.softmax(joined, axis=-1, precise=True)[..., 1:]

@@ -1,8 +1,15 @@
 """Codes as planes: what one shift and one mask take out of many words at a time.
 
-Owns where every element of a vector is in the planes of its bit layout (``packing.py``)
-and how their levels are computed, in one pass over memory by `mx.compile`. What planes
-are multiplied with is `cpu`'s.
+A group of 16 elements is 8 pairs; `packing` puts as many pairs as fit into each 16-bit
+half of a word. With 3 bits (five pairs in a word of the group's own, two in its byte of
+a word shared by two groups, one in the bits left over):
+
+    half of a word    [pair 0|pair 1|pair 2|pair 3|pair 4|s]    own
+    byte of a word    [pair 5|pair 6|ss]                        shared
+    left-over bits    [sss] = pair 7                            spare
+
+The same shift of all those halves, over all groups, words and tokens, is one *plane*: a
+matrix (rows, tokens) of codes that `cpu` multiplies as it lies. Nothing is gathered.
 """
 
 from __future__ import annotations
@@ -13,7 +20,6 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codecs.scalar import ScalarCodec
 from ..polynomial import levels_of
 from ..tokens import TokenArrays
 
@@ -29,10 +35,11 @@ class Layout:
     Attributes:
         own: Indices of the halves of the groups' own words, group by group.
         shared: Indices of the halves of the shared words.
-        own_shifts: Of the planes in own halves.
-        shared_shifts: Of the planes in shared halves.
-        late_shifts: Of the planes in what the spare bits spell.
+        own_shifts: Shifts of the planes in own halves.
+        shared_shifts: Shifts of the planes in shared halves.
+        spare_shifts: Shifts of the planes in what the spare bits spell.
         order: Element of each row of all planes, below `padded`.
+        padded: Elements of a vector, rounded up to whole groups.
         ends: Where planes end in `order`, but the last.
         places: Row of each element: the inverse of `order`.
     """
@@ -41,7 +48,7 @@ class Layout:
     shared: mx.array
     own_shifts: list[int]
     shared_shifts: list[int]
-    late_shifts: list[int]
+    spare_shifts: list[int]
     order: mx.array
     padded: int
     ends: list[int]
@@ -51,24 +58,27 @@ class Layout:
 @functools.cache
 def layout_of(bits: int, dim: int) -> Layout:
     """Where the planes of vectors of ``dim`` elements at ``bits`` bits lie."""
+    # How many pairs each kind of half holds; what they leave over holds the rest.
     groups = -(-dim // _GROUP)
     own_words = bits // 2
     per_own = 16 // bits if own_words else 0
     per_shared = 8 // bits if bits % 2 else 0
-    late = 8 - own_words * per_own - per_shared
+    spare_pairs = 8 - own_words * per_own - per_shared
     own, shared = [], []
     for group in range(groups):
         base = group // 2 * bits
         own += [base + group % 2 * own_words + i for i in range(own_words)]
+        # Two groups share a word; a last group without a neighbour has it alone.
         if bits % 2 and group % 2 == 0:
             shared.append(base + own_words * (1 if group + 1 == groups else 2))
     own_shifts = [bits * i for i in range(per_own)]
     shared_shifts = [8 * g + bits * i for g in (0, 1) for i in range(per_shared)]
-    late_shifts = [bits * i for i in range(late)]
+    spare_shifts = [bits * i for i in range(spare_pairs)]
 
     def element(group: int, pair: int, half: int) -> int:
         return _GROUP * group + 2 * pair + half
 
+    # Rows of each plane, in the order in which `Planes.levels` stacks its halves.
     planes = [
         [
             element(group, word * per_own + pair, half)
@@ -89,7 +99,7 @@ def layout_of(bits: int, dim: int) -> Layout:
     ]
     planes += [
         [element(group, pair, half) for group in range(groups) for half in (0, 1)]
-        for pair in range(8 - late, 8)
+        for pair in range(8 - spare_pairs, 8)
     ]
     order = [element for plane in planes for element in plane]
     ends, end = [], 0
@@ -102,7 +112,7 @@ def layout_of(bits: int, dim: int) -> Layout:
         shared=_index([2 * word + half for word in shared for half in (0, 1)]),
         own_shifts=own_shifts,
         shared_shifts=shared_shifts,
-        late_shifts=late_shifts,
+        spare_shifts=spare_shifts,
         order=_index(order),
         padded=max(max(order) + 1, dim),
         ends=ends,
@@ -116,34 +126,63 @@ def _index(numbers: list[int]) -> mx.array:
     return mx.array(numbers, dtype=mx.uint32)
 
 
-def planes_of(codec: ScalarCodec, codes: TokenArrays) -> list[mx.array]:
-    """Levels (B, H, rows, T) float32 of every plane, in the order of `Layout`."""
-    bits, dim, terms = codec.bits, codec.dim, codec.coefficients
-    layout = layout_of(bits, dim)
-    halves = codes.arrays["words"].view(mx.uint16)[:, :, : codes.length]
-    halves = mx.contiguous(halves.swapaxes(-1, -2))
-    batch, heads, _, tokens = halves.shape
-    groups, own_words = -(-dim // _GROUP), bits // 2
-    planes, fields = [], []
-    if own_words:
-        own = halves[:, :, layout.own]
-        planes += _extract(bits, terms, own, layout.own_shifts)
-        by_group = own.reshape(batch, heads, groups, own_words, 2, tokens)
-        fields = [by_group[:, :, :, i] for i in range(own_words)]
-    if bits % 2:
-        shared = halves[:, :, layout.shared]
-        planes += _extract(bits, terms, shared, layout.shared_shifts)
-        pairs = shared.reshape(batch, heads, -1, 1, 2, tokens)
-        both = mx.concatenate([pairs, pairs >> 8], axis=3)
-        fields.append(both.reshape(batch, heads, -1, 2, tokens)[:, :, :groups])
-    if layout.late_shifts:
-        stream = _late(bits)(*fields).reshape(batch, heads, -1, tokens)
-        planes += _extract(bits, terms, stream, layout.late_shifts)
-    return planes
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """How the codes of one codec become planes of levels.
+
+    Attributes:
+        bits: Bits of a code.
+        dim: Elements of a vector.
+        coefficients: Levels by code (`polynomial.levels_of`).
+        layout: Where the planes lie.
+    """
+
+    bits: int
+    dim: int
+    coefficients: tuple[float, ...]
+    layout: Layout
+
+    def levels(self, codes: TokenArrays) -> list[mx.array]:
+        """Levels (B, H, rows, T) float32 of every plane, in the order of `Layout`."""
+        bits, layout = self.bits, self.layout
+        halves = codes.arrays["words"].view(mx.uint16)[:, :, : codes.length]
+        halves = mx.contiguous(halves.swapaxes(-1, -2))
+        batch, heads, _, tokens = halves.shape
+        groups, own_words = -(-self.dim // _GROUP), bits // 2
+        planes, fields = [], []
+        if own_words:
+            own = halves[:, :, layout.own]
+            planes += self._extract(own, layout.own_shifts)
+            by_group = own.reshape(batch, heads, groups, own_words, 2, tokens)
+            fields = [by_group[:, :, :, i] for i in range(own_words)]
+        if bits % 2:
+            shared = halves[:, :, layout.shared]
+            planes += self._extract(shared, layout.shared_shifts)
+            pairs = shared.reshape(batch, heads, -1, 1, 2, tokens)
+            both = mx.concatenate([pairs, pairs >> 8], axis=3)
+            fields.append(both.reshape(batch, heads, -1, 2, tokens)[:, :, :groups])
+        if layout.spare_shifts:
+            stream = _spare_bits(bits)(*fields).reshape(batch, heads, -1, tokens)
+            planes += self._extract(stream, layout.spare_shifts)
+        return planes
+
+    def _extract(self, halves: mx.array, shifts: list[int]) -> list[mx.array]:
+        extract = _extractor(self.bits, self.coefficients)
+        planes = []
+        for start in range(0, len(shifts), _FUSED):
+            some = [_scalar(shift) for shift in shifts[start : start + _FUSED]]
+            planes += extract(halves, *some)
+        return planes
 
 
 @functools.cache
-def _late(bits: int) -> Callable[..., mx.array]:
+def planes_for(bits: int, dim: int, coefficients: tuple[float, ...]) -> Planes:
+    """Made once for each codec."""
+    return Planes(bits, dim, coefficients, layout_of(bits, dim))
+
+
+@functools.cache
+def _spare_bits(bits: int) -> Callable[..., mx.array]:
     """Joins the spare bits of own halves and the shared field, low ones first."""
 
     def join(*fields: mx.array) -> mx.array:
@@ -160,16 +199,6 @@ def _late(bits: int) -> Callable[..., mx.array]:
     return compiled
 
 
-def _extract(
-    bits: int, terms: tuple[float, ...], halves: mx.array, shifts: list[int]
-) -> list[mx.array]:
-    planes = []
-    for start in range(0, len(shifts), _FUSED):
-        some = [_scalar(shift) for shift in shifts[start : start + _FUSED]]
-        planes += _extractor(bits, terms)(halves, *some)
-    return planes
-
-
 @functools.cache
 def _scalar(value: int) -> mx.array:
     array = mx.array(value, dtype=mx.uint16)
@@ -178,10 +207,14 @@ def _scalar(value: int) -> mx.array:
 
 
 @functools.cache
-def _extractor(bits: int, terms: tuple[float, ...]) -> Callable[..., list[mx.array]]:
+def _extractor(
+    bits: int, coefficients: tuple[float, ...]
+) -> Callable[..., list[mx.array]]:
     def extract(halves: mx.array, *shifts: mx.array) -> list[mx.array]:
         mask = 2**bits - 1
-        return [levels_of((halves >> shift) & mask, bits, terms) for shift in shifts]
+        return [
+            levels_of((halves >> shift) & mask, bits, coefficients) for shift in shifts
+        ]
 
     compiled: Callable[..., list[mx.array]] = mx.compile(extract)
     return compiled

@@ -1,24 +1,21 @@
-"""Attention over segments in plain mx: runs anywhere, and defines what is correct.
+"""Attention over compressed tokens in plain mx: runs anywhere, defines what is correct.
 
-Owns decoding for attention, its memory bound, and the change of basis around it: while
-there are codes, q, sink and recent tokens are taken into the codes' basis and the
-output out of it.
-
-A slice of KV heads at a time is decoded and handed to MLX's own attention, so the
-transient never exceeds `SLICE_BYTES` or one KV head, whichever is more: for a model
-with 32 layers of 8 heads, one head is 1/256 of the uncompressed cache.
+While there are codes, q, sink and recent tokens are taken into the codes' basis and the
+output out of it. A slice of KV heads at a time is decoded and handed to MLX's own
+attention, so the transient never exceeds `SLICE_BYTES` or one KV head, whichever is
+more: for a model with 32 layers of 8 heads, one head is 1/256 of the uncompressed cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
-from ..codecs import Codec
+from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
-from ..transform import ChannelTransform, PageMeans
+from .call import AttendCall, Mask
 
 #: Bound on the decoded slice and the intermediates of decoding it.
 SLICE_BYTES = 256 << 20
@@ -26,114 +23,108 @@ SLICE_BYTES = 256 << 20
 # allocator was seen to hold at once for float32 models.
 _BYTES_PER_ELEMENT = 20
 
-Decode = Callable[[CompressedTokens, slice, mx.Dtype], mx.array]
 
+class Reference:
+    """Takes every call; the other backends are subclasses and do some of it faster."""
 
-def decode(side: CompressedTokens, heads: slice, dtype: mx.Dtype) -> mx.array:
-    """The packed tokens of some heads (B, heads, T_p, D), in the basis, no means."""
-    assert side.packed is not None
-    return side.codec.decode(side.packed, dtype, heads)
+    @property
+    def name(self) -> str:
+        """What `explain` calls it."""
+        return "reference"
 
+    def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
+        """None: it can attend to anything."""
+        return None
 
-def encode(
-    keys: mx.array,
-    values: mx.array,
-    means: PageMeans | None,
-    first: int,
-    bases: tuple[ChannelTransform, ChannelTransform],
-    codecs: tuple[Codec, Codec],
-) -> tuple[TokenArrays, TokenArrays]:
-    """Codes of tokens that follow ``first`` packed ones.
+    def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
+        """`Quantizer.encode` of vectors x (B, H, N, D)."""
+        return quantizer.encode(x, first)
 
-    Args:
-        keys: (B, H, N, Dk), as the model gave them.
-        values: (B, H, N, Dv).
-        means: Taken off the keys, rows for these tokens included.
-        first: Packed tokens before these.
-        bases: Of keys and values.
-        codecs: Of keys and values.
-    """
-    return (
-        encode_side(keys, means, first, bases[0], codecs[0]),
-        encode_side(values, None, first, bases[1], codecs[1]),
-    )
+    def decode_rot(
+        self, side: CompressedTokens, dtype: mx.Dtype, heads: slice
+    ) -> mx.array:
+        """The packed tokens (B, heads, N, D) in the codes' basis, means put back."""
+        return side.quantizer.decode_rot(packed_of(side), dtype, heads)
 
+    def attend(self, call: AttendCall) -> mx.array:
+        """Softmax attention over sink, packed and recent tokens.
 
-def encode_side(
-    x: mx.array,
-    means: PageMeans | None,
-    first: int,
-    basis: ChannelTransform,
-    codec: Codec,
-) -> TokenArrays:
-    """`encode` of keys or values alone."""
-    x_rot = basis.encode(x)
-    if means is not None:
-        x_rot = x_rot - means.of_tokens(first, x.shape[2])
-    return codec.encode(x_rot)
+        Returns:
+            (B, Hq, L, Dv) in q's dtype, not rotated.
+        """
+        q = call.q
+        q_rot = call.keys.quantizer.transform.encode_query(q).astype(q.dtype)
+        out_rot = self.attend_rot(call._replace(q=q_rot))
+        return call.values.quantizer.transform.decode(out_rot).astype(q.dtype)
 
-
-def attend(
-    q: mx.array,
-    keys: CompressedTokens,
-    values: CompressedTokens,
-    scale: float,
-    mask: mx.array | str | None = None,
-    sinks: mx.array | None = None,
-    decode: Decode = decode,
-) -> mx.array:
-    """Softmax attention over sink, packed and recent tokens.
-
-    Args:
-        q: (B, Hq, L, Dk), not rotated, not scaled. Hq is a multiple of H.
-        keys: H heads, T tokens.
-        values: H heads, T tokens, Dv elements.
-        scale: Factor on the logits.
-        mask: None, ``"causal"`` (last query sees all), or a bool or additive array
-            that broadcasts to (B, Hq, L, T).
-        sinks: Learned sink logits (Hq,), or None.
-        decode: What decodes the packed tokens.
-
-    Returns:
-        (B, Hq, L, Dv) in q's dtype, not rotated.
-    """
-    if keys.packed is None:
-        return mx.fast.scaled_dot_product_attention(
-            q, keys.recent, values.recent, scale=scale, mask=mask, sinks=sinks
-        )
-    q_rot = keys.basis.encode_query(q).astype(q.dtype)
-    out_rot = attend_rot(q_rot, keys, values, scale, mask, sinks, decode)
-    return values.basis.decode(out_rot).astype(q.dtype)
-
-
-def attend_rot(
-    q_rot: mx.array,
-    keys: CompressedTokens,
-    values: CompressedTokens,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None,
-    decode: Decode,
-) -> mx.array:
-    """As `attend`, from q in the keys' basis to the output in the values' basis."""
-    heads = keys.shape[1]
-    group = q_rot.shape[1] // heads
-    step = heads_per_slice(keys, values)
-    outputs = []
-    for first in range(0, heads, step):
-        kv = slice(first, min(first + step, heads))
-        q_heads = slice(kv.start * group, kv.stop * group)
-        outputs.append(
-            mx.fast.scaled_dot_product_attention(
-                q_rot[:, q_heads],
-                materialize_rot(keys, kv, q_rot.dtype, decode),
-                materialize_rot(values, kv, q_rot.dtype, decode),
-                scale=scale,
-                mask=_mask_heads(mask, q_heads),
-                sinks=None if sinks is None else sinks[q_heads],
+    def attend_rot(self, call: AttendCall) -> mx.array:
+        """As `attend`, from q in the keys' basis to the output in the values' basis."""
+        q_rot, keys, values = call.q, call.keys, call.values
+        kv_heads = keys.shape[1]
+        group = q_rot.shape[1] // kv_heads
+        per_slice = heads_per_slice(keys, values)
+        outputs = []
+        for first in range(0, kv_heads, per_slice):
+            heads = slice(first, min(first + per_slice, kv_heads))
+            q_heads = slice(heads.start * group, heads.stop * group)
+            sink_logits = call.sink_logits
+            outputs.append(
+                mx.fast.scaled_dot_product_attention(
+                    q_rot[:, q_heads],
+                    self.materialize_rot(keys, heads, q_rot.dtype),
+                    self.materialize_rot(values, heads, q_rot.dtype),
+                    scale=call.scale,
+                    mask=_mask_of_heads(call.mask, q_heads),
+                    sinks=None if sink_logits is None else sink_logits[q_heads],
+                )
             )
-        )
-    return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+        return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+
+    def materialize_rot(
+        self, side: CompressedTokens, heads: slice, dtype: mx.Dtype
+    ) -> mx.array:
+        """All tokens of some KV heads (B, heads, T, D) in the codes' basis.
+
+        Args:
+            side: Keys or values.
+            heads: Which KV heads.
+            dtype: Of the result; arithmetic is float32.
+        """
+        transform = side.quantizer.transform.of_heads(heads)
+        parts = []
+        if side.sink is not None:
+            parts.append(transform.encode(side.sink[:, heads]).astype(dtype))
+        if side.packed is not None:
+            parts.append(self.decode_rot(side, dtype, heads))
+        if side.recent_length:
+            recent = side.recent_tokens[:, heads]
+            parts.append(transform.encode(recent).astype(dtype))
+        return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+    def dequantize(self, side: CompressedTokens) -> mx.array:
+        """All stored tokens (B, H, T, D) in the model's basis and dtype."""
+        parts = [] if side.sink is None else [side.sink]
+        if side.packed is not None:
+            packed_rot = self.decode_rot(side, mx.float32, slice(None))
+            packed = side.quantizer.transform.decode(packed_rot)
+            parts.append(packed.astype(side.dtype))
+        parts.append(side.recent_tokens)
+        return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reference:
+        """Itself: caches are copied, machines are not."""
+        return self
+
+
+def packed_of(side: CompressedTokens) -> TokenArrays:
+    """The packed tokens of a side that has some.
+
+    Raises:
+        ValueError: if it has none; `attend` serves such a side without a backend.
+    """
+    if side.packed is None:
+        raise ValueError("nothing is packed yet; attend to the tokens as they are")
+    return side.packed
 
 
 def heads_per_slice(keys: CompressedTokens, values: CompressedTokens) -> int:
@@ -143,33 +134,7 @@ def heads_per_slice(keys: CompressedTokens, values: CompressedTokens) -> int:
     return max(1, min(heads, SLICE_BYTES // per_head))
 
 
-def materialize_rot(
-    side: CompressedTokens, heads: slice, dtype: mx.Dtype, decode: Decode = decode
-) -> mx.array:
-    """All tokens of some KV heads (B, heads, T, D) in the basis, means put back.
-
-    Args:
-        side: Keys or values.
-        heads: Which KV heads.
-        dtype: Of the result; arithmetic is float32.
-        decode: What decodes the packed tokens.
-    """
-    basis = side.basis.of_heads(heads)
-    parts = []
-    if side.sink is not None:
-        parts.append(basis.encode(side.sink[:, heads]).astype(dtype))
-    if side.packed is not None:
-        packed = decode(side, heads, dtype)
-        if side.means is not None:
-            means = side.means.of_tokens(0, side.packed_length, heads)
-            packed = (packed.astype(mx.float32) + means).astype(dtype)
-        parts.append(packed)
-    if side.recent.shape[2]:
-        parts.append(basis.encode(side.recent[:, heads]).astype(dtype))
-    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-
-
-def _mask_heads(mask: mx.array | str | None, heads: slice) -> mx.array | str | None:
+def _mask_of_heads(mask: Mask, heads: slice) -> Mask:
     if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1:
         return mask[:, heads]
     return mask

@@ -30,9 +30,12 @@ class BatchTurboQuantCache:
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
         self.rows = list(rows)
-        self._skip = [0] * len(self.rows)  # padding still to come on the left
-        self._left: list[int] | None = None  # real tokens still to come, while padded
-        self._last: list[tuple[int, int]] = []  # of the latest step's tokens, the real
+        # Padding tokens still to come on the left of each row.
+        self._left_padding = [0] * len(self.rows)
+        # Real tokens still to come of each row; None unless the prompt is right-padded.
+        self._remaining: list[int] | None = None
+        # From where to where the latest step's tokens are real, row by row.
+        self._spans: list[tuple[int, int]] = []
 
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantCache]) -> BatchTurboQuantCache:
@@ -48,10 +51,10 @@ class BatchTurboQuantCache:
             Handles for `attend`; or, for a model that computes attention itself,
             arrays whose rows are right-aligned, as `make_mask` has them.
         """
-        self._last = self._take(keys.shape[2])
+        self._spans = self._take(keys.shape[2])
         nothing = (keys[:1, :, :0], values[:1, :, :0])
         fetched = []
-        for row, (start, stop) in enumerate(self._last):
+        for row, (start, stop) in enumerate(self._spans):
             if stop > start:
                 part = (slice(row, row + 1), slice(None), slice(start, stop))
                 new = self.rows[row].update_and_fetch(keys[part], values[part])
@@ -64,7 +67,7 @@ class BatchTurboQuantCache:
         self,
     ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
         """What `update_and_fetch` returned last, for layers that share a cache."""
-        keys, values = next(row.segments() for row in self.rows if not row.empty())
+        keys, values = next(row.compressed() for row in self.rows if not row.empty())
         nothing = (keys.recent[:, :, :0], values.recent[:, :, :0])
         return self._as_batch([_held(row, nothing) for row in self.rows])
 
@@ -72,30 +75,34 @@ class BatchTurboQuantCache:
         self, fetched: Sequence[tuple[Any, Any]]
     ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
         k_rows, v_rows = zip(*fetched, strict=True)
-        if self._decodes:
+        if self._returns_arrays:
             return _right_aligned(k_rows), _right_aligned(v_rows)
-        return CompressedRows(k_rows, self._last), CompressedRows(v_rows, self._last)
+        return CompressedRows(k_rows, self._spans), CompressedRows(v_rows, self._spans)
 
     @property
-    def _decodes(self) -> bool:
+    def _returns_arrays(self) -> bool:
         return any(row.returns_arrays for row in self.rows)
 
-    def _spans(self, n: int) -> list[tuple[int, int]]:
+    def _next_spans(self, n: int) -> list[tuple[int, int]]:
         """Where each row's real tokens stand among the next ``n``."""
-        starts = [min(n, skip) for skip in self._skip]
-        if self._left is None:
+        starts = [min(n, skip) for skip in self._left_padding]
+        if self._remaining is None:
             return [(start, n) for start in starts]
         return [
-            (start, min(n, start + left))
-            for start, left in zip(starts, self._left, strict=True)
+            (start, min(n, start + tokens))
+            for start, tokens in zip(starts, self._remaining, strict=True)
         ]
 
     def _take(self, n: int) -> list[tuple[int, int]]:
-        spans = self._spans(n)
-        self._skip = [s - a for s, (a, _) in zip(self._skip, spans, strict=True)]
-        if self._left is not None:
-            self._left = [
-                left - (b - a) for left, (a, b) in zip(self._left, spans, strict=True)
+        spans = self._next_spans(n)
+        self._left_padding = [
+            padding - start
+            for padding, (start, _) in zip(self._left_padding, spans, strict=True)
+        ]
+        if self._remaining is not None:
+            self._remaining = [
+                tokens - (stop - start)
+                for tokens, (start, stop) in zip(self._remaining, spans, strict=True)
             ]
         return spans
 
@@ -118,16 +125,16 @@ class BatchTurboQuantCache:
             ValueError: if ``right_padding`` comes without ``lengths``.
         """
         if left_padding is not None:
-            pads = zip(self._skip, left_padding, strict=True)
-            self._skip = [skip + int(pad) for skip, pad in pads]
+            pads = zip(self._left_padding, left_padding, strict=True)
+            self._left_padding = [skip + int(pad) for skip, pad in pads]
         if right_padding is not None and max(right_padding) > 0:
             if lengths is None:
                 raise ValueError("right_padding needs lengths, the real tokens per row")
-            self._left = [int(length) for length in lengths]
+            self._remaining = [int(length) for length in lengths]
 
     def finalize(self) -> None:
         """The padded prompt is over; every row takes every token again."""
-        self._left = None
+        self._remaining = None
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
@@ -138,8 +145,8 @@ class BatchTurboQuantCache:
             For rows of one's own masks: bool (B, 1, n, longest row after the step).
             Padded queries see all columns, so that no softmax is over nothing.
         """
-        spans = self._spans(n)
-        aligned = self._decodes and (
+        spans = self._next_spans(n)
+        aligned = self._returns_arrays and (
             len({row.offset for row in self.rows}) > 1 or set(spans) != {(0, n)}
         )
         whole = [row.make_mask(n, return_array, window_size) for row in self.rows]
@@ -164,19 +171,19 @@ class BatchTurboQuantCache:
         """Keep only these rows, in this order."""
         keep = [int(i) for i in batch_indices]
         self.rows = [self.rows[i] for i in keep]
-        self._skip = [self._skip[i] for i in keep]
-        if self._left is not None:
-            self._left = [self._left[i] for i in keep]
+        self._left_padding = [self._left_padding[i] for i in keep]
+        if self._remaining is not None:
+            self._remaining = [self._remaining[i] for i in keep]
 
     def extend(self, other: BatchTurboQuantCache) -> None:
         """Append the other batch's rows."""
-        if self._left is not None or other._left is not None:
-            lefts = [
-                batch._left or [_UNPADDED] * len(batch.rows) for batch in (self, other)
+        if self._remaining is not None or other._remaining is not None:
+            self._remaining = [
+                *(self._remaining or [_UNPADDED] * len(self.rows)),
+                *(other._remaining or [_UNPADDED] * len(other.rows)),
             ]
-            self._left = [*lefts[0], *lefts[1]]
         self.rows += other.rows
-        self._skip += other._skip
+        self._left_padding += other._left_padding
 
     def extract(self, idx: int) -> TurboQuantCache:
         """A copy of one row as a cache of its own."""
@@ -193,8 +200,9 @@ class BatchTurboQuantCache:
     @property
     def offset(self) -> mx.array:
         """Position of each row's next token, int32 (B,); negative in left padding."""
-        pairs = zip(self.rows, self._skip, strict=True)
-        return mx.array([row.offset - skip for row, skip in pairs], dtype=mx.int32)
+        pairs = zip(self.rows, self._left_padding, strict=True)
+        positions = [row.offset - padding for row, padding in pairs]
+        return mx.array(positions, dtype=mx.int32)
 
     def size(self) -> int:
         """Tokens of the longest row."""

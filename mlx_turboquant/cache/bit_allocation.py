@@ -55,18 +55,20 @@ class BitAllocator:
         """Itself: layers are copied one by one, and still belong together."""
         return self
 
-    def report(self, layer: int, reach: float | None, variance: float | None) -> None:
+    def add_sensitivity(
+        self, layer: int, reach: float | None, variance: float | None
+    ) -> None:
         """A layer's R and A; None if its queries were not seen."""
         self._reported.add(layer)
         if reach is not None and variance is not None:
             self._readings[layer] = (reach, variance)
 
     @property
-    def ready(self) -> bool:
+    def complete(self) -> bool:
         """Whether every layer has reported, or bits are chosen already."""
         return self._chosen is not None or len(self._reported) == len(self._readings)
 
-    def spec_of(self, layer: int, dims: tuple[int, int]) -> CacheSpec:
+    def spec_for(self, layer: int, dims: tuple[int, int]) -> CacheSpec:
         """What one layer stores: the spec without its budget or quality."""
         if self._chosen is None:
             known = [reading for reading in self._readings if reading is not None]
@@ -81,7 +83,7 @@ class BitAllocator:
 class LayerSlot:
     """One layer's place in an allocation."""
 
-    allocation: BitAllocator
+    allocator: BitAllocator
     layer: int
 
 

@@ -1,8 +1,4 @@
-"""What the first page of a text says about a layer: channel gains, logit variance.
-
-Owns the queries seen so far (their squares on the first page, and the last few) and the
-rule that turns them and the first page's keys and values into the gains of a `ChannelTransform`.
-When that happens, and what is packed then, is `linear`'s.
+"""What the first page of a text says about a layer: channel gains, sensitivities.
 
 A rotation spreads a vector's quantization error evenly over its channels. With gains s
 on the keys and 1/s on the queries, the variance of a logit's error is proportional to
@@ -13,6 +9,10 @@ smallest at s_c^2 = sqrt(E[k_c^2] / E[q_c^2]) (Cauchy-Schwarz). That choice undo
 gains a model has on its keys and, inversely, on its queries. Without queries, and for
 values, s_c^2 = E[x_c^2], which undoes them too, but is the best choice only if what
 reads the vectors has the inverse gains.
+
+`Calibration` holds the queries seen so far, as squares on the first page, and the last
+few as they are. When gains are made of them is `schedule`'s, what is made of the gains
+`quantizers`'.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import mlx.core as mx
 
 from ..tokens import TokenArrays
 
-#: Last queries of a step that `reach` looks at.
+#: Last queries of a step that `far_value_sensitivity` looks at.
 _LAST = 64
-#: Channels weaker than this share of the root mean square are taken to be as strong.
+#: A channel weaker than this share of the root mean square counts as that strong: one
+#: that the first page hardly uses must not be blown up.
 _FLOOR = 1e-3
 
 
@@ -44,23 +45,21 @@ class Calibration:
         self._last: mx.array | None = None
 
     @property
-    def complete(self) -> bool:
+    def saw_whole_page(self) -> bool:
         """Whether the queries of the whole page were seen."""
         return self._queries.length >= self._skip + self._page
 
-    def observe(self, q: mx.array, scale: float, heads: int, offset: int) -> None:
-        """See the queries (B, Hq, L, D) of the last L of ``offset`` tokens.
-
-        Queries that leave a gap, or come a second time from a layer that shares the
-        cache, are not counted.
-        """
+    def observe(self, q: mx.array, scale: float, kv_heads: int, offset: int) -> None:
+        """See the queries q (B, Hq, L, D) of the last L of ``offset`` tokens."""
         batch, query_heads, length, dim = q.shape
         self._last, self.scale = q[:, :, -_LAST:], scale
-        if self.complete or self._queries.length + length != offset:
+        # Queries that leave a gap, or come a second time from a layer that shares the
+        # cache, are not counted.
+        if self.saw_whole_page or self._queries.length + length != offset:
             return
         q = q[:, :, : self._skip + self._page - self._queries.length]
         grouped = q.astype(mx.float32).reshape(
-            batch, heads, query_heads // heads, -1, dim
+            batch, kv_heads, query_heads // kv_heads, -1, dim
         )
         self._queries.append({"squares": mx.mean(grouped * grouped, axis=2)})
 
@@ -69,9 +68,9 @@ class Calibration:
         self._queries.drop_last(max(0, self._queries.length - offset))
 
     def key_gains(self, keys: mx.array) -> mx.array:
-        """Gains (B, H, 1, Dk) for the page's centred keys (B, H, page, Dk)."""
+        """Gains (B, H, 1, Dk) float32 for the page's centred keys (B, H, page, Dk)."""
         k_power = _power(keys)
-        if not self.complete:
+        if not self.saw_whole_page:
             return _normalised(mx.sqrt(k_power))
         return _normalised((k_power / self._query_power()) ** 0.25)
 
@@ -88,28 +87,30 @@ class Calibration:
 
         Args:
             keys: The page's centred keys (B, H, page, Dk).
-            gains: Of their basis.
+            gains: The gains (B, H, 1, Dk) they will be divided by; None for none.
 
         Returns:
             A float32 scalar, the mean over heads; None if queries are missing.
         """
-        if not self.complete:
+        if not self.saw_whole_page:
             return None
         squared = 1.0 if gains is None else gains * gains
         k_norm = mx.sum(_power(keys) / squared, axis=-1)
         q_norm = mx.sum(self._query_power() * squared, axis=-1)
         return self.scale**2 / keys.shape[-1] * mx.mean(k_norm * q_norm)
 
-    def reach(self, keys: mx.array, values: mx.array, near: int) -> mx.array | None:
-        """How far the output moves if far values are wrong by as much as they are long.
+    def far_value_sensitivity(
+        self, keys: mx.array, values: mx.array, near: int
+    ) -> mx.array | None:
+        """Relative squared output error per unit of relative squared value error.
 
-        Of the last queries seen: the sum of squared attention weights on tokens that
-        will be codes (behind the sink, more than ``near`` tokens back), times the
-        values' mean square norm over the output's.
+        Only errors of values that will be quantized count (behind the sink, more than
+        ``near`` tokens back): the sum of squared attention weights that the last queries
+        put on them, times the values' mean square norm over the output's.
 
         Args:
             keys: All tokens so far, uncompressed (B, H, T, Dk).
-            values: Likewise (B, H, T, Dv).
+            values: All tokens so far, uncompressed (B, H, T, Dv).
             near: Tokens that stay uncompressed behind each query.
 
         Returns:
@@ -128,8 +129,8 @@ class Calibration:
         far = (token <= last - near) & (token >= self._skip)
         out = weights @ v[:, :, None]
         squares = mx.sum(mx.where(far, weights * weights, 0.0), axis=-1)
-        moved = mx.mean(squares, axis=(2, 3)) * mx.mean(mx.sum(v * v, axis=-1), axis=2)
-        return mx.mean(moved) / mx.mean(mx.sum(out * out, axis=-1))
+        error = mx.mean(squares, axis=(2, 3)) * mx.mean(mx.sum(v * v, axis=-1), axis=2)
+        return mx.mean(error) / mx.mean(mx.sum(out * out, axis=-1))
 
     @property
     def state(self) -> dict[str, mx.array]:

@@ -1,15 +1,14 @@
 """`TurboQuantCache`: one layer's compressed cache, growing with the text.
 
-Owns the three segments and when tokens move between them:
+Its tokens are in three segments, in the order of the text:
 
     sink     the first ``spec.sink`` tokens, as the model gave them
     packed   codes, encoded a page at a time
     recent   between ``window`` and ``window + page`` last tokens, likewise
 
-The basis of the codes comes from the first page (`encoder`) and is frozen; keys are
-packed minus a mean per page. A token's codes never depend on what came after its page,
-and what a step reads is set by how many tokens came before it, not by how they came:
-after n tokens, ``page * ((n - sink - window) // page)`` of them are packed.
+The first page calibrates the quantizers, which are frozen from then on (`quantizers`).
+When tokens move is `schedule`'s. A token's codes never depend on what came after its
+page, and the layout depends only on the token count.
 
 Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``).
 """
@@ -21,20 +20,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..attention import decoded
+from ..attention import dequantize
 from ..errors import UnsupportedError
+from ..quantizer import Sides
 from ..segments import CompressedTokens
 from ..spec import CacheSpec
 from ..tokens import TokenArrays
-from . import state as files
+from . import state as saved
 from .bit_allocation import BitAllocator, LayerSlot
-from .encoder import Arrays, PageEncoder
 from .protocol import SequenceCache
-
-#: Steps of at most this many tokens go through the recent buffer (speculative
-#: decoding verifies up to 8); longer ones are prefill and are packed at once.
-DECODE_TOKENS = 8
-_PACKED_STEP = 128
+from .quantizers import LayerQuantizers
+from .schedule import DECODE_TOKENS, PackingSchedule
+from .stored import StoredTokens
 
 
 class TurboQuantCache(SequenceCache):
@@ -42,8 +39,9 @@ class TurboQuantCache(SequenceCache):
 
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
-        seat: Its place among the layers whose bits are chosen together; alone if None.
-        returns_arrays: Hand out decoded arrays, for a model that computes attention itself.
+        slot: Its place among the layers whose bits are chosen together; alone if None.
+        returns_arrays: Hand out decoded arrays, for a model that computes attention
+            itself.
 
     >>> TurboQuantCache("k3v3")
     TurboQuantCache(k3v3, empty)
@@ -52,31 +50,31 @@ class TurboQuantCache(SequenceCache):
     def __init__(
         self,
         spec: CacheSpec | str | float = "k3v3",
-        seat: LayerSlot | None = None,
+        slot: LayerSlot | None = None,
         returns_arrays: bool = False,
     ) -> None:
         self.returns_arrays = returns_arrays
-        self._start(CacheSpec.parse(spec), seat)
+        self._start(CacheSpec.parse(spec), slot)
 
-    def _start(self, spec: CacheSpec, seat: LayerSlot | None = None) -> None:
-        if seat is None and spec.adaptive:
-            seat = LayerSlot(BitAllocator(spec, 1), 0)
-        self._asked, self._seat = spec, seat
+    def _start(self, spec: CacheSpec, slot: LayerSlot | None = None) -> None:
+        if slot is None and spec.adaptive:
+            slot = LayerSlot(BitAllocator(spec, 1), 0)
+        self._requested_spec, self._slot = spec, slot
         self._clear()
 
     @property
     def spec(self) -> CacheSpec:
         """What it stores: with bits of its own once they are chosen."""
-        return self._encoder.spec
+        return self._quantizers.spec
 
     def _clear(self) -> None:
-        spec = self._asked
-        self._sink: Arrays = {}
-        self._packed = TokenArrays(growth=_PACKED_STEP)
-        held = spec.sink + spec.window + spec.page + DECODE_TOKENS
-        self._recent = TokenArrays(growth=held)
-        self._encoder = PageEncoder(spec, self._seat)
-        self._sides: tuple[Arrays, dict[str, TokenArrays]] | None = None
+        spec = self._requested_spec
+        self.offset = 0
+        uncompressed = spec.sink + spec.window + spec.page + DECODE_TOKENS
+        self._tokens = StoredTokens(recent_growth=uncompressed)
+        self._schedule = PackingSchedule(spec)
+        self._quantizers = LayerQuantizers(spec, self._slot, self._schedule)
+        self._prepared: dict[Any, Any] = {}
 
     # What models and generation loops use.
 
@@ -90,213 +88,218 @@ class TurboQuantCache(SequenceCache):
             values: (B, H, N, Dv).
 
         Returns:
-            Handles over all tokens so far, or arrays if it `returns_arrays`. Until something
-            is packed, attention over them is MLX's own on the model's own arrays.
+            Handles over all tokens so far, or arrays if it `returns_arrays`. Until
+            something is packed, attention over them is MLX's own on the model's own
+            arrays.
 
         Raises:
             UnsupportedError: for a head_dim the rotation cannot do, or a shape
                 that does not continue what is stored.
         """
+        step = keys.shape[2]
         self._check(keys, values)
-        self._encoder.prepare(keys.shape[3], values.shape[3])
-        self._pack(self._due())
-        self._recent.append({"keys": keys, "values": values})
+        if self._schedule.packs_before_step(self.offset):
+            self._pack()
+        self._tokens.append(keys, values)
+        self.offset += step
         fetched = self.keys_and_values()
-        if keys.shape[2] > DECODE_TOKENS and self._encoder.calibrated:
-            self._pack(self._due())
+        # The handles keep the buffers they have: packing puts the rest in new ones.
+        if self._schedule.packs_after_step(self.offset, step):
+            self._pack()
         return fetched
 
     def keys_and_values(
         self,
     ) -> tuple[CompressedTokens, CompressedTokens] | tuple[mx.array, mx.array]:
         """What `update_and_fetch` returned last, for layers that share a cache."""
-        keys, values = self.segments()
-        return decoded(keys, values) if self.returns_arrays else (keys, values)
+        compressed = self.compressed()
+        return dequantize(*compressed) if self.returns_arrays else compressed
 
-    def segments(self) -> tuple[CompressedTokens, CompressedTokens]:
+    def compressed(self) -> tuple[CompressedTokens, CompressedTokens]:
         """Handles over everything stored."""
-        encoder = self._encoder
-        (k_codec, v_codec), (k_basis, v_basis) = encoder.codecs, encoder.bases
-        recent = self._recent.views()
-        packed = self._packed_sides() if self._packed.length else {}
-        observe = None if encoder.calibrated else self._observe
+        sides = self._quantizers.sides
+        if sides is None:
+            raise ValueError("no token was stored yet; update_and_fetch comes first")
+        tokens = self._tokens
+        recent, length = tokens.recent.arrays, tokens.recent.length
+        packed: Sides[TokenArrays | None] = Sides(None, None)
+        backend = None
+        if tokens.packed_length:
+            packed = Sides(tokens.packed.keys, tokens.packed.values)
+            backend = self._quantizers.choice.backend
+        observer = None if self._schedule.is_calibrated else self
+        prepared, hidden = self._prepared, self._hidden()
         return (
             CompressedTokens(
-                k_codec,
-                k_basis,
-                self._sink.get("keys"),
-                packed.get("keys"),
+                sides.keys,
+                tokens.sink.get("keys"),
+                packed.keys,
                 recent["keys"],
-                encoder.means,
-                observe,
+                length,
+                hidden,
+                backend,
+                prepared,
+                observer,
             ),
             CompressedTokens(
-                v_codec,
-                v_basis,
-                self._sink.get("values"),
-                packed.get("values"),
+                sides.values,
+                tokens.sink.get("values"),
+                packed.values,
                 recent["values"],
+                length,
+                hidden,
+                backend,
+                prepared,
             ),
         )
 
-    def _observe(self, q: mx.array, scale: float) -> None:
-        """Learn from the queries; a prompt's first chunk can be packed then."""
-        if self._encoder.calibrated:
-            return
-        heads = self._recent.arrays["keys"].shape[1]
-        self._encoder.calibration.observe(q, scale, heads, self.offset)
-        if q.shape[2] > DECODE_TOKENS:
-            self._pack(self._due())
+    def _hidden(self) -> tuple[int, int]:
+        """(first, count) of stored tokens that no step may see any more."""
+        return 0, 0
 
-    def _packed_sides(self) -> dict[str, TokenArrays]:
-        # The same in all steps between two pages, so kept.
-        arrays, length = self._packed.arrays, self._packed.length
-        if self._sides is None or self._sides[0] is not arrays:
-            sides = {}
-            for side in ("keys", "values"):
-                prefix = f"{side}_"
-                chosen = {
-                    name.removeprefix(prefix): array
-                    for name, array in arrays.items()
-                    if name.startswith(prefix)
-                }
-                sides[side] = TokenArrays(chosen, length)
-            self._sides = (arrays, sides)
-        return self._sides[1]
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """See the queries of the step just stored, which calibrate the keys' gains.
+
+        Whoever computes attention calls it behind `attend`, while a handle has an
+        ``observer``. A prompt's first chunk is packed then; without queries the next
+        step packs it, calibrated on the keys alone.
+
+        Args:
+            q: Queries (B, Hq, L, D) of the last L tokens.
+            scale: Factor on the logits.
+        """
+        if self._schedule.is_calibrated:
+            return
+        kv_heads = self._tokens.recent.arrays["keys"].shape[1]
+        self._quantizers.observe_queries(q, scale, kv_heads, self.offset)
+        if self._schedule.packs_after_queries(self.offset, q.shape[2]):
+            self._pack()
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
+        recent = self._tokens.recent.arrays
+        if not recent:
+            self._quantizers.build(keys.shape[3], values.shape[3])
+            return
         for name, new in (("keys", keys), ("values", values)):
-            held = self._recent.arrays.get(name)
-            if held is None:
-                continue
-            want, got = held.shape, new.shape
-            if (want[0], want[1], want[3]) != (got[0], got[1], got[3]):
+            batch, heads, _, dim = recent[name].shape
+            got = new.shape
+            if (batch, heads, dim) != (got[0], got[1], got[3]):
                 raise UnsupportedError(
                     f"{name} {tuple(got)} do not continue a cache of "
-                    f"(B, H, D) = {(want[0], want[1], want[3])}",
+                    f"(B, H, D) = {(batch, heads, dim)}",
                     "start a new cache for this batch or model",
                 )
 
     # Moving tokens between segments.
 
-    def _due(self) -> int:
-        """Packed tokens after ``offset`` tokens, if nothing was trimmed."""
-        settled = self.offset - self.spec.sink - self.spec.window
-        return self.spec.page * max(0, settled // self.spec.page)
-
-    def _pack(self, target: int) -> None:
-        """Encode the oldest recent tokens until ``target`` tokens are packed."""
-        count = target - self._packed.length
-        if count <= 0:
+    def _pack(self) -> None:
+        """Encode the oldest recent tokens, as many as are due."""
+        tokens, schedule = self._tokens, self._schedule
+        pending = tokens.recent.views()
+        if not schedule.is_packing and not self._quantizers.advance(
+            pending["keys"], pending["values"]
+        ):
             return
-        pending = self._recent.views()
-        first = self._packed.length == 0
-        if first and not self._encoder.settle(pending["keys"], pending["values"]):
-            return
-        start = self.spec.sink if first else 0
-        chosen = {k: v[:, :, start : start + count] for k, v in pending.items()}
-        if start:
-            self._sink = {k: mx.contiguous(v[:, :, :start]) for k, v in pending.items()}
+        count = schedule.tokens_due(self.offset)
+        first, start = tokens.packed_length, 0
+        if not first and not tokens.sink:
+            start = self.spec.sink
         stop = start + count
-        codes = self._encoder.encode(
-            chosen["keys"], chosen["values"], self._packed.length
+        codes = self._quantizers.encode(
+            pending["keys"][:, :, start:stop],
+            pending["values"][:, :, start:stop],
+            first,
         )
-        self._sides = None  # or it would hold a buffer that is outgrown
-        self._packed.append(codes)
-        self._recent.replace({k: v[:, :, stop:] for k, v in pending.items()})
+        tokens.pack(codes, sink=start)
+        self._set_packed(schedule.packed + count)
+
+    def _set_packed(self, count: int) -> None:
+        """The packed tokens have changed: ``count`` are, or were, codes."""
+        self._schedule.set_packed(count)
+        self._prepared = {}
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens, or all there are; returns how many."""
         n = min(n, self.offset)
-        from_recent = min(n, self._recent.length)
-        self._recent.drop_last(from_recent)
-        from_packed = min(n - from_recent, self._packed.length)
-        self._packed.drop_last(from_packed)
-        if from_packed:
-            self._sides = None
-            self._encoder.trim(self._packed.length)
-        if from_packed and not self._packed.length:
-            # Nothing is packed any more: only the basis stays.
-            keep = self.sink_length - (n - from_recent - from_packed)
-            kept = {k: v[:, :, :keep] for k, v in self._sink.items()}
-            self._sink = {}
-            self._recent.replace(kept or self._recent.views())
+        self.offset -= n
         if self.empty():
             self._clear()
-        self._encoder.calibration.trim(self.offset)
+            return n
+        tokens, before = self._tokens, self._tokens.packed_length
+        tokens.drop_last(n)
+        if tokens.packed_length < before:
+            self._set_packed(self._schedule.packed - before + tokens.packed_length)
+        self._quantizers.trim(self.offset, tokens.packed_length)
         return n
 
     # Sizes.
 
     @property
-    def offset(self) -> int:
-        """Tokens stored, which is also the position of the next one."""
-        return self.sink_length + self._packed.length + self._recent.length
-
-    @property
     def sink_length(self) -> int:
         """Tokens in the sink segment."""
-        return self._sink["keys"].shape[2] if self._sink else 0
+        return self._tokens.sink_length
 
     @property
     def packed_length(self) -> int:
         """Tokens stored as codes."""
-        return self._packed.length
+        return self._tokens.packed_length
 
     @property
     def recent_length(self) -> int:
         """Latest tokens stored in the model's dtype."""
-        return self._recent.length
+        return self._tokens.recent.length
 
     @property
     def nbytes(self) -> int:
         """Bytes of every buffer: codes, scales, means, gains, windows, capacity."""
-        sink = sum(array.nbytes for array in self._sink.values())
-        return self._packed.nbytes + self._recent.nbytes + self._encoder.nbytes + sink
+        return self._tokens.nbytes + self._quantizers.nbytes
 
     @property
     def elements(self) -> int:
         """Key and value elements that an uncompressed cache would hold now."""
-        held = self._recent.arrays.values()
-        width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in held)
+        recent = self._tokens.recent.arrays.values()
+        width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in recent)
         return self.size() * width
+
+    @property
+    def backend_text(self) -> str:
+        """What attends to the next token, and why it is not faster; "" while empty."""
+        if self.empty():
+            return ""
+        backend, reason = self._quantizers.choice
+        if not self._tokens.packed_length:
+            reason = "nothing is packed yet"
+        return f"{backend.name}: {reason}" if reason else backend.name
 
     # Saving, loading and batching.
 
     @property
     def state(self) -> dict[str, Any]:
         """The stored tokens and a header: all that `from_state` needs."""
-        return files.to_state(
-            self.spec,
-            {
-                "sink": self._sink,
-                "packed": self._packed.views(),
-                "recent": self._recent.views(),
-                **self._encoder.state,
-            },
-            self._notes(),
-        )
+        groups = {**self._tokens.state, **self._quantizers.state}
+        return saved.to_state(self.spec, groups, self._numbers())
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        self._restore(*files.from_state(state))
+        self._restore(*saved.from_state(state))
 
-    def _notes(self) -> files.Notes:
-        """What a file says of it besides spec and arrays."""
-        return {"decodes": int(self.returns_arrays)}
+    def _numbers(self) -> saved.Numbers:
+        """What a file says of the cache besides spec and arrays."""
+        return {"returns_arrays": int(self.returns_arrays)}
 
     def _restore(
-        self, spec: CacheSpec, groups: files.Groups, notes: files.Notes
+        self, spec: CacheSpec, groups: saved.Groups, numbers: saved.Numbers
     ) -> None:
-        self.returns_arrays = bool(notes["decodes"])
+        self.returns_arrays = bool(numbers["returns_arrays"])
         self._start(spec)
-        self._sink = groups["sink"]
-        self._packed.replace(groups["packed"])
-        self._recent.replace(groups["recent"])
-        self._encoder.load(groups, bool(groups["packed"] or groups["gains"]))
-        recent = self._recent.arrays
+        self._tokens.load(groups)
+        self.offset = self._tokens.length
+        self._schedule.set_packed(self._tokens.packed_length)
+        recent = self._tokens.recent.arrays
         if recent:
-            self._encoder.prepare(recent["keys"].shape[3], recent["values"].shape[3])
+            calibrated = bool(groups["packed"] or groups["gains"])
+            dims = recent["keys"].shape[3], recent["values"].shape[3]
+            self._quantizers.load(groups, dims, calibrated)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TurboQuantCache:

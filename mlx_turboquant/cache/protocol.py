@@ -1,32 +1,58 @@
-"""What mlx-lm asks of any cache besides its tokens, in terms of `offset` and buffers.
+"""What mlx-lm asks of one sequence's cache besides its tokens: masks, sizes, arrays.
 
-Owns no state: a mixin for the caches of one sequence.
+`SequenceCache` is a mixin whose answers follow from ``offset`` and from the buffers of
+recent tokens. The masks are those of mlx-lm's own caches, written again because the
+package's core must import without mlx-lm.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from ..tokens import TokenArrays
-from .masks import make_mask
+from .stored import StoredTokens
+
+
+def causal_mask(n: int, offset: int, window_size: int | None = None) -> mx.array:
+    """Bool (n, offset + n): query i sees tokens up to offset + i, True attends.
+
+    Args:
+        n: New tokens.
+        offset: Tokens before them.
+        window_size: See only the last ``window_size`` tokens, or all if None.
+    """
+    last = mx.arange(offset, offset + n)[:, None]
+    token = mx.arange(offset + n)[None]
+    mask = token <= last
+    if window_size is not None:
+        mask = mask & (token > last - window_size)
+    return mask
+
+
+def make_mask(
+    n: int, offset: int, return_array: bool, window_size: int | None
+) -> mx.array | str | None:
+    """What ``cache.make_mask`` returns: an array only where one is needed."""
+    if window_size is not None or (return_array and n > 1):
+        return causal_mask(n, offset, window_size)
+    return None if n == 1 else "causal"
 
 
 class SequenceCache:
-    """Answers that follow from ``offset`` and from the buffers of recent tokens."""
+    """Answers that follow from `offset` and from the buffers of recent tokens.
 
-    _recent: TokenArrays
+    Attributes:
+        offset: Tokens seen, which is also the position of the next one.
+    """
 
-    @property
-    def offset(self) -> int:
-        """Tokens stored."""
-        raise NotImplementedError
+    offset: int
+    _tokens: StoredTokens
 
     def is_trimmable(self) -> bool:
         """Always: codes are independent of their neighbours."""
         return True
 
     def size(self) -> int:
-        """Tokens stored."""
+        """Tokens that the next step could see."""
         return self.offset
 
     def shown_before(self) -> int:
@@ -43,22 +69,34 @@ class SequenceCache:
         """The mask for ``n`` new tokens behind those stored."""
         return make_mask(n, self.offset, return_array, window_size)
 
-    # Real arrays that some models tie other work to with ``mx.depends``.
+    # Some models tie other work to the cached arrays with ``mx.depends``: they read
+    # ``cache.keys`` and put back what ``mx.depends`` returned. So these are real arrays,
+    # and setting one replaces the buffer of recent tokens.
 
     @property
     def keys(self) -> mx.array | None:
         """The buffer of recent keys (B, H, capacity, Dk), or None when empty."""
-        return self._recent.arrays.get("keys")
+        return self._tokens.recent.arrays.get("keys")
 
     @keys.setter
     def keys(self, array: mx.array) -> None:
-        self._recent.arrays["keys"] = array
+        self._replace_recent("keys", array)
 
     @property
     def values(self) -> mx.array | None:
         """The buffer of recent values (B, H, capacity, Dv), or None when empty."""
-        return self._recent.arrays.get("values")
+        return self._tokens.recent.arrays.get("values")
 
     @values.setter
     def values(self, array: mx.array) -> None:
-        self._recent.arrays["values"] = array
+        self._replace_recent("values", array)
+
+    def _replace_recent(self, name: str, array: mx.array) -> None:
+        held = self._tokens.recent.arrays.get(name)
+        if held is None or held.shape != array.shape:
+            shape = None if held is None else held.shape
+            raise ValueError(
+                f"recent {name} {array.shape} cannot replace those of {shape}; only the "
+                "same array with other dependencies can"
+            )
+        self._tokens.recent.arrays[name] = array

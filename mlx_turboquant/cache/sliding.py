@@ -14,12 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import SpecError
-from ..segments import CompressedTokens
 from ..spec import CacheSpec
-from . import state as files
+from . import state as saved
 from .bit_allocation import LayerSlot
 from .layer import TurboQuantCache
-from .masks import make_mask
+from .protocol import make_mask
 
 
 def min_window(spec: CacheSpec) -> int:
@@ -34,8 +33,9 @@ class RotatingTurboQuantCache(TurboQuantCache):
         spec: What to store; ``keep`` tokens are part of its sink.
         max_size: Tokens a step sees, itself included.
         keep: First tokens that are never forgotten.
-        seat: As for `TurboQuantCache`.
-        returns_arrays: As for `TurboQuantCache`.
+        slot: Its place among the layers whose bits are chosen together; alone if None.
+        returns_arrays: Hand out decoded arrays, for a model that computes attention
+            itself.
 
     Raises:
         SpecError: if ``max_size`` is less than `min_window`, or not above ``keep``.
@@ -49,7 +49,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         spec: CacheSpec | str | float = "k3v3",
         max_size: int = 4096,
         keep: int = 0,
-        seat: LayerSlot | None = None,
+        slot: LayerSlot | None = None,
         returns_arrays: bool = False,
     ) -> None:
         spec = CacheSpec.parse(spec)
@@ -61,53 +61,42 @@ class RotatingTurboQuantCache(TurboQuantCache):
                 "window=, or leave it uncompressed"
             )
         self.max_size, self.keep = max_size, keep
-        super().__init__(spec, seat, returns_arrays)
+        super().__init__(spec, slot, returns_arrays)
 
     def _clear(self) -> None:
         super()._clear()
-        self._forgotten = 0  # tokens: of the sink, then whole pages
-        self._first = 0  # position of the first one shown after those kept
+        self._evicted_sink = 0  # tokens
+        self._evicted_pages = 0  # tokens, whole pages
+        self._first_visible = 0  # position of the first one shown behind those kept
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """As `TurboQuantCache.update_and_fetch`; forgets what this step cannot see."""
-        self._first = max(self.keep, self.offset - (self.max_size - 1 - self.keep))
-        self._forget()
+        shown = self.max_size - 1 - self.keep
+        self._first_visible = max(self.keep, self.offset - shown)
+        self._evict()
         return super().update_and_fetch(keys, values)
 
-    def segments(self) -> tuple[CompressedTokens, CompressedTokens]:
-        """Handles over everything stored, with what left the window hidden."""
-        hidden = (self.keep, self._first - self.keep - self._forgotten)
-        if hidden[1] <= 0:
-            hidden = (0, 0)
-        keys, values = super().segments()
-        return replace(keys, hidden=hidden), replace(values, hidden=hidden)
+    def _hidden(self) -> tuple[int, int]:
+        """What left the window but is still stored: less than a page, or the sink."""
+        stored_before = self._first_visible - self._evicted_sink - self._evicted_pages
+        count = stored_before - self.keep
+        return (self.keep, count) if count > 0 else (0, 0)
 
-    def _forget(self) -> None:
+    def _evict(self) -> None:
+        """Forget whole pages that no step can see any more."""
         spec = self.spec
-        behind = self._first - spec.sink - self._pages_forgotten
-        count = min(behind, self._packed.length) // spec.page * spec.page
+        behind = self._first_visible - spec.sink - self._evicted_pages
+        count = min(behind, self.packed_length) // spec.page * spec.page
         if count <= 0:
             return
-        if not self._forgotten:
-            kept = {k: v[:, :, : self.keep] for k, v in self._sink.items()}
-            self._sink = {k: mx.contiguous(v) for k, v in kept.items() if self.keep}
-            self._forgotten = spec.sink - self.keep
-        self._packed.drop_first(count)
-        self._sides = None
-        self._encoder.drop(count)
-        self._forgotten += count
-
-    @property
-    def _pages_forgotten(self) -> int:
-        return max(0, self._forgotten - (self.spec.sink - self.keep))
-
-    def _due(self) -> int:
-        return super()._due() - self._pages_forgotten
-
-    @property
-    def offset(self) -> int:
-        """Tokens seen, which is also the position of the next one."""
-        return super().offset + self._forgotten
+        if not self._evicted_pages:
+            # The sink goes with the first page, but for the tokens that are kept.
+            self._tokens.cut_sink(self.keep)
+            self._evicted_sink = spec.sink - self.keep
+        self._tokens.drop_first_codes(count)
+        self._quantizers.drop_first(count)
+        self._evicted_pages += count
+        self._prepared = {}
 
     def size(self) -> int:
         """Tokens the next step could see, at most ``max_size``."""
@@ -137,18 +126,23 @@ class RotatingTurboQuantCache(TurboQuantCache):
             return None
         return make_mask(n, before, True, window)
 
-    def _notes(self) -> files.Notes:
+    def _numbers(self) -> saved.Numbers:
         return {
-            **super()._notes(),
+            **super()._numbers(),
             "max_size": self.max_size,
             "keep": self.keep,
-            "forgotten": self._forgotten,
-            "first": self._first,
+            "evicted_sink": self._evicted_sink,
+            "evicted_pages": self._evicted_pages,
+            "first_visible": self._first_visible,
         }
 
     def _restore(
-        self, spec: CacheSpec, groups: files.Groups, notes: files.Notes
+        self, spec: CacheSpec, groups: saved.Groups, numbers: saved.Numbers
     ) -> None:
-        self.max_size, self.keep = notes["max_size"], notes["keep"]
-        super()._restore(spec, groups, notes)
-        self._forgotten, self._first = notes["forgotten"], notes["first"]
+        self.max_size, self.keep = numbers["max_size"], numbers["keep"]
+        super()._restore(spec, groups, numbers)
+        self._evicted_sink = numbers["evicted_sink"]
+        self._evicted_pages = numbers["evicted_pages"]
+        self._first_visible = numbers["first_visible"]
+        self.offset += self._evicted_sink + self._evicted_pages
+        self._schedule.set_packed(self.packed_length + self._evicted_pages)

@@ -12,31 +12,50 @@ from typing import Any
 import mlx.core as mx
 
 from ..codecs import codec_for
-from ..codecs.base import Side
 from ..errors import FormatError
+from ..quantizer import Side, Sides
 from ..spec import CacheSpec, CodecSpec
+from ..tokens import TokenArrays
 
 #: Raised by any change to bit layout, levels, signs or array names.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MAGIC = "mlx_turboquant"
 _GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]
 State = dict[str, Any]
-Notes = dict[str, int]
+Numbers = dict[str, int]
+
+
+def join_sides(packed: Sides[TokenArrays]) -> dict[str, mx.array]:
+    """The used tokens of both sides' arrays under ``keys_NAME`` and ``values_NAME``."""
+    return {
+        f"{side}_{name}": array
+        for side, codes in packed.items()
+        for name, array in codes.views().items()
+    }
+
+
+def split_sides(arrays: Mapping[str, mx.array]) -> Sides[dict[str, mx.array]]:
+    """The inverse of `join_sides`."""
+    sides: Sides[dict[str, mx.array]] = Sides({}, {})
+    for name, array in arrays.items():
+        side, _, rest = name.partition("_")
+        (sides.keys if side == "keys" else sides.values)[rest] = array
+    return sides
 
 
 def to_state(
-    spec: CacheSpec, groups: Mapping[str, Mapping[str, mx.array]], notes: Notes
+    spec: CacheSpec, groups: Mapping[str, Mapping[str, mx.array]], numbers: Numbers
 ) -> State:
     """The tree of arrays and text that mlx-lm evaluates and saves.
 
     Args:
         spec: Of the cache.
         groups: Its arrays.
-        notes: Whole numbers that are no part of the spec, by name.
+        numbers: Whole numbers that are no part of the spec, by name.
     """
     words = [_MAGIC, str(FORMAT_VERSION), spec.full]
-    words += [f"{name}={number}" for name, number in notes.items()]
+    words += [f"{name}={number}" for name, number in numbers.items()]
     state: dict[str, Any] = {"header": " ".join(words)}
     for group, arrays in groups.items():
         for name, array in arrays.items():
@@ -44,7 +63,7 @@ def to_state(
     return state
 
 
-def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Notes]:
+def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
     """The inverse of `to_state`.
 
     Raises:
@@ -65,8 +84,8 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Notes]:
     try:
         spec = CacheSpec.parse(words[2])
         pairs = [word.partition("=") for word in words[3:]]
-        notes = {name: int(number) for name, _, number in pairs}
-        if "decodes" not in notes:
+        numbers = {name: int(number) for name, _, number in pairs}
+        if "returns_arrays" not in numbers:
             raise ValueError("it does not say returns_arrays=")
     except ValueError as error:  # as is SpecError
         raise FormatError(f"the cache's header is damaged: {error}") from error
@@ -76,7 +95,7 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Notes]:
         if group in groups:
             groups[group][name] = array
     _check(spec, groups)
-    return spec, groups, notes
+    return spec, groups, numbers
 
 
 def _check(spec: CacheSpec, groups: Groups) -> None:

@@ -35,8 +35,8 @@ class Affine(Traits):
     dim: int
     rotation: Rotation
     group: int
-    centered = False
-    equalized = False
+    wants_centering = False
+    wants_equalizing = False
     arrays = ("words", "scales", "biases")
 
     def encode(self, x_rot: mx.array) -> TokenArrays:

@@ -38,20 +38,24 @@ class Codec(Protocol):
         ...
 
     @property
-    def centered(self) -> bool:
+    def wants_centering(self) -> bool:
         """Whether it gains from a mean subtracted first."""
         ...
 
     @property
-    def equalized(self) -> bool:
+    def wants_equalizing(self) -> bool:
         """Whether it gains from channels made alike first."""
         ...
 
     @property
-    def ordered(self) -> bool:
+    def wants_ordering(self) -> bool:
         """Whether channels shall come by power, the strongest first."""
         ...
 
+    @property
+    def kernel_format(self): ...
+    @property
+    def encode_format(self): ...
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of the arrays that `encode` makes."""
@@ -79,9 +83,11 @@ class Codec(Protocol):
 class Traits:
     """What most codecs are like, for the properties of `Codec` that say so."""
 
-    centered: ClassVar[bool] = True
-    equalized: ClassVar[bool] = True
-    ordered: ClassVar[bool] = False
+    wants_centering: ClassVar[bool] = True
+    wants_equalizing: ClassVar[bool] = True
+    wants_ordering: ClassVar[bool] = False
+    kernel_format = None
+    encode_format = None
 
 
 Builder = Callable[[CodecSpec, int, Side, int], Codec]

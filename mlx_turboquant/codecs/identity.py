@@ -23,8 +23,8 @@ class Identity(Traits):
     spec: CodecSpec
     dim: int
     rotation: Rotation
-    centered = False
-    equalized = False
+    wants_centering = False
+    wants_equalizing = False
     arrays = ("vectors",)
 
     def encode(self, x_rot: mx.array) -> TokenArrays:

@@ -54,3 +54,11 @@ class ScalarCodec(Traits):
     def bits_per_vector(self) -> int:
         """Words and one fp16 scale; d=128 at 3 bits: 400, or 3.125 an element."""
         return 32 * words_per_vector(self.bits, self.dim) + FP16_BITS
+
+    @property
+    def kernel_format(self):
+        from .kernel_format import KernelFormat
+
+        return KernelFormat(
+            0, self.bits, len(self.coefficients), coefficients=self.coefficients
+        )

@@ -1,6 +1,6 @@
 """TurboQuant's outlier split: two instances, a bit more for the strongest channels.
 
-Owns the split. Channels come ordered by their power on the first page (`ChannelTransform.order`)
+Owns the split. Channels come wants_ordering by their power on the first page (`ChannelTransform.order`)
 and not equalised; the first ``part`` of them get b + 1 bits, the rest b, each with a
 rotation and a scale of its own. So 2.25 bits are a quarter of the channels at 3 and the
 rest at 2, which the paper calls 2.5 (32 * 3 + 96 * 2 over 128 is 2.25).
@@ -37,8 +37,8 @@ class TurboQuantOutlier(Traits):
     rotation: SplitRotation
     strong: TurboQuant
     weak: TurboQuant
-    equalized = False
-    ordered = True
+    wants_equalizing = False
+    wants_ordering = True
     arrays = ("strong_words", "strong_scales", "weak_words", "weak_scales")
 
     def encode(self, x_rot: mx.array) -> TokenArrays:

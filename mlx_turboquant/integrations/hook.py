@@ -40,7 +40,10 @@ def _hook(
     sinks: mx.array | None = None,
 ) -> mx.array:
     if isinstance(keys, CompressedKV):
-        return attend(queries, keys, values, scale, mask, sinks)
+        out = attend(queries, keys, values, scale, mask, sinks)
+        if keys.observer is not None:
+            keys.observe_queries(queries, scale)
+        return out
     stock: mx.array = host_base.scaled_dot_product_attention(
         queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
     )

@@ -9,7 +9,7 @@ encoded keeps its stock cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,6 @@ import mlx.nn as nn
 
 from ..cache import TurboQuantCache
 from ..errors import UnsupportedError, UnsupportedModelError
-from ..segments import CompressedTokens
 
 #: Token ids of the dry run: a prompt's chunk, then a decode step.
 _CALLS = ((0, 1), (1,))
@@ -66,19 +65,20 @@ class _Watched(TurboQuantCache):
     """Notes whenever its tokens are fetched or attended to."""
 
     def __init__(self, index: int, returns_arrays: bool, log: _Log) -> None:
-        super().__init__("8,window=0,sink=0,page=16", returns_arrays=returns_arrays)
+        super().__init__("8,window=0,sink=0,page=32", returns_arrays=returns_arrays)
         self._index, self._log = index, log
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         self._log.fetched.append(self._index)
         return super().update_and_fetch(keys, values)
 
-    def segments(self) -> tuple[CompressedTokens, CompressedTokens]:
+    def compressed(self):
         self._log.fetched.append(self._index)
-        keys, values = super().segments()
-        return replace(keys, observe=self._attended), values
+        keys, values = super().compressed()
+        keys.observer = self
+        return keys, values
 
-    def _attended(self, q: mx.array, scale: float) -> None:
+    def observe_queries(self, q: mx.array, scale: float) -> None:
         self._log.attended.add(self._index)
 
 

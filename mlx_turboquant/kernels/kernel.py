@@ -102,3 +102,15 @@ def _build(kernel: Kernel, dialect: source.Dialect) -> Callable[..., Any]:
         ensure_row_contiguous=False,
     )
     return build
+
+
+from typing import NamedTuple
+
+
+class Launch(NamedTuple):
+    kernel: object
+    template: list
+    grid: tuple
+    threadgroup: tuple
+    output_shapes: list
+    output_dtypes: list

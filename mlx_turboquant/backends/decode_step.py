@@ -1,0 +1,222 @@
+"""`DecodeStep`: the two launches of one layer's decode attention, prepared once per page.
+
+    DECODE_SPLIT_KV   attends to the packed tokens in splits: partial outputs and
+                      log-sum-exp states of each
+    MERGE_STATES      takes them out of the codes' basis, adds sink and recent tokens,
+                      learned sink logits, and normalises
+
+Between two pages only q, the buffers of recent tokens and their length change. All else
+is in here: templates, grids, constant buffers, the packed codes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from ..kernels.arguments import pack
+from ..kernels.attention import DECODE_SPLIT_KV, MERGE_STATES, AttendArguments
+from ..kernels.kernel import Launch, Launcher
+from ..segments import CompressedTokens
+from ..tokens import TokenArrays
+from . import specialize
+from .call import AttendCall, Mask
+from .reference import packed_of
+from .specialize import LOG2E, MERGE_SIMDGROUPS, SPLIT_SIMDGROUPS, TILE, placeholder
+
+
+class DecodeStep:
+    """Attends for every call that differs from the first in q and recent tokens only.
+
+    Args:
+        launcher: What runs the kernels.
+        call: The first call of its kind over these packed tokens.
+        simdgroups: How many pass 1 may use over all heads; enough to fill the machine.
+    """
+
+    def __init__(self, launcher: Launcher, call: AttendCall, simdgroups: int) -> None:
+        self._launcher = launcher
+        q, keys, values = call.q, call.keys, call.values
+        k_quantizer, v_quantizer = keys.quantizer, values.quantizer
+        batch, query_heads, steps, _ = q.shape
+        kv_heads, v_dim = keys.shape[1], v_quantizer.codec.dim
+        rows = query_heads // kv_heads * steps
+        packed = packed_of(keys).length
+        masked = isinstance(call.mask, mx.array)
+        dtype = keys.dtype
+        # Where no kernel rotates, everything is taken into the codes' basis before it.
+        self._kernel_rotates_q = specialize.rotates_in_kernel(
+            k_quantizer.codec.rotation
+        )
+        self._kernel_rotates_out = specialize.rotates_in_kernel(
+            v_quantizer.codec.rotation
+        )
+
+        tiles = -(-packed // TILE)
+        row_tiles = specialize.row_tiles(rows)
+        splits = max(1, simdgroups // (batch * kv_heads * row_tiles))
+        tokens_per_split = -(-tiles // min(tiles, splits)) * TILE
+        splits = -(-packed // tokens_per_split)
+        means = k_quantizer.means
+        self._arguments = AttendArguments(
+            packed=packed,
+            splits=splits,
+            tokens_per_split=tokens_per_split,
+            kv_heads=kv_heads,
+            rows=rows,
+            steps=steps,
+            sink=keys.sink_length,
+            recent=0,
+            causal=int(isinstance(call.mask, str) and steps > 1),
+            mask_columns=0,
+            page=means.page if means else 1,
+        )
+        self._recent_length = -1
+        self._packed_arguments = placeholder(mx.int32)
+
+        partials = batch * query_heads * steps * splits
+        threads = 32 * SPLIT_SIMDGROUPS
+        self._split = Launch(
+            DECODE_SPLIT_KV,
+            specialize.split_template(k_quantizer, v_quantizer, dtype, rows, masked),
+            grid=(
+                threads * -(-splits // SPLIT_SIMDGROUPS),
+                kv_heads * row_tiles,
+                batch,
+            ),
+            threadgroup=(threads, 1, 1),
+            # MLX would pass buffers of fewer than 8 elements to pass 2 as constants.
+            output_shapes=[(partials, v_dim), (max(4, partials), 2)],
+            output_dtypes=[mx.float32, mx.float32],
+        )
+        threads = 32 * MERGE_SIMDGROUPS
+        self._merge = Launch(
+            MERGE_STATES,
+            specialize.merge_template(
+                k_quantizer, v_quantizer, dtype, masked, call.sink_logits is not None
+            ),
+            grid=(threads, batch * query_heads * steps, 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(batch, query_heads, steps, v_dim)],
+            output_dtypes=[dtype],
+        )
+        self._codes = [
+            *_whole_tiles(packed_of(keys), tiles),
+            *_whole_tiles(packed_of(values), tiles),
+        ]
+        rows_of_means = None if means is None else means.rows
+        q_scales = specialize.query_scales(k_quantizer, call.scale)
+        heads = batch * kv_heads
+        self._split_constants = [
+            placeholder(mx.float16) if rows_of_means is None else rows_of_means,
+            specialize.format_of(k_quantizer.codec).params,
+            specialize.format_of(v_quantizer.codec).params,
+            specialize.query_signs(k_quantizer.transform, heads),
+            q_scales[0],
+        ]
+        self._v_signs = specialize.query_signs(v_quantizer.transform, heads)
+        self._merge_scale = q_scales[1]
+        self._sinks = (
+            _sink_in_basis(keys, self._kernel_rotates_q),
+            _sink_in_basis(values, self._kernel_rotates_out),
+        )
+
+    def __call__(self, call: AttendCall) -> mx.array:
+        """The output (B, Hq, L, Dv) in q's dtype."""
+        q, keys, values = call.q, call.keys, call.values
+        dtype = q.dtype
+        recent_keys, recent_values = keys.recent, values.recent
+        if not self._kernel_rotates_q:
+            q = keys.quantizer.transform.encode_query(q)
+            recent_keys = _in_basis(keys, keys.recent_tokens)
+        if not self._kernel_rotates_out:
+            recent_values = _in_basis(values, values.recent_tokens)
+        if q.dtype != keys.dtype:
+            q = q.astype(keys.dtype)
+        mask, sink_logits = placeholder(), placeholder()
+        if isinstance(call.mask, mx.array):
+            mask = _additive(call.mask, (*q.shape[:3], keys.stored_length))
+        if call.sink_logits is not None:
+            sink_logits = _sink_logits_of_rows(call.sink_logits, q.shape[0], q.shape[2])
+        if keys.recent_length != self._recent_length:
+            self._set_recent(keys.recent_length, mask.shape[-1])
+        launch, arguments = self._launcher, self._packed_arguments
+        partial = launch(
+            self._split, [q, *self._codes, mask, *self._split_constants, arguments]
+        )
+        sink_keys, sink_values = self._sinks
+        (out,) = launch(
+            self._merge,
+            [
+                q,
+                *partial,
+                recent_keys if sink_keys is None else sink_keys,
+                recent_values if sink_values is None else sink_values,
+                recent_keys,
+                recent_values,
+                mask,
+                sink_logits,
+                self._v_signs,
+                self._merge_scale,
+                arguments,
+            ],
+        )
+        if not self._kernel_rotates_out:
+            out = values.quantizer.transform.decode(out)
+        return out if out.dtype == dtype else out.astype(dtype)
+
+    def _set_recent(self, length: int, mask_columns: int) -> None:
+        """Arguments for another number of recent tokens; equal ones are one array."""
+        self._recent_length = length
+        self._packed_arguments = pack(
+            self._arguments._replace(recent=length, mask_columns=mask_columns)
+        )
+
+
+def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
+    """Uncompressed tokens (B, H, N, D) in the codes' basis, dtype kept."""
+    return side.quantizer.transform.encode(x).astype(side.dtype)
+
+
+def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:
+    """The sink as MERGE_STATES takes it; contiguous, as caches keep it."""
+    if side.sink is None or rotates:
+        return side.sink
+    return _in_basis(side, side.sink)
+
+
+def _whole_tiles(codes: TokenArrays, tiles: int) -> list[mx.array]:
+    """Words and scales whose capacity reaches to the end of the last tile.
+
+    The kernel reads there and counts it for nothing, which zeros allow and NaN would
+    not. A cache's buffers always reach there.
+    """
+    arrays = [codes.arrays["words"], codes.arrays["scales"]]
+    missing = tiles * TILE - arrays[0].shape[2]
+    if missing <= 0:
+        return arrays
+    return [mx.pad(a, [(0, 0), (0, 0), (0, missing), (0, 0)]) for a in arrays]
+
+
+def _additive(mask: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """An array mask as additive float32 of ``shape``, log2 units."""
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, -math.inf)
+    return mx.contiguous(mx.broadcast_to(mask.astype(mx.float32), shape) * LOG2E)
+
+
+def _sink_logits_of_rows(sink_logits: mx.array, batch: int, steps: int) -> mx.array:
+    """Sink logits (Hq,) of each query row, log2 units, at least 8 of them."""
+    wide = (sink_logits.astype(mx.float32) * LOG2E)[None, :, None]
+    rows = mx.broadcast_to(wide, (batch, sink_logits.shape[0], steps))
+    return mx.pad(rows.reshape(-1), (0, 8))
+
+
+def step_key(call: AttendCall) -> tuple[object, ...]:
+    """What calls of one `DecodeStep` share, besides the packed tokens."""
+    return (call.q.shape, call.scale, _kind(call.mask), call.sink_logits is None)
+
+
+def _kind(mask: Mask) -> str | None:
+    return "array" if isinstance(mask, mx.array) else mask

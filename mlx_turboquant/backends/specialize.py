@@ -1,0 +1,164 @@
+"""What kernels are specialised for, and the constant buffers they take.
+
+A function here returns the same for the life of a cache: templates and arrays that
+depend on codecs, transforms, shapes and dtypes only. What changes from page to page is
+`decode_step`'s, what changes from token to token is an argument of the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, TypeGuard
+
+import mlx.core as mx
+
+from ..codecs import Codec
+from ..codecs.kernel_format import KernelFormat
+from ..quantizer import Quantizer
+from ..rotation import Rotation, SplitRotation
+from ..transform import ChannelTransform
+
+LOG2E = math.log2(math.e)
+#: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
+MAX_DIM = 512
+#: Tokens that the attention kernel takes at once: ``TILE`` of decode_attention.metal.
+TILE = 32
+#: Query rows that a simdgroup takes at once: ``ROWS`` of decode_attention.metal.
+_ROWS = 8
+#: Simdgroups to a threadgroup, in pass 1 and in pass 2.
+SPLIT_SIMDGROUPS, MERGE_SIMDGROUPS = 4, 8
+
+
+def refuse(*codecs: Codec) -> str | None:
+    """Why the attention and decode kernels cannot read a codec, or None."""
+    for codec in codecs:
+        if codec.kernel_format is None:
+            return f"codec {codec.spec} has no kernel"
+        if codec.dim > MAX_DIM:
+            return f"head_dim {codec.dim} is over {MAX_DIM}"
+    return None
+
+
+def format_of(codec: Codec) -> KernelFormat:
+    """The format of a codec that `refuse` has nothing against."""
+    form = codec.kernel_format
+    if form is None:
+        raise ValueError(f"codec {codec.spec} has no kernel; see specialize.refuse")
+    return form
+
+
+def rotates_in_kernel(rotation: Rotation | SplitRotation) -> TypeGuard[Rotation]:
+    """Whether kernels can apply ``rotation``: Hadamard of a power of two from 32 on."""
+    dim = rotation.dim
+    return rotation.kind == "hadamard" and dim >= 32 and dim & (dim - 1) == 0
+
+
+def split_template(
+    keys: Quantizer, values: Quantizer, dtype: mx.Dtype, rows: int, masked: bool
+) -> list[tuple[str, Any]]:
+    """Template of DECODE_SPLIT_KV; ``rows`` are query rows of a KV head."""
+    k_codec, v_codec = keys.codec, values.codec
+    k_format, v_format = format_of(k_codec), format_of(v_codec)
+    # One table serves both sides, if they have one and it is the same.
+    shared = k_codec.spec == v_codec.spec and k_format.has_table
+    return [
+        ("T", dtype),
+        ("DK", k_codec.dim),
+        ("DV", v_codec.dim),
+        ("MASKED", masked),
+        ("ROTATE_K", rotates_in_kernel(k_codec.rotation)),
+        ("CENTER", keys.means is not None),
+        ("ROW_TILES", row_tiles(rows)),
+        ("SHARED_TABLE", shared),
+        ("SINGLE_TABLE", shared or not (k_format.has_table and v_format.has_table)),
+        ("SIMDGROUPS", SPLIT_SIMDGROUPS),
+        ("K_KIND", k_format.kind),
+        ("K_BITS", k_format.bits),
+        ("K_TERMS", k_format.terms),
+        ("V_KIND", v_format.kind),
+        ("V_BITS", v_format.bits),
+        ("V_TERMS", v_format.terms),
+    ]
+
+
+def merge_template(
+    keys: Quantizer,
+    values: Quantizer,
+    dtype: mx.Dtype,
+    masked: bool,
+    has_sink_logits: bool,
+) -> list[tuple[str, Any]]:
+    """Template of MERGE_STATES."""
+    return [
+        ("T", dtype),
+        ("DK", keys.codec.dim),
+        ("DV", values.codec.dim),
+        ("MASKED", masked),
+        ("SIMDGROUPS", MERGE_SIMDGROUPS),
+        ("ROTATE_V", rotates_in_kernel(values.codec.rotation)),
+        ("HAS_SINK_LOGITS", has_sink_logits),
+    ]
+
+
+def row_tiles(rows: int) -> int:
+    """Simdgroups that share the query rows of a KV head."""
+    return -(-rows // _ROWS)
+
+
+def query_scales(keys: Quantizer, scale: float) -> tuple[mx.array, mx.array]:
+    """From q to logits in log2 units: rotated by a kernel without its norm, and plain.
+
+    (8,) float32 each.
+    """
+    rotation = keys.codec.rotation
+    norm = rotation.dim**-0.5 if rotates_in_kernel(rotation) else 1.0
+    return full(scale * LOG2E * norm), full(scale * LOG2E)
+
+
+def query_signs(transform: ChannelTransform, heads: int) -> mx.array:
+    """What kernels multiply queries with before rotating, and outputs after it.
+
+    One contiguous row of D for each of ``heads`` (batch times KV heads), float32;
+    a `placeholder` if no kernel rotates.
+    """
+    if not rotates_in_kernel(transform.rotation):
+        return placeholder()
+    if transform.gains is None:
+        return _signs_of_heads(transform.rotation, heads)
+    return transform.signs_times_gains
+
+
+def key_signs(transform: ChannelTransform, heads: int) -> mx.array:
+    """What kernels multiply stored vectors with before rotating, as `query_signs`."""
+    if not rotates_in_kernel(transform.rotation):
+        return placeholder()
+    if transform.gains is None:
+        return _signs_of_heads(transform.rotation, heads)
+    return transform.signs_over_gains
+
+
+@functools.cache
+def placeholder(dtype: mx.Dtype = mx.float32) -> mx.array:
+    """Stands for an input that a call has not.
+
+    MLX passes inputs under 8 elements as ``constant``, so it has 8.
+    """
+    array = mx.zeros((8,), dtype)
+    mx.eval(array)
+    return array
+
+
+@functools.lru_cache(maxsize=64)
+def full(value: float) -> mx.array:
+    """A float32 input of one number, in 8 elements: see `placeholder`."""
+    array = mx.full((8,), value)
+    mx.eval(array)
+    return array
+
+
+@functools.lru_cache(maxsize=64)
+def _signs_of_heads(rotation: Rotation, heads: int) -> mx.array:
+    signs = mx.contiguous(mx.broadcast_to(rotation.signs, (heads, rotation.dim)))
+    mx.eval(signs)
+    return signs

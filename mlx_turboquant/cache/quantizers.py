@@ -1,0 +1,210 @@
+"""`LayerQuantizers`: the two quantizers of one layer, from the first page on.
+
+Calibrates them on the first page (gains, channel order), has their bits chosen together
+with the other layers' where the spec says so, and resolves the backend once all that is
+final. Which tokens are encoded when is `schedule`'s and `layer`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from ..backends import select
+from ..backends.select import Choice
+from ..codecs import codec_for
+from ..quantizer import PageMeans, Quantizer, Sides
+from ..spec import CacheSpec
+from ..tokens import TokenArrays
+from ..transform import ChannelTransform
+from .bit_allocation import LayerSlot
+from .calibration import Calibration, by_power
+from .schedule import PackingSchedule, Phase
+
+Arrays = dict[str, mx.array]
+
+
+class LayerQuantizers:
+    """What one layer's tokens are encoded and decoded with.
+
+    Args:
+        spec: What was asked for; with bits to choose, until they are chosen.
+        slot: The layer's place among those whose bits are chosen together, or None.
+        schedule: Its phase is moved on here.
+
+    Attributes:
+        spec: What is stored, with bits of its own once they are chosen.
+        sides: The quantizers; None until the first vectors have said their dims.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, slot: LayerSlot | None, schedule: PackingSchedule
+    ) -> None:
+        self.spec = spec
+        self.sides: Sides[Quantizer] | None = None
+        self._slot, self._schedule = slot, schedule
+        self._calibration: Calibration | None = Calibration(spec.sink, spec.page)
+        self._gains: Arrays = {}
+        self._choice: Choice | None = None
+
+    def build(self, k_dim: int, v_dim: int) -> Sides[Quantizer]:
+        """Quantizers for vectors of these dims, with the gains there are so far.
+
+        Raises:
+            UnsupportedError: if a rotation cannot do its dim.
+        """
+        spec, gains = self.spec, self._gains
+        quantizers = []
+        for side, codec_spec, dim in (
+            ("keys", spec.keys, k_dim),
+            ("values", spec.values, v_dim),
+        ):
+            codec = codec_for(codec_spec, dim, side, spec.seed)  # type: ignore[arg-type]
+            transform = ChannelTransform(
+                codec.rotation, gains.get(side), gains.get(f"{side}_order")
+            )
+            # A mean of values gains nothing (dev/LOG.md).
+            has_means = (
+                side == "keys" and spec.center == "page" and codec.wants_centering
+            )
+            means = PageMeans(spec.page) if has_means else None
+            quantizers.append(Quantizer(codec, transform, means))
+        self.sides, self._choice = Sides(*quantizers), None
+        return self.sides
+
+    @property
+    def choice(self) -> Choice:
+        """The backend for these quantizers, and why it is not a faster one."""
+        if self._choice is None:
+            if self.sides is None:
+                raise ValueError("no vectors were seen yet, so nothing can be chosen")
+            self._choice = select.resolve(*self.sides)
+        return self._choice
+
+    def observe_queries(
+        self, q: mx.array, scale: float, kv_heads: int, offset: int
+    ) -> None:
+        """See queries (B, Hq, L, D) of the last L of ``offset`` tokens."""
+        if self._calibration is not None:
+            self._calibration.observe(q, scale, kv_heads, offset)
+
+    def advance(self, keys: mx.array, values: mx.array) -> bool:
+        """Go on towards PACKING with all tokens so far; whether that is reached.
+
+        Bits that are chosen for all layers together are known when every layer has
+        been calibrated. The first time they are not, the layer waits; the next time it
+        goes on with what is known.
+
+        Args:
+            keys: All tokens so far (B, H, T, Dk), uncompressed.
+            values: All tokens so far (B, H, T, Dv), uncompressed.
+        """
+        schedule, slot = self._schedule, self._slot
+        waited = schedule.phase is Phase.WAITING
+        if self._calibration is not None:
+            self._calibrate(self._calibration, keys, values)
+            # Its queries have done their work; a long text need not hold them.
+            self._calibration = None
+            schedule.phase = Phase.WAITING
+        if slot is not None and self.spec.adaptive:
+            if not waited and not slot.allocator.complete:
+                return False
+            dims = keys.shape[3], values.shape[3]
+            self.spec = slot.allocator.spec_for(slot.layer, dims)
+        self.build(keys.shape[3], values.shape[3])
+        schedule.phase = Phase.PACKING
+        return True
+
+    def _calibrate(
+        self, calibration: Calibration, keys: mx.array, values: mx.array
+    ) -> None:
+        spec = self.spec
+        sides = self.sides or self.build(keys.shape[3], values.shape[3])
+        page = slice(spec.sink, spec.sink + spec.page)
+        centered = keys[:, :, page].astype(mx.float32)
+        if spec.center == "page":
+            centered = centered - mx.mean(centered, axis=2, keepdims=True)
+        values_page = values[:, :, page]
+        if spec.equalize and sides.keys.codec.wants_equalizing:
+            self._gains["keys"] = calibration.key_gains(centered)
+        if spec.equalize and sides.values.codec.wants_equalizing:
+            self._gains["values"] = calibration.value_gains(values_page)
+        if sides.keys.codec.wants_ordering:
+            self._gains["keys_order"] = by_power(centered)
+        if sides.values.codec.wants_ordering:
+            self._gains["values_order"] = by_power(values_page)
+        if self._slot is not None and spec.adaptive:
+            near = spec.window + spec.page // 2
+            sensitivity = calibration.far_value_sensitivity(keys, values, near)
+            variance = calibration.logit_variance(centered, self._gains.get("keys"))
+            self._slot.allocator.add_sensitivity(
+                self._slot.layer,
+                None if sensitivity is None else float(sensitivity.item()),
+                None if variance is None else float(variance.item()),
+            )
+
+    def encode(
+        self, keys: mx.array, values: mx.array, first: int
+    ) -> Sides[TokenArrays]:
+        """Codes of tokens (B, H, N, D) that follow ``first`` encoded ones.
+
+        They end where a page does; `advance` came first.
+        """
+        if self.sides is None:
+            raise ValueError("advance comes before encode")
+        backend = self.choice.backend
+        return Sides(
+            backend.encode(self.sides.keys, keys, first),
+            backend.encode(self.sides.values, values, first),
+        )
+
+    def trim(self, stored: int, packed: int) -> None:
+        """Keep what ``stored`` tokens need, ``packed`` of them codes; gains stay."""
+        if self._calibration is not None:
+            self._calibration.trim(stored)
+        for quantizer in self.sides or ():
+            if quantizer.means is not None:
+                quantizer.means.keep(packed)
+
+    def drop_first(self, packed: int) -> None:
+        """Forget the first ``packed`` codes, whole pages."""
+        for quantizer in self.sides or ():
+            if quantizer.means is not None:
+                quantizer.means.drop_first(packed)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of means, gains and channel orders."""
+        return sum(quantizer.nbytes for quantizer in self.sides or ())
+
+    @property
+    def state(self) -> dict[str, Arrays]:
+        """Groups of arrays to save."""
+        means = None if self.sides is None else self.sides.keys.means
+        return {
+            "means": {} if means is None else means.state,
+            "gains": self._gains,
+            "queries": {} if self._calibration is None else self._calibration.state,
+        }
+
+    def load(
+        self, groups: Mapping[str, Arrays], dims: tuple[int, int], calibrated: bool
+    ) -> None:
+        """Take over what `state` gave.
+
+        Args:
+            groups: The arrays.
+            dims: Elements of a key and of a value.
+            calibrated: Whether gains were fixed, so that there may be codes.
+        """
+        self._gains = dict(groups["gains"])
+        means = self.build(*dims).keys.means
+        if means is not None:
+            means.state = groups["means"]
+        if calibrated:
+            self._calibration = None
+            chosen = not self.spec.adaptive
+            self._schedule.phase = Phase.PACKING if chosen else Phase.WAITING
+        elif self._calibration is not None:
+            self._calibration.state = groups["queries"]

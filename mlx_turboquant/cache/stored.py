@@ -1,0 +1,141 @@
+"""`StoredTokens`: the sink, packed and recent tokens of one layer, and moves between them.
+
+    sink     the first tokens, as the model gave them; set when the first page is packed
+    packed   codes of keys and of values, always equally many
+    recent   the latest tokens, as the model gave them
+
+When tokens move is `schedule`'s, what codes are made with `quantizers`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from ..quantizer import Sides
+from ..tokens import TokenArrays
+from . import state as saved
+
+Arrays = dict[str, mx.array]
+
+#: Tokens that the buffers of codes grow by.
+_PACKED_GROWTH = 128
+
+
+class StoredTokens:
+    """One layer's tokens.
+
+    Args:
+        recent_growth: Tokens that the buffer of recent tokens grows by.
+
+    Attributes:
+        sink: ``keys`` and ``values`` (B, H, S, .), or empty.
+        packed: Codes by side. A new object whenever codes change, so that handles keep
+            the length they have.
+        recent: ``keys`` and ``values`` (B, H, capacity, .).
+    """
+
+    def __init__(self, recent_growth: int) -> None:
+        self.sink: Arrays = {}
+        self.packed = Sides(
+            TokenArrays(growth=_PACKED_GROWTH), TokenArrays(growth=_PACKED_GROWTH)
+        )
+        self.recent = TokenArrays(growth=recent_growth)
+
+    @property
+    def sink_length(self) -> int:
+        """Tokens in the sink."""
+        return self.sink["keys"].shape[2] if self.sink else 0
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens stored as codes."""
+        return self.packed.keys.length
+
+    @property
+    def length(self) -> int:
+        """Tokens of all three segments."""
+        return self.sink_length + self.packed_length + self.recent.length
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Store the tokens keys (B, H, N, Dk) and values (B, H, N, Dv)."""
+        self.recent.append({"keys": keys, "values": values})
+
+    def pack(self, codes: Sides[TokenArrays], sink: int) -> None:
+        """Put codes in the place of the oldest recent tokens.
+
+        Args:
+            codes: Of the tokens behind the first ``sink`` recent ones.
+            sink: Recent tokens that become the sink: all of it, or 0 if there is one.
+        """
+        if sink:
+            # Contiguous, or the sink would keep the prompt's buffer alive.
+            self.sink = {
+                name: mx.contiguous(tokens[:, :, :sink])
+                for name, tokens in self.recent.views().items()
+            }
+        packed = self._packed_snapshot()
+        for side, new in zip(packed, codes, strict=True):
+            side.append(new.arrays)
+        self.packed = packed
+        self.recent.drop_first(sink + codes.keys.length)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last ``count`` tokens, of as many as there are at least."""
+        from_recent = min(count, self.recent.length)
+        from_packed = min(count - from_recent, self.packed_length)
+        from_sink = count - from_recent - from_packed
+        self.recent.drop_last(from_recent)
+        if not from_packed:
+            return
+        self.packed = self._packed_snapshot()
+        for side in self.packed:
+            side.drop_last(from_packed)
+        if not self.packed_length:
+            # What is left of the sink is recent again, for the next page to follow it.
+            keep = self.sink_length - from_sink
+            kept = {name: tokens[:, :, :keep] for name, tokens in self.sink.items()}
+            self.sink = {}
+            self.recent.replace(kept or self.recent.views())
+
+    def drop_first_codes(self, count: int) -> None:
+        """Forget the first ``count`` tokens that are codes."""
+        self.packed = self._packed_snapshot()
+        for side in self.packed:
+            side.drop_first(count)
+
+    def cut_sink(self, keep: int) -> None:
+        """Forget all of the sink but its first ``keep`` tokens."""
+        kept = {name: tokens[:, :, :keep] for name, tokens in self.sink.items()}
+        self.sink = {
+            name: mx.contiguous(tokens) for name, tokens in kept.items() if keep
+        }
+
+    def _packed_snapshot(self) -> Sides[TokenArrays]:
+        return Sides(self.packed.keys.snapshot(), self.packed.values.snapshot())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer, capacity included."""
+        sink = sum(array.nbytes for array in self.sink.values())
+        codes = sum(side.nbytes for side in self.packed)
+        return codes + self.recent.nbytes + sink
+
+    @property
+    def state(self) -> dict[str, Arrays]:
+        """Groups of arrays to save: the tokens in use."""
+        return {
+            "sink": self.sink,
+            "packed": saved.join_sides(self.packed),
+            "recent": self.recent.views(),
+        }
+
+    def load(self, groups: Mapping[str, Arrays]) -> None:
+        """Take over what `state` gave."""
+        self.sink = groups["sink"]
+        for side, arrays in zip(
+            self.packed, saved.split_sides(groups["packed"]), strict=True
+        ):
+            side.replace(arrays)
+        self.recent.replace(groups["recent"])

@@ -1,0 +1,220 @@
+"""`Quantizer`: how the vectors of one side of one layer become codes, and back.
+
+    encode   channel transform -> minus the page's mean -> codec
+    decode   codec -> plus the page's mean -> inverse channel transform
+
+Caches, handles and backends take one for the keys and one for the values. Kernels do the
+same faster; what they must agree with is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import mlx.core as mx
+
+from .codecs import Codec, codec_for
+from .spec import CodecSpec
+from .tokens import TokenArrays
+from .transform import ChannelTransform
+
+Side = Literal["keys", "values"]
+#: Pages that the buffer of means grows by.
+_MEANS_GROWTH = 8
+
+T = TypeVar("T")
+
+
+class Sides(NamedTuple, Generic[T]):
+    """Something of the keys and of the values of one layer."""
+
+    keys: T
+    values: T
+
+    def items(self) -> Iterator[tuple[Side, T]]:
+        """(side, what there is of it), keys first."""
+        yield "keys", self.keys
+        yield "values", self.values
+
+
+class PageMeans:
+    """Means of pages of keys, in the codes' basis, taken off before encoding.
+
+    Args:
+        page: Tokens to a mean.
+
+    Attributes:
+        rows: Whole buffer (B, H, capacity, D) float16, or None while there is no page.
+        count: Pages in use.
+    """
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self._rows = TokenArrays(growth=_MEANS_GROWTH)
+
+    @property
+    def rows(self) -> mx.array | None:
+        """Whole buffer (B, H, capacity, D) float16; None before the first page."""
+        return self._rows.arrays.get("keys")
+
+    @property
+    def count(self) -> int:
+        """Pages in use."""
+        return self._rows.length
+
+    def append(self, means_rot: mx.array) -> None:
+        """Add means (B, H, pages, D) of the pages that follow."""
+        self._rows.append({"keys": means_rot.astype(mx.float16)})
+
+    def of_tokens(self, first: int, count: int, heads: slice = slice(None)) -> mx.array:
+        """Each token's mean (B, heads, count, D) float32, from token ``first`` on."""
+        low, high = first // self.page, -(-(first + count) // self.page)
+        rows = self._rows.view("keys", heads)[:, :, low:high].astype(mx.float32)
+        start = first - low * self.page
+        return mx.repeat(rows, self.page, axis=2)[:, :, start : start + count]
+
+    def keep(self, tokens: int) -> None:
+        """Forget the pages that begin behind the first ``tokens`` tokens."""
+        self._rows.drop_last(max(0, self.count - -(-tokens // self.page)))
+
+    def drop_first(self, tokens: int) -> None:
+        """Forget the first ``tokens`` tokens, whole pages."""
+        self._rows.drop_first(tokens // self.page)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer, capacity included."""
+        return self._rows.nbytes
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """The means in use, as arrays to save."""
+        return self._rows.views()
+
+    @state.setter
+    def state(self, arrays: dict[str, mx.array]) -> None:
+        self._rows.replace(arrays)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """Encode and decode vectors of one side of one layer.
+
+    Attributes:
+        codec: What turns vectors in the codes' basis into codes.
+        transform: Into that basis.
+        means: Means of the pages encoded so far; None to take none off. The only part
+            that grows.
+
+    >>> quantizer = Quantizer.of(CodecSpec("turboquant", 3), 128)
+    >>> quantizer.decode(quantizer.encode(mx.ones((1, 1, 4, 128)))).shape
+    (1, 1, 4, 128)
+    """
+
+    codec: Codec
+    transform: ChannelTransform
+    means: PageMeans | None = None
+
+    @classmethod
+    def of(
+        cls, spec: CodecSpec, dim: int, side: Side = "keys", seed: int = 0
+    ) -> Quantizer:
+        """A quantizer that no text has calibrated: no gains, no means.
+
+        Args:
+            spec: The codec and its bits.
+            dim: Elements of a vector.
+            side: What the vectors are; codecs choose scales by it.
+            seed: Seed of the rotation.
+
+        Raises:
+            UnsupportedError: if the codec or its rotation cannot do ``dim``.
+        """
+        codec = codec_for(spec, dim, side, seed)
+        return cls(codec, ChannelTransform(codec.rotation))
+
+    def add_means(self, x: mx.array, first: int) -> None:
+        """Add the means of the pages that begin within x.
+
+        A page that was cut by a trim keeps the mean it had.
+
+        Args:
+            x: Vectors (B, H, N, D) that end where a page does.
+            first: Encoded vectors before them.
+
+        Raises:
+            ValueError: if they end elsewhere.
+        """
+        if self.means is None:
+            return
+        page = self.means.page
+        if (first + x.shape[2]) % page:
+            raise ValueError(
+                f"{x.shape[2]} tokens behind {first} do not end where a page of {page} "
+                "does; encode whole pages"
+            )
+        begun = x[:, :, self.means.count * page - first :].astype(mx.float32)
+        if begun.shape[2]:
+            batch, heads, _, dim = begun.shape
+            pages = begun.reshape(batch, heads, -1, page, dim)
+            self.means.append(self.transform.encode(mx.mean(pages, axis=3)))
+
+    def encode(self, x: mx.array, first: int = 0) -> TokenArrays:
+        """Codes of vectors x (B, H, N, D), any float dtype.
+
+        With means, x must end where a page does.
+
+        Args:
+            x: The vectors, in the model's basis.
+            first: Encoded vectors before them.
+        """
+        self.add_means(x, first)
+        x_rot = self.transform.encode(x)
+        if self.means is not None:
+            x_rot = x_rot - self.means.of_tokens(first, x.shape[2])
+        return self.codec.encode(x_rot)
+
+    def decode_rot(
+        self,
+        codes: TokenArrays,
+        dtype: mx.Dtype = mx.float32,
+        heads: slice = slice(None),
+        centered_rot: mx.array | None = None,
+    ) -> mx.array:
+        """Vectors (B, heads, N, D) in the codes' basis, means put back.
+
+        Args:
+            codes: What `encode` returned, from the first encoded vector on.
+            dtype: Of the result; the arithmetic is float32.
+            heads: Which KV heads.
+            centered_rot: The decoded codes without means, where a kernel made them.
+        """
+        if centered_rot is None:
+            centered_rot = self.codec.decode(codes, dtype, heads)
+        if self.means is None:
+            return centered_rot
+        means = self.means.of_tokens(0, codes.length, heads)
+        return (centered_rot.astype(mx.float32) + means).astype(dtype)
+
+    def decode(self, codes: TokenArrays, heads: slice = slice(None)) -> mx.array:
+        """Vectors (B, heads, N, D) float32 in the model's basis: undoes `encode`."""
+        return self.transform.of_heads(heads).decode(
+            self.decode_rot(codes, mx.float32, heads)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of gains, channel order and means."""
+        arrays = (self.transform.gains, self.transform.channel_order)
+        means = 0 if self.means is None else self.means.nbytes
+        return means + sum(array.nbytes for array in arrays if array is not None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Quantizer:
+        """A copy whose means grow on their own; what never changes is shared."""
+        if self.means is None:
+            return self
+        means = PageMeans(self.means.page)
+        means.state = self.means.state
+        return Quantizer(self.codec, self.transform, means)

@@ -44,7 +44,17 @@ def attend(
             other than ``"causal"``.
     """
     if isinstance(keys, CompressedTokens) and isinstance(values, CompressedTokens):
-        _check(q, keys, mask)
+        batch, heads, _, dim = keys.recent.shape
+        shape = q.shape
+        if len(shape) != 4 or shape[0] != batch or shape[1] % heads or shape[3] != dim:
+            raise ValueError(
+                f"queries {tuple(shape)} do not fit keys {keys.shape}: want "
+                f"({batch}, a multiple of {heads}, L, {dim})"
+            )
+        if isinstance(mask, str) and mask != "causal":
+            raise ValueError(
+                f"mask {mask!r} is unknown; use None, 'causal' or an array"
+            )
         call = AttendCall(q, keys, values, scale, mask, sinks)
         if keys.hidden[1]:
             call = _without_hidden(call)
@@ -72,18 +82,6 @@ def attend(
         mask=mask,
         sinks=sinks,
     )
-
-
-def _check(q: mx.array, keys: CompressedTokens, mask: Mask) -> None:
-    batch, heads, _, dim = keys.recent.shape
-    shape = q.shape
-    if len(shape) != 4 or shape[0] != batch or shape[1] % heads or shape[3] != dim:
-        raise ValueError(
-            f"queries {tuple(shape)} do not fit keys {keys.shape}: want "
-            f"({batch}, a multiple of {heads}, L, {dim})"
-        )
-    if isinstance(mask, str) and mask != "causal":
-        raise ValueError(f"mask {mask!r} is unknown; use None, 'causal' or an array")
 
 
 def _without_hidden(call: AttendCall) -> AttendCall:

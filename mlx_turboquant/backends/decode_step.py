@@ -11,6 +11,7 @@ is in here: templates, grids, constant buffers, the packed codes.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import mlx.core as mx
@@ -21,7 +22,7 @@ from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from . import specialize
-from .call import AttendCall, Mask
+from .call import AttendCall
 from .reference import packed_of
 from .specialize import LOG2E, MERGE_SIMDGROUPS, SPLIT_SIMDGROUPS, TILE, placeholder
 
@@ -44,7 +45,7 @@ class DecodeStep:
         rows = query_heads // kv_heads * steps
         packed = packed_of(keys).length
         masked = isinstance(call.mask, mx.array)
-        dtype = keys.dtype
+        dtype = keys.recent.dtype
         # Where no kernel rotates, everything is taken into the codes' basis before it.
         self._kernel_rotates_q = specialize.rotates_in_kernel(
             k_quantizer.codec.rotation
@@ -67,13 +68,14 @@ class DecodeStep:
             rows=rows,
             steps=steps,
             sink=keys.sink_length,
-            recent=0,
+            recent=0,  # filled in by `_arguments_for`
             causal=int(isinstance(call.mask, str) and steps > 1),
             mask_columns=0,
             page=means.page if means else 1,
         )
-        self._recent_length = -1
-        self._packed_arguments = placeholder(mx.int32)
+        self._masked = masked
+        # Shared by all layers whose other arguments are the same.
+        self._arguments_by_length = _arguments_by_length(self._arguments, masked)
 
         partials = batch * query_heads * steps * splits
         threads = 32 * SPLIT_SIMDGROUPS
@@ -132,16 +134,18 @@ class DecodeStep:
             recent_keys = _in_basis(keys, keys.recent_tokens)
         if not self._kernel_rotates_out:
             recent_values = _in_basis(values, values.recent_tokens)
-        if q.dtype != keys.dtype:
-            q = q.astype(keys.dtype)
+        if q.dtype != keys.recent.dtype:
+            q = q.astype(keys.recent.dtype)
         mask, sink_logits = placeholder(), placeholder()
         if isinstance(call.mask, mx.array):
             mask = _additive(call.mask, (*q.shape[:3], keys.stored_length))
         if call.sink_logits is not None:
             sink_logits = _sink_logits_of_rows(call.sink_logits, q.shape[0], q.shape[2])
-        if keys.recent_length != self._recent_length:
-            self._set_recent(keys.recent_length, mask.shape[-1])
-        launch, arguments = self._launcher, self._packed_arguments
+        length = keys.recent_length
+        arguments = self._arguments_by_length.get(length)
+        if arguments is None:
+            arguments = self._arguments_for(length)
+        launch = self._launcher
         partial = launch(
             self._split, [q, *self._codes, mask, *self._split_constants, arguments]
         )
@@ -166,12 +170,22 @@ class DecodeStep:
             out = values.quantizer.transform.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
 
-    def _set_recent(self, length: int, mask_columns: int) -> None:
-        """Arguments for another number of recent tokens; equal ones are one array."""
-        self._recent_length = length
-        self._packed_arguments = pack(
-            self._arguments._replace(recent=length, mask_columns=mask_columns)
+    def _arguments_for(self, recent: int) -> mx.array:
+        """Arguments for a number of recent tokens, made once for all layers."""
+        columns = self._arguments.sink + self._arguments.packed + recent
+        arguments = self._arguments._replace(
+            recent=recent, mask_columns=columns if self._masked else 0
         )
+        array = self._arguments_by_length[recent] = pack(arguments)
+        return array
+
+
+@functools.lru_cache(maxsize=64)
+def _arguments_by_length(
+    arguments: AttendArguments, masked: bool
+) -> dict[int, mx.array]:
+    """Packed arguments by the number of recent tokens, filled in as they are needed."""
+    return {}
 
 
 def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
@@ -211,12 +225,3 @@ def _sink_logits_of_rows(sink_logits: mx.array, batch: int, steps: int) -> mx.ar
     wide = (sink_logits.astype(mx.float32) * LOG2E)[None, :, None]
     rows = mx.broadcast_to(wide, (batch, sink_logits.shape[0], steps))
     return mx.pad(rows.reshape(-1), (0, 8))
-
-
-def step_key(call: AttendCall) -> tuple[object, ...]:
-    """What calls of one `DecodeStep` share, besides the packed tokens."""
-    return (call.q.shape, call.scale, _kind(call.mask), call.sink_logits is None)
-
-
-def _kind(mask: Mask) -> str | None:
-    return "array" if isinstance(mask, mx.array) else mask

@@ -26,7 +26,7 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from . import specialize
 from .call import AttendCall
-from .decode_step import DecodeStep, step_key
+from .decode_step import DecodeStep
 from .reference import Reference, packed_of
 from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 
@@ -64,7 +64,14 @@ class Gpu(Reference):
         """As `Reference.attend`; up to `MAX_ROWS` query tokens are fused."""
         if call.q.shape[2] > MAX_ROWS:
             return super().attend(call)
-        prepared, key = call.keys.prepared, step_key(call)
+        mask, prepared = call.mask, call.keys.prepared
+        # What calls that one `DecodeStep` serves have in common.
+        key = (
+            call.q.shape,
+            call.scale,
+            "array" if isinstance(mask, mx.array) else mask,
+            call.sink_logits is None,
+        )
         step = prepared.get(key)
         if step is None:
             step = prepared[key] = DecodeStep(self.launcher, call, self.simdgroups)
@@ -109,7 +116,7 @@ class Gpu(Reference):
             return quantizer.encode(x, first)
         quantizer.add_means(x, first)
         means = quantizer.means
-        batch, kv_heads, tokens, dim = x.shape
+        batch, kv_heads, tokens, _ = x.shape
         transform = quantizer.transform
         rotates = rotates_in_kernel(transform.rotation)
         launch = _encode_launch(

@@ -21,11 +21,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..attention import dequantize
+from ..backends.reference import Reference
 from ..errors import UnsupportedError
-from ..quantizer import Sides
 from ..segments import CompressedTokens
 from ..spec import CacheSpec
-from ..tokens import TokenArrays
 from . import state as saved
 from .bit_allocation import BitAllocator, LayerSlot
 from .protocol import SequenceCache
@@ -74,7 +73,12 @@ class TurboQuantCache(SequenceCache):
         self._tokens = StoredTokens(recent_growth=uncompressed)
         self._schedule = PackingSchedule(spec)
         self._quantizers = LayerQuantizers(spec, self._slot, self._schedule)
+        # What attends to the packed tokens, while there are any.
+        self._backend: Reference | None = None
         self._prepared: dict[Any, Any] = {}
+        # (first, count) of stored tokens that no step may see any more.
+        self._hidden = (0, 0)
+        self._checked_shapes: tuple[Any, ...] = ()
 
     # What models and generation loops use.
 
@@ -96,15 +100,19 @@ class TurboQuantCache(SequenceCache):
             UnsupportedError: for a head_dim the rotation cannot do, or a shape
                 that does not continue what is stored.
         """
-        step = keys.shape[2]
-        self._check(keys, values)
-        if self._schedule.packs_before_step(self.offset):
+        shapes = (keys.shape, values.shape)
+        if shapes != self._checked_shapes:
+            self._check(keys, values)
+            self._checked_shapes = shapes
+        schedule = self._schedule
+        if self.offset >= schedule.next_page_at:
             self._pack()
-        self._tokens.append(keys, values)
+        self._tokens.recent.append({"keys": keys, "values": values})
+        step = keys.shape[2]
         self.offset += step
-        fetched = self.keys_and_values()
+        fetched = self.keys_and_values() if self.returns_arrays else self.compressed()
         # The handles keep the buffers they have: packing puts the rest in new ones.
-        if self._schedule.packs_after_step(self.offset, step):
+        if self.offset >= schedule.next_page_at and schedule.packs_after_step(step):
             self._pack()
         return fetched
 
@@ -122,18 +130,14 @@ class TurboQuantCache(SequenceCache):
             raise ValueError("no token was stored yet; update_and_fetch comes first")
         tokens = self._tokens
         recent, length = tokens.recent.arrays, tokens.recent.length
-        packed: Sides[TokenArrays | None] = Sides(None, None)
-        backend = None
-        if tokens.packed_length:
-            packed = Sides(tokens.packed.keys, tokens.packed.values)
-            backend = self._quantizers.choice.backend
+        packed, backend = tokens.packed, self._backend
         observer = None if self._schedule.is_calibrated else self
-        prepared, hidden = self._prepared, self._hidden()
+        prepared, hidden = self._prepared, self._hidden
         return (
             CompressedTokens(
                 sides.keys,
                 tokens.sink.get("keys"),
-                packed.keys,
+                packed.keys if backend else None,
                 recent["keys"],
                 length,
                 hidden,
@@ -144,7 +148,7 @@ class TurboQuantCache(SequenceCache):
             CompressedTokens(
                 sides.values,
                 tokens.sink.get("values"),
-                packed.values,
+                packed.values if backend else None,
                 recent["values"],
                 length,
                 hidden,
@@ -152,10 +156,6 @@ class TurboQuantCache(SequenceCache):
                 prepared,
             ),
         )
-
-    def _hidden(self) -> tuple[int, int]:
-        """(first, count) of stored tokens that no step may see any more."""
-        return 0, 0
 
     def observe_queries(self, q: mx.array, scale: float) -> None:
         """See the queries of the step just stored, which calibrate the keys' gains.
@@ -172,7 +172,10 @@ class TurboQuantCache(SequenceCache):
             return
         kv_heads = self._tokens.recent.arrays["keys"].shape[1]
         self._quantizers.observe_queries(q, scale, kv_heads, self.offset)
-        if self._schedule.packs_after_queries(self.offset, q.shape[2]):
+        schedule = self._schedule
+        if self.offset >= schedule.next_page_at and schedule.packs_after_queries(
+            q.shape[2]
+        ):
             self._pack()
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
@@ -216,6 +219,8 @@ class TurboQuantCache(SequenceCache):
     def _set_packed(self, count: int) -> None:
         """The packed tokens have changed: ``count`` are, or were, codes."""
         self._schedule.set_packed(count)
+        packed = self._tokens.packed_length
+        self._backend = self._quantizers.choice.backend if packed else None
         self._prepared = {}
 
     def trim(self, n: int) -> int:
@@ -294,12 +299,12 @@ class TurboQuantCache(SequenceCache):
         self._start(spec)
         self._tokens.load(groups)
         self.offset = self._tokens.length
-        self._schedule.set_packed(self._tokens.packed_length)
         recent = self._tokens.recent.arrays
         if recent:
             calibrated = bool(groups["packed"] or groups["gains"])
             dims = recent["keys"].shape[3], recent["values"].shape[3]
             self._quantizers.load(groups, dims, calibrated)
+        self._set_packed(self._tokens.packed_length)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TurboQuantCache:

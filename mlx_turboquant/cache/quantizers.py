@@ -106,14 +106,14 @@ class LayerQuantizers:
             self._calibrate(self._calibration, keys, values)
             # Its queries have done their work; a long text need not hold them.
             self._calibration = None
-            schedule.phase = Phase.WAITING
+            schedule.enter(Phase.WAITING)
         if slot is not None and self.spec.adaptive:
             if not waited and not slot.allocator.complete:
                 return False
             dims = keys.shape[3], values.shape[3]
             self.spec = slot.allocator.spec_for(slot.layer, dims)
         self.build(keys.shape[3], values.shape[3])
-        schedule.phase = Phase.PACKING
+        schedule.enter(Phase.PACKING)
         return True
 
     def _calibrate(
@@ -205,6 +205,6 @@ class LayerQuantizers:
         if calibrated:
             self._calibration = None
             chosen = not self.spec.adaptive
-            self._schedule.phase = Phase.PACKING if chosen else Phase.WAITING
+            self._schedule.enter(Phase.PACKING if chosen else Phase.WAITING)
         elif self._calibration is not None:
             self._calibration.state = groups["queries"]

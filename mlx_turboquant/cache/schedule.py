@@ -8,15 +8,15 @@ steps they came in. A layer goes through these phases:
     WAITING      gains are fixed; bits wait for the other layers to be calibrated
     PACKING      codecs are final, pages are encoded as they become due
 
-A cache asks at three moments whether to go on. In a prompt's first chunk the queries
-come last, because attention does; after it a chunk is packed as soon as it is stored, so
-that no layer holds a prompt's worth of uncompressed tokens. Steps of a few tokens pack
-before they are stored, so that a rejected draft token is never encoded:
+A cache asks at three moments whether to pack what is due. In a prompt's first chunk the
+queries come last, because attention does; later chunks are packed as soon as they are
+stored, so that no layer holds a prompt's worth of uncompressed tokens. Steps of a few
+tokens pack before they are stored, so that a rejected draft token is never encoded:
 
-    moment                      COLLECTING, CALIBRATING   WAITING   PACKING
-    before a step is stored     pack                      pack      pack
-    after a long step is        -                         pack      pack
-    after a long step's queries pack                      -         -
+    moment                       COLLECTING, CALIBRATING   WAITING, PACKING
+    before a step is stored      pack                      pack
+    after a long step is stored  -                         pack
+    after its queries were seen  pack                      -
 """
 
 from __future__ import annotations
@@ -47,51 +47,46 @@ class PackingSchedule:
 
     Attributes:
         phase: Where the layer stands; `cache.quantizers` moves it on.
+        is_calibrated: Whether gains are fixed, so that no queries need to be seen.
         packed: Tokens that are codes, or were before a sliding window left them.
+        next_page_at: Tokens seen at which the next page is due; below it, there is
+            nothing to ask.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
         self._uncompressed = spec.sink + spec.window
         self._page = spec.page
-        self.phase = Phase.COLLECTING
+        self.enter(Phase.COLLECTING)
         self.set_packed(0)
+
+    def enter(self, phase: Phase) -> None:
+        """Go on to another phase."""
+        self.phase = phase
+        self.is_calibrated = phase in (Phase.WAITING, Phase.PACKING)
 
     def set_packed(self, tokens: int) -> None:
         """Say how many tokens are codes by now."""
         self.packed = tokens
         # A trim may have cut a page: then its end is what is due next.
         page_end = (tokens // self._page + 1) * self._page
-        self._next_page_at = self._uncompressed + page_end
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether gains are fixed, so that queries need not be seen any more."""
-        return self.phase in (Phase.WAITING, Phase.PACKING)
+        self.next_page_at = self._uncompressed + page_end
 
     @property
     def is_packing(self) -> bool:
         """Whether codecs are final."""
         return self.phase is Phase.PACKING
 
-    def packs_before_step(self, stored: int) -> bool:
-        """Whether to pack before more tokens come; ``stored`` have been seen."""
-        return stored >= self._next_page_at
-
-    def packs_after_step(self, stored: int, step: int) -> bool:
-        """Whether to pack now that a step of ``step`` tokens is stored."""
-        if step <= DECODE_TOKENS or stored < self._next_page_at:
+    def packs_after_step(self, step: int) -> bool:
+        """Whether a page that is due is packed when a step of ``step`` is stored."""
+        if step <= DECODE_TOKENS:
             return False
         if self.phase is Phase.COLLECTING:
-            self.phase = Phase.CALIBRATING
+            self.enter(Phase.CALIBRATING)
         return self.is_calibrated
 
-    def packs_after_queries(self, stored: int, step: int) -> bool:
-        """Whether to pack now that the queries of that step were seen."""
-        return (
-            step > DECODE_TOKENS
-            and stored >= self._next_page_at
-            and not self.is_calibrated
-        )
+    def packs_after_queries(self, step: int) -> bool:
+        """Whether it is packed when the queries of that step were seen."""
+        return step > DECODE_TOKENS and not self.is_calibrated
 
     def tokens_due(self, stored: int) -> int:
         """Tokens to encode, so that all that should be codes are."""

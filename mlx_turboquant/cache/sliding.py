@@ -74,13 +74,14 @@ class RotatingTurboQuantCache(TurboQuantCache):
         shown = self.max_size - 1 - self.keep
         self._first_visible = max(self.keep, self.offset - shown)
         self._evict()
+        self._hide()
         return super().update_and_fetch(keys, values)
 
-    def _hidden(self) -> tuple[int, int]:
-        """What left the window but is still stored: less than a page, or the sink."""
+    def _hide(self) -> None:
+        """Hide what left the window but is still stored: less than a page, or the sink."""
         stored_before = self._first_visible - self._evicted_sink - self._evicted_pages
         count = stored_before - self.keep
-        return (self.keep, count) if count > 0 else (0, 0)
+        self._hidden = (self.keep, count) if count > 0 else (0, 0)
 
     def _evict(self) -> None:
         """Forget whole pages that no step can see any more."""
@@ -145,4 +146,5 @@ class RotatingTurboQuantCache(TurboQuantCache):
         self._evicted_pages = numbers["evicted_pages"]
         self._first_visible = numbers["first_visible"]
         self.offset += self._evicted_sink + self._evicted_pages
-        self._schedule.set_packed(self.packed_length + self._evicted_pages)
+        self._set_packed(self.packed_length + self._evicted_pages)
+        self._hide()

@@ -58,10 +58,6 @@ class StoredTokens:
         """Tokens of all three segments."""
         return self.sink_length + self.packed_length + self.recent.length
 
-    def append(self, keys: mx.array, values: mx.array) -> None:
-        """Store the tokens keys (B, H, N, Dk) and values (B, H, N, Dv)."""
-        self.recent.append({"keys": keys, "values": values})
-
     def pack(self, codes: Sides[TokenArrays], sink: int) -> None:
         """Put codes in the place of the oldest recent tokens.
 

@@ -30,7 +30,7 @@ _hooked_globals: dict[int, dict[str, Any]] = {}
 
 
 @functools.wraps(host_base.scaled_dot_product_attention)
-def _hook(
+def attend_or_stock(
     queries: mx.array,
     keys: Any,
     values: Any,
@@ -74,7 +74,7 @@ def install(model: nn.Module) -> None:
     for scope in _layer_globals(model):
         if scope.get(_HOOKED) is host_base.scaled_dot_product_attention:
             _hooked_globals[id(scope)] = scope
-            scope[_HOOKED] = _hook
+            scope[_HOOKED] = attend_or_stock
 
 
 def remove() -> None:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
 from .codecs import codec_for
-from .explanation import size_text
 from .spec import CacheSpec
 
 #: By codec. Over fp16 an attention took 131 us for 268 MB; over codes 73 us for 56 MB
@@ -161,6 +161,6 @@ def tight_memory_warning(
     if fitting_by_preset[best] > fitting:
         hint = f"; --kv-bits {best} holds {fitting_by_preset[best]}"
     return (
-        f"{tokens} tokens need {size_text(needed_bytes)} with the weights, this "
-        f"machine has {size_text(memory_bytes)}, enough for {fitting}{hint}"
+        f"{tokens} tokens need {decimal(needed_bytes)} with the weights, this "
+        f"machine has {decimal(memory_bytes)}, enough for {fitting}{hint}"
     )

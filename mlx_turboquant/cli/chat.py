@@ -59,7 +59,13 @@ def chat(
     from ..integrations.factory import caches_for
     from .session import Session
 
-    session = Session(model, adapter_path, trust_remote_code, seed=seed)
+    session = Session(
+        model,
+        adapter_path,
+        trust_remote_code,
+        template_options=template_options,
+        seed=seed,
+    )
 
     def make_cache() -> list[Any]:
         return caches_for(session.network, spec, max_kv_size)
@@ -70,7 +76,7 @@ def chat(
         make_cache,
         system_prompt,
         session.name,
-        template_options,
+        session.template_options,
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec)
@@ -122,13 +128,13 @@ def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
 
 def _meter(conversation: Conversation) -> str:
     """How full the context is, and what it takes: ``812 / 8192 tokens, 2.1 MB``."""
-    from ..explanation import size_text
+    from rich.filesize import decimal
 
     summary = conversation.explain()
     limit = "" if conversation.context is None else f" / {conversation.context}"
-    meter = f"{conversation.tokens}{limit} tokens, {size_text(summary.nbytes)}"
+    meter = f"{conversation.tokens}{limit} tokens, {decimal(summary.nbytes)}"
     if summary.packed_layers and conversation.tokens:
-        meter += f" ({size_text(summary.fp16_nbytes)} in fp16)"
+        meter += f" ({decimal(summary.fp16_nbytes)} in fp16)"
     return meter
 
 

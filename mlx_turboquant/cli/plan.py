@@ -42,7 +42,8 @@ def plan(
             )
     memory_bytes = opt.size("--memory", memory)
 
-    from ..explanation import size_text
+    from rich.filesize import decimal
+
     from ..integrations.footprint import footprint as footprint_of
     from ..memory import machine_memory
 
@@ -50,7 +51,7 @@ def plan(
     footprint = footprint_of(model or opt.DEFAULT_MODEL)
     context = "unknown" if footprint.context is None else f"{footprint.context} tokens"
     typer.echo(
-        f"weights {size_text(footprint.weights)}, memory {size_text(memory_bytes)}, "
+        f"weights {decimal(footprint.weights)}, memory {decimal(memory_bytes)}, "
         f"context {context}"
     )
     compressible = sum(layer.packed for layer in footprint.layers)
@@ -62,13 +63,13 @@ def plan(
     fitting_tokens = [footprint.tokens_in(memory_bytes, spec) for spec in presets]
     at_tokens = tokens or max(1, *fitting_tokens)
     rows = [
-        ("fp16", str(fp16_tokens), size_text(footprint.cache_bytes(at_tokens)), "1.00")
+        ("fp16", str(fp16_tokens), decimal(footprint.cache_bytes(at_tokens)), "1.00")
     ]
     for spec, fitting in zip(presets, fitting_tokens, strict=True):
         speed = footprint.speed(at_tokens, spec)
         speed_text = "not timed" if speed is None else f"{speed:.2f}"
         cache_bytes = footprint.cache_bytes(at_tokens, spec)
-        rows.append((str(spec), str(fitting), size_text(cache_bytes), speed_text))
+        rows.append((str(spec), str(fitting), decimal(cache_bytes), speed_text))
     typer.echo()
     print_table(
         rows,

@@ -1,6 +1,7 @@
 """The command as users run it: real processes, real exit codes."""
 
 import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from helpers import MODEL, ROOT
 
 import mlx_turboquant as tq
 from mlx_turboquant.cli import app, options
+from mlx_turboquant.cli.progress import prefill_progress
 
 MODEL = str(MODEL)
 NEEDLE = (ROOT / "examples" / "needle.txt").read_text()
@@ -159,6 +161,27 @@ def test_console_scripts_are_commands(capsys):
             program(["--help"], prog_name=name)
         assert end.value.code == 0
         assert f"Usage: {name} " in capsys.readouterr().out
+
+
+def test_commands_share_their_options_and_nothing_else():
+    for name in ("generate", "chat", "cache_prompt", "server"):
+        options_of = inspect.signature(app.COMMANDS[name]).parameters
+        kv_options = [option for option in options_of if option.startswith("kv_")]
+        assert kv_options == ["kv_bits", "kv_codec", "kv_quality"]
+    modules = {command.__module__ for command in app.COMMANDS.values()}
+    names = "|".join(module.rpartition(".")[2] for module in modules)
+    for module in modules:
+        text = inspect.getsource(importlib.import_module(module))
+        assert not re.search(rf"^ *from \.({names}) import", text, re.M), module
+
+
+def test_progress_shows_at_terminals_only(capsys):
+    with prefill_progress(5000) as report:
+        report(0, 5000)
+        report(5000, 5000)
+    assert capsys.readouterr() == ("", "")
+    with prefill_progress(100) as report:
+        assert report is None
 
 
 def test_version(run_cli):

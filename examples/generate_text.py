@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-from mlx_turboquant.blas import prefer_openblas
-
-prefer_openblas()  # a no-op except on Linux CPUs
-
-from mlx_lm import stream_generate
-
 import mlx_turboquant as tq
+from mlx_lm import stream_generate
 
 HERE = Path(__file__).parent
 model, tokenizer = tq.load(str(HERE / "books-20m"))

@@ -3,14 +3,9 @@
 import tempfile
 from pathlib import Path
 
-from mlx_turboquant.blas import prefer_openblas
-
-prefer_openblas()
-
+import mlx_turboquant as tq
 import mlx.core as mx
 from mlx_lm import generate
-
-import mlx_turboquant as tq
 
 HERE = Path(__file__).parent
 model, tokenizer = tq.load(str(HERE / "books-20m"))

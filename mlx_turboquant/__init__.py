@@ -6,14 +6,16 @@
 >>> tq.apply(model, "k4v3")
 >>> generate(model, tokenizer, "hello")
 
-Owns the public names and nothing else. They are imported when first used, so that
-``mlx_tq --help`` is instant and the CLI can choose a BLAS before MLX is loaded.
+Owns the public names. They are imported when first used, so that ``mlx_tq --help`` is
+instant. Importing the package before MLX chooses MLX's BLAS on Linux, see `blas`.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from .blas import prefer_openblas
 
 if TYPE_CHECKING:
     from . import errors as errors
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from .spec import CacheSpec as CacheSpec
     from .spec import CodecSpec as CodecSpec
     from .tokens import TokenArrays as TokenArrays
+
+prefer_openblas()
 
 __version__ = "0.1.0"
 

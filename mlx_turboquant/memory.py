@@ -12,8 +12,12 @@ it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import mlx.core as mx
+from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
 from .codecs import codec_for
@@ -121,3 +125,42 @@ def _bytes(layer: Layer, tokens: int, spec: CacheSpec | None) -> tuple[int, int]
     means = layer.k_dim * 2 / spec.page if spec.center == "page" else 0
     codes = round(layer.heads * capacity * (code + means))
     return plain * recent + codes, codes
+
+
+def machine_memory() -> int:
+    """Bytes that MLX may use: the GPU's working set, or this machine's memory."""
+    info = mx.device_info()
+    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    return int(size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def tight_memory_warning(
+    footprint: Footprint, tokens: int, spec: CacheSpec | None, memory_bytes: int
+) -> str | None:
+    """What to say if a text does not fit in memory; None if it does.
+
+    Args:
+        footprint: The model's.
+        tokens: Of the text; its part beyond the model's context is not counted.
+        spec: Of the caches; None for fp16.
+        memory_bytes: Weights and caches have these.
+    """
+    if spec is not None and spec.adaptive:
+        spec = CacheSpec.parse(round(spec.budget or 3))
+    fitting = footprint.tokens_in(memory_bytes, spec)
+    if fitting >= min(tokens, footprint.context or tokens):
+        return None
+    needed_bytes = footprint.weights + footprint.cache_bytes(tokens, spec)
+    presets = ["3"] if spec is None else ["2", "2,codec=trellis"]
+    fitting_by_preset = {
+        preset: footprint.tokens_in(memory_bytes, CacheSpec.parse(preset))
+        for preset in presets
+    }
+    best = max(presets, key=lambda preset: fitting_by_preset[preset])
+    hint = ""
+    if fitting_by_preset[best] > fitting:
+        hint = f"; --kv-bits {best} holds {fitting_by_preset[best]}"
+    return (
+        f"{tokens} tokens need {decimal(needed_bytes)} with the weights, this "
+        f"machine has {decimal(memory_bytes)}, enough for {fitting}{hint}"
+    )

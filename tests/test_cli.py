@@ -1,11 +1,18 @@
 """The command as users run it: real processes, real exit codes."""
 
+import importlib
+import inspect
 import re
+import subprocess
+import sys
+import tomllib
 
 import pytest
 from helpers import MODEL, ROOT
 
 import mlx_turboquant as tq
+from mlx_turboquant.cli import app, options
+from mlx_turboquant.cli.progress import prefill_progress
 
 MODEL = str(MODEL)
 NEEDLE = (ROOT / "examples" / "needle.txt").read_text()
@@ -39,12 +46,12 @@ def test_quiet_prints_the_answer_and_nothing_else(run_cli):
 
 def test_options_reach_the_spec(run_cli):
     code, out, err = run_cli(
-        "generate", "--model", MODEL, "-p", "Hello", "-m", "4", "--kv-bits", "3.5",
-        "--kv-window", "16", "--kv-sink", "2", "--kv-center", "off", "--kv-seed", "5",
+        "generate", "--model", MODEL, "-p", "Hello", "-m", "4",
+        "--kv-bits", "3.5,window=16,sink=2,center=off,seed=5", "--kv-codec", "trellis",
         "--temp", "0.7", "--top-p", "0.9", "--seed", "1",
     )  # fmt: skip
     assert code == 0, err
-    assert "k4v3,sink=2,window=16,center=off,seed=5 in 8 of 8" in out
+    assert "k3.5v3.5,codec=trellis,sink=2,window=16,center=off,seed=5 in 8 of 8" in out
 
 
 def test_without_kv_bits_it_is_mlx_lm(run_cli):
@@ -77,8 +84,8 @@ BAD = {
     "bits": (["--kv-bits", "9"], "9 bits per element is outside 1..8"),
     "words": (["--kv-bits", "many"], "cannot read bits from 'many'"),
     "codec": (["--kv-bits", "3", "--kv-codec", "zip"], "codec 'zip' is unknown"),
-    "window": (["--kv-bits", "3", "--kv-window", "-5"], "window -5 is outside"),
-    "alone": (["--kv-window", "64"], "--kv-window needs --kv-bits"),
+    "window": (["--kv-bits", "3,window=-5"], "window -5 is outside"),
+    "alone": (["--kv-codec", "trellis"], "--kv-codec needs --kv-bits"),
     "both": (
         ["--kv-bits", "3", "--max-kv-size", "64"],
         "its window of 64 tokens is too short for 292",
@@ -117,18 +124,64 @@ def test_bits_by_layer_on_the_command_line(run_cli):
     assert (code, err) == (2, "error: --kv-quality needs --kv-bits auto\n")
 
 
-def test_help_is_instant_and_names_our_options(run_cli):
+def test_help_names_our_options(run_cli):
     code, out, _ = run_cli("generate", "--help", env={"COLUMNS": "120", "PATH": ""})
     assert code == 0
-    for name in (
+    assert set(re.findall(r"--kv-\w+", out)) == {
         "--kv-bits",
         "--kv-codec",
-        "--kv-window",
-        "--kv-sink",
-        "--kv-center",
-        "--no-kv-equalize",
-    ):
-        assert name in out
+        "--kv-quality",
+    }
+    assert "3,sink=8,seed=1" in out
+
+
+def test_help_loads_no_mlx():
+    code = (
+        "import sys, mlx_turboquant.cli.app as app\n"
+        "try: app.main(['generate', '--help'])\n"
+        "finally: print(*(m for m in ('mlx', 'numpy', 'mlx_lm') if m in sys.modules))"
+    )
+    run = [sys.executable, "-c", code]
+    assert subprocess.check_output(run, text=True).splitlines()[-1] == ""
+
+
+def test_help_names_the_codecs_that_are_no_research():
+    registry = pytest.importorskip("mlx_turboquant.codecs.registry")
+    assert set(options.KV_CODECS) == set(registry.codec_names())
+
+
+def test_console_scripts_are_commands(capsys):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    scripts = project["scripts"]
+    assert scripts.keys() == {"mlx_tq", *(f"mlx_tq.{name}" for name in app.COMMANDS)}
+    for name, target in scripts.items():
+        module, _, attribute = target.partition(":")
+        program = getattr(importlib.import_module(module), attribute)
+        with pytest.raises(SystemExit) as end:
+            program(["--help"], prog_name=name)
+        assert end.value.code == 0
+        assert f"Usage: {name} " in capsys.readouterr().out
+
+
+def test_commands_share_their_options_and_nothing_else():
+    for name in ("generate", "chat", "cache_prompt", "server"):
+        options_of = inspect.signature(app.COMMANDS[name]).parameters
+        kv_options = [option for option in options_of if option.startswith("kv_")]
+        assert kv_options == ["kv_bits", "kv_codec", "kv_quality"]
+    modules = {command.__module__ for command in app.COMMANDS.values()}
+    names = "|".join(module.rpartition(".")[2] for module in modules)
+    for module in modules:
+        text = inspect.getsource(importlib.import_module(module))
+        assert not re.search(rf"^ *from \.({names}) import", text, re.M), module
+
+
+def test_progress_shows_at_terminals_only(capsys):
+    with prefill_progress(5000) as report:
+        report(0, 5000)
+        report(5000, 5000)
+    assert capsys.readouterr() == ("", "")
+    with prefill_progress(100) as report:
+        assert report is None
 
 
 def test_version(run_cli):

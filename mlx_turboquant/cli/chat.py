@@ -10,11 +10,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import blas
 from ..errors import TurboQuantError
-from ..spec import CacheSpec
 from . import options as opt
-from .plan import warn_if_tight
+from .entry import standalone
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +29,6 @@ _HELP = """\
 Ctrl-C stops an answer."""
 
 
-@opt.with_spec
 def chat(
     model: opt.Model = None,
     adapter_path: opt.AdapterPath = None,
@@ -48,65 +45,69 @@ def chat(
     max_kv_size: opt.MaxKvSize = None,
     prefill_step_size: opt.PrefillStepSize = 2048,
     max_tokens: opt.MaxTokens = 256,
-    spec: CacheSpec | None = None,
+    kv_bits: opt.KvBits = None,
+    kv_codec: opt.KvCodec = None,
+    kv_quality: opt.KvQuality = None,
 ) -> None:
     """Chat with a model, its KV cache compressed."""
-    template = opt.json_object("--chat-template-config", chat_template_config)
-    blas.prefer_openblas()
+    spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
+    template_options = opt.json_object("--chat-template-config", chat_template_config)
 
-    import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
     from rich.console import Console
 
     from ..integrations.conversation import Conversation
     from ..integrations.factory import caches_for
-    from ..integrations.footprint import of_network
-    from ..integrations.loading import load
+    from .session import Session
 
-    if seed is not None:
-        mx.random.seed(seed)
-    name = model or opt.DEFAULT_MODEL
-    network, tokenizer = load(
-        name,
-        adapter_path=adapter_path,
-        tokenizer_config={"trust_remote_code": trust_remote_code},
-        trust_remote_code=trust_remote_code,
+    session = Session(
+        model,
+        adapter_path,
+        trust_remote_code,
+        template_options=template_options,
+        seed=seed,
     )
 
     def make_cache() -> list[Any]:
-        return caches_for(network, spec, max_kv_size)
+        return caches_for(session.network, spec, max_kv_size)
 
-    talk = Conversation(network, tokenizer, make_cache, system_prompt, name, template)
+    conversation = Conversation(
+        session.network,
+        session.tokenizer,
+        make_cache,
+        system_prompt,
+        session.name,
+        session.template_options,
+    )
+    if conversation.context is not None and max_kv_size is None:
+        session.warn_if_tight(conversation.context, spec)
     console = Console(highlight=False)
-    if talk.context is not None and max_kv_size is None:
-        warn_if_tight(of_network(network), talk.context, spec)
-    console.print(f"[bold]{name}[/]  /help says what else you can type.")
-    options = {
+    console.print(f"[bold]{session.name}[/]  /help says what else you can type.")
+    sampler = session.sampler(
+        temp=temp,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        xtc_probability=xtc_probability,
+        xtc_threshold=xtc_threshold,
+    )
+    answer_options = {
         "max_tokens": max_tokens,
         "prefill_step_size": prefill_step_size,
-        "sampler": make_sampler(
-            temp,
-            top_p,
-            min_p,
-            top_k=top_k,
-            xtc_probability=xtc_probability,
-            xtc_threshold=xtc_threshold,
-            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
-        ),
+        "sampler": sampler,
     }
-    for line in _lines(console, talk):
+    for line in _read_turns(console, conversation):
         try:
             if line in ("/quit", "/q"):
                 break
             if line.startswith("/"):
-                _obey(console, talk, line)
+                _run_command(console, conversation, line)
             elif line:
-                _answer(console, talk, line, options)
+                _answer(console, conversation, line, answer_options)
         except TurboQuantError as error:
             console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
 
 
-def _lines(console: Console, talk: Conversation) -> Iterator[str]:
+def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
     """What the user types, until there is no more; asks only at a terminal."""
     if sys.stdin.isatty():
         import contextlib
@@ -115,7 +116,7 @@ def _lines(console: Console, talk: Conversation) -> Iterator[str]:
             import readline  # noqa: F401  (gives the prompt a history)
     while True:
         try:
-            meter = f"\n[dim]{_meter(talk)}[/]\n[bold green]>>>[/] "
+            meter = f"\n[dim]{_meter(conversation)}[/]\n[bold green]>>>[/] "
             console.print(meter, end="")
             yield input().strip()
         except KeyboardInterrupt:
@@ -125,35 +126,35 @@ def _lines(console: Console, talk: Conversation) -> Iterator[str]:
             return
 
 
-def _meter(talk: Conversation) -> str:
+def _meter(conversation: Conversation) -> str:
     """How full the context is, and what it takes: ``812 / 8192 tokens, 2.1 MB``."""
-    from ..explanation import size_text
+    from rich.filesize import decimal
 
-    told = talk.explain()
-    of = "" if talk.context is None else f" / {talk.context}"
-    meter = f"{talk.tokens}{of} tokens, {size_text(told.nbytes)}"
-    if told.packed_layers and talk.tokens:
-        meter += f" ({size_text(told.fp16_nbytes)} in fp16)"
+    summary = conversation.explain()
+    limit = "" if conversation.context is None else f" / {conversation.context}"
+    meter = f"{conversation.tokens}{limit} tokens, {decimal(summary.nbytes)}"
+    if summary.packed_layers and conversation.tokens:
+        meter += f" ({decimal(summary.fp16_nbytes)} in fp16)"
     return meter
 
 
-def _obey(console: Console, talk: Conversation, line: str) -> None:
+def _run_command(console: Console, conversation: Conversation, line: str) -> None:
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     if command in ("/save", "/load") and not argument:
         console.print(f"{command} needs a file, as in {command} chat.safetensors")
     elif command == "/save":
-        talk.save(argument)
-        console.print(f"saved {talk.tokens} tokens")
+        conversation.save(argument)
+        console.print(f"saved {conversation.tokens} tokens")
     elif command == "/load":
-        talk.load(argument)
-        console.print(f"loaded {talk.tokens} tokens")
-        for message in talk.messages[-2:]:
+        conversation.load(argument)
+        console.print(f"loaded {conversation.tokens} tokens")
+        for message in conversation.messages[-2:]:
             console.print(f"{message['role']}: {message['content']}", markup=False)
     elif command == "/stats":
-        console.print(str(talk.explain()), markup=False, soft_wrap=True)
+        console.print(str(conversation.explain()), markup=False, soft_wrap=True)
     elif command in ("/reset", "/r"):
-        talk.reset()
+        conversation.reset()
         console.print("started over")
     else:
         if command not in ("/help", "/h"):
@@ -162,9 +163,9 @@ def _obey(console: Console, talk: Conversation, line: str) -> None:
 
 
 def _answer(
-    console: Console, talk: Conversation, text: str, options: dict[str, Any]
+    console: Console, conversation: Conversation, text: str, options: dict[str, Any]
 ) -> None:
-    answer = talk.say(text, **options)
+    answer = conversation.say(text, **options)
     last = None
     try:
         for last in answer:
@@ -177,3 +178,6 @@ def _answer(
             f"[dim]{last.prompt_tokens} tokens read at {last.prompt_tps:.0f}/s, "
             f"{last.generation_tokens} written at {last.generation_tps:.1f}/s[/]"
         )
+
+
+main = standalone(chat)

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from .. import blas
+from ..blas import prefer_openblas
+from .entry import standalone
+from .tables import print_table
 
 
 def doctor(
@@ -18,27 +20,36 @@ def doctor(
     ] = 16384,
 ) -> None:
     """Check this machine: versions, every kernel against the reference, one timing."""
-    openblas = blas.prefer_openblas()
-
     from .. import diagnosis
     from ..backends import select
 
-    for name, value in diagnosis.machine().items():
-        typer.echo(f"{name:15s} {value}")
-    typer.echo(f"{'OpenBLAS':15s} {'loaded' if openblas else 'not loaded'}")
     backend = select.gpu_backend()
-    failed = 0
+    facts = dict(diagnosis.machine())
+    facts["OpenBLAS"] = "loaded" if prefer_openblas() else "not loaded"
     if backend is None:
-        typer.echo("kernels         not run: MLX runs on the CPU here")
-    else:
+        facts["kernels"] = "not run: MLX runs on the CPU here"
+    print_table(facts.items())
+    failures = 0
+    if backend is not None:
+        # Line by line, not as a table: should a kernel end this process, the last
+        # line says how far it came.
         for check in diagnosis.check_kernels(backend):
-            word = "ok" if check.passed else "FAILED"
-            typer.echo(f"{backend.name} {check.name}: {word}, error {check.error:.1e}")
+            verdict = "ok" if check.passed else "FAILED"
+            error = f"error {check.error:.1e}"
+            typer.echo(f"{backend.name} {check.name}: {verdict}, {error}")
             if check.failure:
                 typer.echo(check.failure, err=True)
-            failed += not check.passed
-    for name, milliseconds in diagnosis.time_decode(tokens).items():
-        typer.echo(f"{name}: {milliseconds:.2f} ms at {tokens} tokens")
-    if failed:
-        typer.echo(f"{failed} kernels failed; please report all of the above", err=True)
+            failures += not check.passed
+    milliseconds = diagnosis.time_decode(tokens)
+    print_table(
+        (name, f"{time:.2f} ms", f"at {tokens} tokens")
+        for name, time in milliseconds.items()
+    )
+    if failures:
+        typer.echo(
+            f"{failures} kernels failed; please report all of the above", err=True
+        )
         raise typer.Exit(1)
+
+
+main = standalone(doctor)

@@ -1,25 +1,20 @@
 """``mlx_tq.eval``: what caches cost a model, as a table, a page and plots.
 
-Owns the options and the progress bar; the measuring is `evals`'s.
+Owns the options; the measuring is `evals`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from .. import blas
 from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
-
-if TYPE_CHECKING:
-    from ..evals import EvalPlan
-    from ..evals.evaluate import Progress
+from .entry import standalone
+from .progress import progress_bar
 
 _SPECS_HELP = (
     "Caches to compare, each as for --kv-bits with options after commas "
@@ -72,16 +67,8 @@ def evaluate(
     ] = True,
 ) -> None:
     """Measure KL divergence, retrieval and bytes of compressed KV caches."""
-    parsed = [str(CacheSpec.parse(spec)) for spec in specs or ()]
-    blas.prefer_openblas()
-
-    from ..evals import EvalPlan, report
-    from ..evals import evaluate as run
-    from ..evals.grid import BASELINES, SPECS
-    from ..evals.pathologies import NAMES
-    from ..integrations.loading import load
-
-    given: dict[str, Any] = {
+    spec_texts = [str(CacheSpec.parse(spec)) for spec in specs or ()]
+    plan_options: dict[str, Any] = {
         "lengths": _numbers("--lengths", lengths),
         "needles": _numbers("--needles", needles),
         "windows": windows,
@@ -91,35 +78,47 @@ def evaluate(
         "greedy": greedy,
         "layers": layers,
     }
-    plan = EvalPlan(**{k: v for k, v in given.items() if v is not None})
-    name = model or opt.DEFAULT_MODEL
-    network, tokenizer = load(
-        name,
-        adapter_path=adapter_path,
-        tokenizer_config={"trust_remote_code": True if trust_remote_code else None},
+
+    from .. import evals
+    from ..evals import grid, report
+    from ..evals.pathologies import NAMES
+    from .session import Session
+
+    plan = evals.EvalPlan(
+        **{name: value for name, value in plan_options.items() if value is not None}
     )
-    _check_context(network, plan)
-    with _bar() as progress:
-        found = run(
-            network,
-            tokenizer,
-            parsed or SPECS,
-            baselines=BASELINES if baselines else ("fp",),
+    session = Session(model, adapter_path, trust_remote_code)
+    session.check_context(
+        max((*plan.lengths, *plan.needles)),
+        subject="the longest text has",
+        remedy="lower --lengths or --needles",
+    )
+    with progress_bar() as progress:
+        results = evals.evaluate(
+            session.network,
+            session.tokenizer,
+            spec_texts or grid.SPECS,
+            baselines=grid.BASELINES if baselines else ("fp",),
             plan=plan,
             text_file=text,
             pathology=NAMES if pathologies else (),
             folder=out,
-            name=name,
+            name=session.name,
             progress=progress,
         )
-    typer.echo(report.as_text(found))
-    written = report.write(found, Path(out))
+    typer.echo(report.as_text(results))
+    written = report.write(results, Path(out))
     typer.echo("\nwritten: " + ", ".join(str(path) for path in written))
     if not any(path.suffix == ".png" for path in written):
         typer.echo("for plots: pip install 'mlx-turboquant[plots]'", err=True)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of a list such as ``1024,2048``, zeros left out; None without one.
+
+    Raises:
+        SpecError: if a part of the list is not a whole number.
+    """
     if text is None:
         return None
     try:
@@ -129,27 +128,4 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return tuple(number for number in numbers if number)
 
 
-def _check_context(network: Any, plan: EvalPlan) -> None:
-    from ..integrations.loading import context_length
-
-    limit = context_length(network)
-    longest = max((*plan.lengths, *plan.needles))
-    if limit is not None and longest > limit:
-        raise SpecError(
-            f"{longest} tokens are more than the model's context of {limit}; "
-            "lower --lengths or --needles"
-        )
-
-
-@contextmanager
-def _bar() -> Iterator[Progress]:
-    """A progress bar on stderr; plain terminals and files see nothing of it."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
+main = standalone(evaluate)

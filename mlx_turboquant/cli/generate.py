@@ -6,23 +6,21 @@ Owns the order of things the user sees: text as it comes, then speed and bytes.
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .. import blas
 from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
-from .plan import warn_if_tight
-from .progress import reading
+from .entry import standalone
+from .progress import prefill_progress
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
+    from ..explanation import Explanation
+    from .session import Session
 
 
-@opt.with_spec
 def generate(
     model: opt.Model = None,
     adapter_path: opt.AdapterPath = None,
@@ -49,192 +47,189 @@ def generate(
     draft_model: opt.DraftModel = None,
     num_draft_tokens: opt.NumDraftTokens = 3,
     draft_kv_bits: opt.DraftKvBits = None,
-    spec: CacheSpec | None = None,
+    kv_bits: opt.KvBits = None,
+    kv_codec: opt.KvCodec = None,
+    kv_quality: opt.KvQuality = None,
 ) -> None:
     """Generate text with a compressed KV cache."""
+    spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
     draft_spec = opt.draft_spec(draft_kv_bits, draft_model)
-    template = opt.json_object("--chat-template-config", chat_template_config)
-    text = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    text = sys.stdin.read() if prompt == "-" else text
-    if not text and prefill_response is None:
-        raise SpecError("the prompt is empty; give --prompt some text, or - for stdin")
-    blas.prefer_openblas()
+    template_options = opt.json_object("--chat-template-config", chat_template_config)
+    text = opt.prompt_text(
+        prompt.replace("\\n", "\n").replace("\\t", "\t"),
+        may_be_empty=prefill_response is not None,
+    )
 
-    import mlx.core as mx
     from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
 
     from ..explanation import explain
     from ..integrations.factory import length_of
-    from ..integrations.footprint import of_network
-    from ..integrations.loading import check_context, load
+    from .session import Session
 
-    if seed is not None:
-        mx.random.seed(seed)
-    loud = verbose.lower() not in ("false", "f")
-    name, tokenizer_config, stored = _read_cache_file(prompt_cache_file, model)
-    name = name or opt.DEFAULT_MODEL
-    network, tokenizer = load(
-        name,
-        adapter_path=adapter_path,
-        tokenizer_config={**tokenizer_config, "trust_remote_code": trust_remote_code},
-        trust_remote_code=trust_remote_code,
+    tokenizer_options: dict[str, Any] = {}
+    stored_cache: list[Any] | None = None
+    if prompt_cache_file is not None:
+        model, tokenizer_options, stored_cache = _read_cache_file(
+            prompt_cache_file, model
+        )
+    session = Session(
+        model,
+        adapter_path,
+        trust_remote_code,
+        tokenizer_options=tokenizer_options,
+        extra_eos_tokens=extra_eos_token or (),
+        template_options=template_options,
+        seed=seed,
+        is_verbose=verbose.lower() not in ("false", "f"),
     )
-    if loud and mx.default_device().type == mx.DeviceType.cpu:
-        typer.echo("On the CPU: weights are loaded as float32.", err=True)
-    for token in extra_eos_token or ():
-        tokenizer.add_eos_token(token)
-    ids = _encode(
-        tokenizer,
-        text,
-        None if ignore_chat_template else system_prompt,
-        prefill_response,
-        use_template=not ignore_chat_template and tokenizer.has_chat_template,
-        continues=stored is not None,
-        template=template,
-    )
-    cache = _make_cache(network, spec, max_kv_size, stored)
-    if loud and max_kv_size is None:
-        warn_if_tight(of_network(network), len(ids) + max_tokens, spec)
-    check_context(network, (length_of(cache) or 0) + len(ids))
-    draft, all_caches = _add_draft(
-        draft_model, draft_spec, tokenizer, cache, len(ids) + max_tokens
-    )
-    sampler = make_sampler(
-        temp,
-        top_p,
-        min_p,
-        min_tokens_to_keep,
+    if session.tokenizer.has_chat_template and not ignore_chat_template:
+        tokens = _encode_chat(
+            session, text, system_prompt, prefill_response, stored_cache is not None
+        )
+    else:
+        tokens = session.encode(text)
+    cache = _make_cache(session, spec, max_kv_size, stored_cache)
+    if max_kv_size is None:
+        session.warn_if_tight(len(tokens) + max_tokens, spec)
+    session.check_context((length_of(cache) or 0) + len(tokens))
+    draft, all_caches = None, cache
+    if draft_model is not None:
+        draft, all_caches = _add_draft(
+            session, draft_model, draft_spec, cache, len(tokens) + max_tokens
+        )
+    sampler = session.sampler(
+        temp=temp,
+        top_p=top_p,
+        min_p=min_p,
+        min_tokens_to_keep=min_tokens_to_keep,
         top_k=top_k,
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,
-        xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
     )
-    extra: dict[str, Any] = {}
-    if draft is not None:
-        extra["num_draft_tokens"] = num_draft_tokens
-    drafted = 0
-    with reading(len(ids), wanted=loud and draft is None) as report:
-        if report is not None:
-            extra["prompt_progress_callback"] = report
+    drafted_tokens = 0
+    has_bar = session.is_verbose and draft is None  # mlx-lm reports no drafted prefill
+    with prefill_progress(len(tokens), has_bar) as report:
         for response in stream_generate(
-            network,
-            tokenizer,
-            ids,
+            session.network,
+            session.tokenizer,
+            tokens,
             max_tokens=max_tokens,
             draft_model=draft,
             sampler=sampler,
             prompt_cache=all_caches,
             prefill_step_size=prefill_step_size,
-            **extra,
+            prompt_progress_callback=report,
+            num_draft_tokens=num_draft_tokens,  # mlx-lm drops it without a draft model
         ):
             typer.echo(response.text, nl=False)
-            drafted += response.from_draft
+            drafted_tokens += response.from_draft
     typer.echo()
-    if loud:
+    if session.is_verbose:
         _print_statistics(response, explain(cache))
         if draft is not None:
-            share = 100 * drafted / response.generation_tokens
+            share = 100 * drafted_tokens / response.generation_tokens
             typer.echo(f"Drafted: {share:.1f}% of the tokens")
 
 
 def _read_cache_file(
-    path: str | None, model: str | None
-) -> tuple[str | None, dict[str, Any], list[Any] | None]:
-    """Model name, tokenizer options and layer caches, from the file if there is one."""
-    if path is None:
-        return model, {}, None
+    path: str, model: str | None
+) -> tuple[str | None, dict[str, Any], list[Any]]:
+    """Model name, tokenizer options and layer caches of a saved prompt.
+
+    Raises:
+        FormatError: if the file cannot be read.
+        SpecError: if another model made it.
+    """
     from ..integrations.prompt_files import load_prompt_cache
 
-    stored, metadata = load_prompt_cache(path, return_metadata=True)
+    cache, metadata = load_prompt_cache(path, return_metadata=True)
     made_by = metadata.get("model")
     if model is not None and made_by is not None and model != made_by:
         raise SpecError(
             f"{path} was made with model {made_by!r}, not {model!r}; "
             "leave --model out, or make the cache again"
         )
-    return made_by or model, json.loads(metadata.get("tokenizer_config", "{}")), stored
+    return made_by or model, json.loads(metadata.get("tokenizer_config", "{}")), cache
 
 
-def _encode(
-    tokenizer: Any,
+def _encode_chat(
+    session: Session,
     text: str,
     system_prompt: str | None,
-    prefill: str | None,
-    use_template: bool,
-    continues: bool,
-    template: dict[str, Any],
+    prefill_response: str | None,
+    follows_stored_prompt: bool,
 ) -> list[int]:
-    """Tokens of the prompt, inside the chat template if there is one."""
-    if use_template:
-        messages = [{"role": "user", "content": text}]
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        if prefill is not None:
-            messages.append({"role": "assistant", "content": prefill})
-        ends = {
-            "tokenize": False,
-            "continue_final_message": prefill is not None,
-            "add_generation_prompt": prefill is None,
-            **template,
-        }
-        rendered = tokenizer.apply_chat_template(messages, **ends)
-        # With a stored prefix, only what follows the opening of this turn is new.
-        text = rendered[rendered.index(text) :] if continues else rendered
-    ids = list(tokenizer.encode(text, add_special_tokens=not use_template))
-    if not ids:
-        raise SpecError("the prompt has no tokens; give --prompt some text")
-    return ids
+    """Tokens of the prompt inside the chat template."""
+    messages = [{"role": "user", "content": text}]
+    if system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if prefill_response is not None:
+        messages.append({"role": "assistant", "content": prefill_response})
+    rendered = session.render(messages, is_open=prefill_response is not None)
+    if follows_stored_prompt:  # the opening of this turn is in the stored cache
+        rendered = rendered[rendered.index(text) :]
+    return session.encode(rendered, is_rendered=True)
 
 
 def _make_cache(
-    network: nn.Module,
+    session: Session,
     spec: CacheSpec | None,
     max_kv_size: int | None,
     stored: list[Any] | None,
 ) -> list[Any]:
+    """The stored cache if there is one, once it is sure to fit; else an empty one.
+
+    Raises:
+        SpecError: if the stored cache has another spec than was asked for.
+        UnsupportedModelError: if the model cannot use such caches.
+    """
     from ..cache import TurboQuantCache
     from ..integrations.factory import caches_for
     from ..integrations.prompt_files import check_cache
 
-    if stored is not None:
-        check_cache(network, stored, "the prompt cache")
-        held = {c.spec for c in stored if isinstance(c, TurboQuantCache)}
-        if spec is not None and not spec.adaptive and held != {spec}:
-            raise SpecError(
-                f"--kv-bits asks for {spec}, but the prompt cache holds "
-                f"{', '.join(map(str, held)) or 'no compressed layer'}; "
-                "leave --kv-bits out"
-            )
-        return stored
-    return caches_for(network, spec, max_kv_size)
+    if stored is None:
+        return caches_for(session.network, spec, max_kv_size)
+    check_cache(session.network, stored, "the prompt cache")
+    stored_specs = {c.spec for c in stored if isinstance(c, TurboQuantCache)}
+    if spec is not None and not spec.adaptive and stored_specs != {spec}:
+        raise SpecError(
+            f"--kv-bits asks for {spec}, but the prompt cache holds "
+            f"{', '.join(map(str, stored_specs)) or 'no compressed layer'}; "
+            "leave --kv-bits out"
+        )
+    return stored
 
 
 def _add_draft(
-    name: str | None,
+    session: Session,
+    name: str,
     spec: CacheSpec | None,
-    tokenizer: Any,
     cache: list[Any],
     tokens: int,
 ) -> tuple[Any, list[Any]]:
-    """The draft model, and the caches of both models as mlx-lm wants them."""
-    if name is None:
-        return None, cache
+    """The draft model, and the caches of both models as mlx-lm wants them.
+
+    Raises:
+        SpecError: if the draft model has another vocabulary, or has not seen what a
+            stored cache holds.
+        UnsupportedError: if a cache cannot take rejected tokens back.
+    """
     from ..integrations.factory import caches_for, length_of
     from ..integrations.loading import load
     from ..integrations.speculation import PairedCaches, check_rewinds
 
     draft, draft_tokenizer = load(name)
-    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+    vocabulary = session.tokenizer.vocab_size
+    if draft_tokenizer.vocab_size != vocabulary:
         raise SpecError(
             f"draft model {name!r} has {draft_tokenizer.vocab_size} tokens, the model "
-            f"{tokenizer.vocab_size}; choose a draft model of the same family"
+            f"{vocabulary}; choose a draft model of the same family"
         )
-    held = length_of(cache)
-    if held:
+    stored_tokens = length_of(cache)
+    if stored_tokens:
         raise SpecError(
-            f"the prompt cache holds {held} tokens that the draft model has not seen; "
-            "leave --draft-model or --prompt-cache-file out"
+            f"the prompt cache holds {stored_tokens} tokens that the draft model has "
+            "not seen; leave --draft-model or --prompt-cache-file out"
         )
     draft_cache = caches_for(draft, spec)
     check_rewinds(cache, "model", tokens)
@@ -242,7 +237,7 @@ def _add_draft(
     return draft, PairedCaches(cache, draft_cache)
 
 
-def _print_statistics(response: Any, explanation: Any) -> None:
+def _print_statistics(response: Any, explanation: Explanation) -> None:
     rule = "=" * 10
     typer.echo(
         f"{rule}\n"
@@ -255,3 +250,6 @@ def _print_statistics(response: Any, explanation: Any) -> None:
     )
     for row in explanation.left_alone if explanation.packed_layers else ():
         typer.echo(f"  layer {row.layer} stays {row.cache}: {row.reason}")
+
+
+main = standalone(generate)

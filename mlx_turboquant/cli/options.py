@@ -5,16 +5,14 @@ Owns help texts and defaults; `cache_spec` is where the KV options become a spec
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
-from inspect import Parameter, Signature, signature
-from typing import Annotated, Any, get_type_hints
+import sys
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import SpecError
-from ..spec import CENTERS, CODEC_NAMES, QUALITIES, CacheSpec
+from ..spec import QUALITIES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
@@ -91,7 +89,18 @@ KvBits = Annotated[
     typer.Option(
         help="Compress the KV cache: 1..8 bits per element, a half step (3.5 is "
         "k4v3), sides such as k4v3 or k16v4, another mean such as 3.25 (bits chosen "
-        "by layer), or auto (see --kv-quality). Default: no compression."
+        "by layer), or auto (see --kv-quality). Rare options (window, sink, page, "
+        "center, equalize, seed) follow with commas: 3,window=64 or 3,sink=8,seed=1. "
+        "Default: no compression."
+    ),
+]
+#: The codecs to choose from without reading docs/codecs.md; the first is the default.
+KV_CODECS = ("turboquant", "trellis", "rotated-int4")
+KvCodec = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Codec: {', '.join(KV_CODECS)} (default: {KV_CODECS[0]}), or "
+        "research.NAME, as in docs/codecs.md."
     ),
 ]
 KvQuality = Annotated[
@@ -100,80 +109,24 @@ KvQuality = Annotated[
         help=f"For --kv-bits auto: {', '.join(QUALITIES)} (default: balanced)."
     ),
 ]
-KvCodec = Annotated[str | None, typer.Option(help=f"Codec: {', '.join(CODEC_NAMES)}.")]
-KvWindow = Annotated[
-    int | None, typer.Option(help="Most recent tokens kept uncompressed.")
-]
-KvSink = Annotated[int | None, typer.Option(help="First tokens kept uncompressed.")]
-KvPage = Annotated[int | None, typer.Option(help="Tokens compressed together.")]
-KvCenter = Annotated[
-    str | None,
-    typer.Option(
-        help=f"Key mean subtracted first: {', '.join(CENTERS)} (default: page)."
-    ),
-]
-KvEqualize = Annotated[
-    bool | None,
-    typer.Option(help="Divide channels by gains of the first page (default: on)."),
-]
-KvSeed = Annotated[int | None, typer.Option(help="Seed of the random rotation.")]
-
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-#: Options of `with_spec`, by the names `cache_spec` has for them.
-_KV_OPTIONS = {
-    "bits": KvBits,
-    "quality": KvQuality,
-    "codec": KvCodec,
-    "window": KvWindow,
-    "sink": KvSink,
-    "page": KvPage,
-    "center": KvCenter,
-    "equalize": KvEqualize,
-    "seed": KvSeed,
-}
 
-
-def with_spec(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command all ``--kv-`` options; it takes them as one ``spec``.
-
-    ``spec`` is a `CacheSpec`, or None without ``--kv-bits``.
-    """
-    hints = get_type_hints(command, include_extras=True)
-    own = [p for p in signature(command).parameters.values() if p.name != "spec"]
-    added = {f"kv_{name}": kind for name, kind in _KV_OPTIONS.items()}
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        values = {name: given.pop(f"kv_{name}") for name in _KV_OPTIONS}
-        command(spec=cache_spec(**values), **given)
-
-    keyword = Parameter.KEYWORD_ONLY
-    own = [p.replace(kind=keyword, annotation=hints[p.name]) for p in own]
-    extra = [
-        Parameter(name, keyword, default=None, annotation=kind)
-        for name, kind in added.items()
-    ]
-    run.__signature__ = Signature([*own, *extra])  # type: ignore[attr-defined]
-    hints.pop("spec")
-    run.__annotations__ = {**hints, **added}
-    return run
-
-
-def cache_spec(bits: str | None, **overrides: Any) -> CacheSpec | None:
-    """The spec of ``--kv-bits`` and its companions, or None without it.
+def cache_spec(
+    kv_bits: str | None, kv_codec: str | None, kv_quality: str | None
+) -> CacheSpec | None:
+    """The spec that the three ``--kv`` options say, or None without ``--kv-bits``.
 
     Raises:
         SpecError: for a bad value, or a companion without ``--kv-bits``.
     """
-    if bits is None and overrides["quality"] is not None:
+    if kv_bits is not None:
+        return CacheSpec.parse(kv_bits, codec=kv_codec, quality=kv_quality)
+    if kv_quality is not None:
         raise SpecError("--kv-quality needs --kv-bits auto")
-    if bits is not None:
-        return CacheSpec.parse(bits, **overrides)
-    given = [f"--kv-{name}" for name, value in overrides.items() if value is not None]
-    if given:
-        raise SpecError(f"{given[0]} needs --kv-bits; add for example --kv-bits 3")
+    if kv_codec is not None:
+        raise SpecError("--kv-codec needs --kv-bits; add for example --kv-bits 3")
     return None
 
 
@@ -181,7 +134,7 @@ def draft_spec(bits: str | None, draft_model: str | None) -> CacheSpec | None:
     """The spec of ``--draft-kv-bits``, or None without it.
 
     Raises:
-        SpecError: for a bad value, or without ``--draft-model``.
+        SpecError: for a bad value, or if there is no ``--draft-model``.
     """
     if bits is None:
         return None
@@ -190,29 +143,41 @@ def draft_spec(bits: str | None, draft_model: str | None) -> CacheSpec | None:
     return CacheSpec.parse(bits)
 
 
+def prompt_text(prompt: str, may_be_empty: bool = False) -> str:
+    """The prompt itself, or all of stdin for ``-``.
+
+    Raises:
+        SpecError: if there is no text and ``may_be_empty`` is False.
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text and not may_be_empty:
+        raise SpecError("the prompt is empty; give --prompt some text, or - for stdin")
+    return text
+
+
 def json_object(option: str, text: str | None) -> dict[str, Any]:
     """The object in an option's text; empty without one.
 
     Raises:
-        SpecError: if it is none.
+        SpecError: if the text is not JSON, or JSON but no object.
     """
     try:
-        found = json.loads(text or "{}")
+        value = json.loads(text or "{}")
     except json.JSONDecodeError as error:
         raise SpecError(
             f"{option} {text!r} is not JSON ({error}); "
             """give an object such as '{"enable_thinking": false}'"""
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise SpecError(f"{option} {text!r} is not a JSON object")
-    return found
+    return value
 
 
 def size(option: str, text: str | None) -> int | None:
     """Bytes in an option's text such as ``16GB`` (1e9 bytes each); None without one.
 
     Raises:
-        SpecError: if it is no size.
+        SpecError: if the text is not a number with a unit or none.
     """
     if text is None:
         return None

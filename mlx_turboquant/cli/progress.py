@@ -1,40 +1,50 @@
-"""A progress bar while a long prompt is read.
-
-Owns when one is shown: at a terminal, for a prompt that takes a while.
-"""
+"""The progress bar: on stderr, at a terminal, gone when the work is done."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: Prompts shorter than this show none.
+#: Prompts of fewer tokens are read without a bar.
 _LONG_PROMPT = 1024
 
 
 @contextmanager
-def reading(
-    total: int, wanted: bool = True
-) -> Iterator[Callable[[int, int], None] | None]:
-    """mlx-lm's ``prompt_progress_callback`` for ``total`` tokens, or None."""
-    if not wanted or total < _LONG_PROMPT or not sys.stderr.isatty():
-        yield None
-        return
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar, moved by calls with (what is being done, how much is done, of how much).
+
+    It goes when all is done or the block ends: what is printed next has the line.
+    Files and pipes see nothing of it.
+    """
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task("reading the prompt", total=total)
-    bar.start()
+    console = Console(stderr=True)
+    bar = Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("starting", total=None)
 
-    def report(done: int, _: int) -> None:
-        bar.update(task, completed=done)
+    def report(description: str, done: int, total: int) -> None:
+        bar.update(task, description=description, completed=done, total=total)
         if done >= total:
             bar.stop()
 
-    try:
+    with bar:
         yield report
-    finally:
-        bar.stop()
+
+
+@contextmanager
+def prefill_progress(
+    prompt_tokens: int, is_wanted: bool = True
+) -> Iterator[Callable[[int, int], None] | None]:
+    """mlx-lm's ``prompt_progress_callback`` for a long prompt, or None."""
+    if not is_wanted or prompt_tokens < _LONG_PROMPT:
+        yield None
+        return
+    with progress_bar() as report:
+        yield lambda done, total: report("reading the prompt", done, total)

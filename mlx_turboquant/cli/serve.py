@@ -11,16 +11,15 @@ from typing import Annotated
 
 import typer
 
-from .. import blas
 from ..errors import SpecError
-from ..spec import CacheSpec
 from . import options as opt
+from .entry import standalone
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-@opt.with_spec
 def serve(
+    context: typer.Context,
     model: opt.Model = None,
     adapter_path: opt.AdapterPath = None,
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
@@ -62,45 +61,30 @@ def serve(
         str | None, typer.Option(help="Bytes they may take, as 4GB.")
     ] = None,
     pipeline: opt.Pipeline = False,
-    spec: CacheSpec | None = None,
+    kv_bits: opt.KvBits = None,
+    kv_codec: opt.KvCodec = None,
+    kv_quality: opt.KvQuality = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does."""
     if log_level.upper() not in _LEVELS:
         raise SpecError(f"--log-level {log_level} is unknown; use {', '.join(_LEVELS)}")
+    spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
     draft_spec = opt.draft_spec(draft_kv_bits, draft_model)
     if max_kv_size is not None and spec is None:
         raise SpecError(
             "--max-kv-size needs --kv-bits here; add for example --kv-bits 3"
         )
-    options = argparse.Namespace(
-        model=model,
-        adapter_path=adapter_path,
-        host=host,
-        port=port,
-        allowed_origins=allowed_origins.split(","),
-        draft_model=draft_model,
-        num_draft_tokens=num_draft_tokens,
-        trust_remote_code=trust_remote_code,
-        chat_template=chat_template,
-        use_default_chat_template=use_default_chat_template,
-        chat_template_args=opt.json_object("--chat-template-args", chat_template_args),
-        temp=temp,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        max_tokens=max_tokens,
-        decode_concurrency=decode_concurrency,
-        prompt_concurrency=prompt_concurrency,
-        prefill_step_size=prefill_step_size,
-        prompt_cache_size=prompt_cache_size,
-        prompt_cache_bytes=opt.size("--prompt-cache-bytes", prompt_cache_bytes),
-        pipeline=pipeline,
-        # mlx-lm's own quantization would turn batching off.
-        kv_bits=None,
-        kv_group_size=64,
-        quantized_kv_start=0,
+    # mlx-lm's server reads its options by name, and they are this command's; those
+    # below have another form there.
+    options = argparse.Namespace(**context.params)
+    options.allowed_origins = allowed_origins.split(",")
+    options.chat_template_args = opt.json_object(
+        "--chat-template-args", chat_template_args
     )
-    blas.prefer_openblas()
+    options.prompt_cache_bytes = opt.size("--prompt-cache-bytes", prompt_cache_bytes)
+    # Its own quantization, which would turn batching off; ours is in `spec`.
+    options.kv_bits = None
+    options.kv_group_size, options.quantized_kv_start = 64, 0
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
@@ -111,3 +95,6 @@ def serve(
 
     _ = maybe_set_recommended_wired_limit()
     server.serve(server.Provider(options, spec, draft_spec, max_kv_size))
+
+
+main = standalone(serve)

@@ -147,7 +147,7 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
                 layer,
                 type(entry).__name__,
                 spec=str(entry.spec),
-                backend=entry.backend_text,
+                backend=_backend(entry),
                 tokens=(entry.sink_length, entry.packed_length, entry.recent_length),
                 nbytes=entry.nbytes,
                 elements=0 if entry.empty() else entry.elements,
@@ -158,6 +158,19 @@ def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
             reason = getattr(entry, "left_alone", None)
             reason = reason or LEFT_ALONE.get(name, "not a kind we know")
             yield LayerReport(layer, name, nbytes=_nbytes(entry), reason=reason)
+
+
+def _backend(entry: TurboQuantCache) -> str:
+    """What computes the next decoded token, and why it is not a faster backend."""
+    choice = entry.choice
+    if choice is None:
+        return ""
+    if not entry.packed_length:
+        return "mlx: nothing is packed yet"
+    reason = choice.reason
+    if entry.returns_arrays:
+        reason = "the model computes attention itself, so each step decodes all"
+    return f"{choice.backend.name}: {reason}" if reason else choice.backend.name
 
 
 def _nbytes(entry: Any) -> int:

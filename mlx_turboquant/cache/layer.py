@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from ..attention import dequantize
 from ..backends.reference import Reference
+from ..backends.select import Choice
 from ..errors import UnsupportedError
 from ..segments import CompressedTokens
 from ..spec import CacheSpec
@@ -267,14 +268,9 @@ class TurboQuantCache(SequenceCache):
         return self.size() * width
 
     @property
-    def backend_text(self) -> str:
-        """What attends to the next token, and why it is not faster; "" while empty."""
-        if self.empty():
-            return ""
-        backend, reason = self._quantizers.choice
-        if not self._tokens.packed_length:
-            reason = "nothing is packed yet"
-        return f"{backend.name}: {reason}" if reason else backend.name
+    def choice(self) -> Choice | None:
+        """Its backend, and why it is not a faster one; None while it is empty."""
+        return None if self.empty() else self._quantizers.choice
 
     # Saving, loading and batching.
 

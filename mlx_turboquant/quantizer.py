@@ -3,8 +3,8 @@
     encode   channel transform -> minus the page's mean -> codec
     decode   codec -> plus the page's mean -> inverse channel transform
 
-Caches, handles and backends take one for the keys and one for the values. Kernels do the
-same faster; what they must agree with is here.
+Caches, handles and backends take one for the keys and one for the values. Kernels do
+the same faster; what they must agree with is here.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Quantizer:
         A page that was cut by a trim keeps the mean it had.
 
         Args:
-            x: Vectors (B, H, N, D) that end where a page does, if a page begins in them.
+            x: Vectors (B, H, N, D); if a page begins in them, they end where one does.
             first: Encoded vectors before them.
 
         Raises:

@@ -1,4 +1,4 @@
-"""`DecodeStep`: the two launches of one layer's decode attention, prepared once per page.
+"""`DecodeStep`: the two launches of a layer's decode attention, prepared per page.
 
     DECODE_SPLIT_KV   attends to the packed tokens in splits: partial outputs and
                       log-sum-exp states of each

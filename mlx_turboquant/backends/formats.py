@@ -54,18 +54,18 @@ def format_of(codec: Readable) -> Format:
 
 
 @functools.lru_cache(maxsize=64)
-def given_of(codec: Readable) -> mx.array:
+def decode_params_of(codec: Readable) -> mx.array:
     """What it decodes with, float32: a gain, then a polynomial or a table."""
     if isinstance(codec, ScalarCodec):
-        given = mx.array(decoder_table(codec.coefficients))
+        params = mx.array(decoder_table(codec.coefficients))
     elif isinstance(codec, TurboAngle):
         bins = middle_of(mx.arange(2 ** codec.pairs.pattern[0]), codec.bins)
-        given = mx.concatenate([mx.ones((1,)), cartesian(bins, mx.ones_like(bins))])
+        params = mx.concatenate([mx.ones((1,)), cartesian(bins, mx.ones_like(bins))])
     elif isinstance(codec, FixedRadius):
-        given = mx.concatenate([mx.ones((1,)), codec.points.reshape(-1)])
+        params = mx.concatenate([mx.ones((1,)), codec.points.reshape(-1)])
     else:
         half = codec.levels[:, : codec.levels.shape[1] // 2]
         both = mx.stack([half[0], half[-1]], axis=-1)
-        given = mx.concatenate([mx.array([codec.unit]), both.reshape(-1)])
-    mx.eval(given)
-    return given
+        params = mx.concatenate([mx.array([codec.unit]), both.reshape(-1)])
+    mx.eval(params)
+    return params

@@ -1,7 +1,7 @@
 """The GPU backend: fused decode attention in two launches, prefill by decoding.
 
 Owns the translation of an attention call into launches: rows, blocks, sizes. The
-arithmetic is in ``metal/decode_attention.metal`` and ``metal/merge_blocks.metal``;
+arithmetic is in ``metal/decode_attention.metal`` and ``metal/merge_states.metal``;
 `reference` is what it is held to. Moving tokens in and out of codes is `tokens`'.
 """
 
@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ..codecs import Codec
-from ..kernels.decode_attention import ATTEND_BLOCK, MERGE_ROW
-from ..kernels.kernel import Launcher
+from ..kernels.arguments import pack
+from ..kernels.attention import DECODE_SPLIT_KV, MERGE_STATES, AttendArguments
+from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform, PageMeans
 from . import gpu_codes, reference
 from .formats import Readable
 from .plan import (
-    BLOCK_SIMDGROUPS,
     LOG2E,
     MERGE_SIMDGROUPS,
+    SPLIT_SIMDGROUPS,
     Plan,
     plan_for,
     signs_of,
-    sizes_array,
     zeros,
 )
 
@@ -117,7 +117,7 @@ class Gpu:
         query_heads, steps = q.shape[1:3]
         counts = (batch, heads, query_heads)
         bias = _bias(mask, (batch, query_heads, steps, total))
-        learned = None if sinks is None else _learned(sinks, batch, steps)
+        sink_logits = None if sinks is None else _sink_logits(sinks, batch, steps)
         plan = plan_for(
             k_codec,
             v_codec,
@@ -126,74 +126,76 @@ class Gpu:
             steps,
             scale,
             bias is not None,
-            learned is not None,
+            sink_logits is not None,
             keys.means is not None,
         )
         dtype = q.dtype
         k_basis, v_basis = keys.basis, values.basis
         # Where no kernel rotates, everything is taken into the codes' basis here.
         if not plan.inside[0]:
-            q = k_basis.query(q)
+            q = k_basis.encode_query(q)
             keys = _unpacked_into_basis(keys)
         if not plan.inside[1]:
             values = _unpacked_into_basis(values)
         if q.dtype != keys.dtype:
             q = q.astype(keys.dtype)
         bias = zeros() if bias is None else bias
-        sums, tops = self._attend_blocks(plan, q, keys, values, counts, bias)
         causal = isinstance(mask, str) and steps > 1
-        out = self._merge(plan, q, (sums, tops), keys, values, bias, learned, causal)
+        args = self._arguments(plan, q, keys, bias, causal)
+        partial = self._attend_splits(plan, args, q, keys, values, bias)
+        out = self._merge(plan, args, q, partial, keys, values, bias, sink_logits)
         if not plan.inside[1]:
-            out = v_basis.out(out)
+            out = v_basis.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
 
-    def _attend_blocks(
+    def _arguments(
         self,
         plan: Plan,
         q: mx.array,
         keys: CompressedTokens,
+        bias: mx.array,
+        causal: bool,
+    ) -> AttendArguments:
+        batch, heads = keys.shape[:2]
+        tiles = -(-keys.packed_length // _TILE)
+        splits = min(tiles, max(1, self.simdgroups // (batch * heads * plan.row_tiles)))
+        tokens_per_split = -(-tiles // splits) * _TILE
+        return AttendArguments(
+            packed=keys.packed_length,
+            splits=-(-keys.packed_length // tokens_per_split),
+            tokens_per_split=tokens_per_split,
+            kv_heads=heads,
+            rows=plan.rows,
+            steps=q.shape[2],
+            sink=keys.sink_length,
+            recent=keys.recent.shape[2],
+            causal=int(causal),
+            mask_columns=bias.shape[-1],
+            page=keys.means.page if keys.means else 1,
+        )
+
+    def _attend_splits(
+        self,
+        plan: Plan,
+        args: AttendArguments,
+        q: mx.array,
+        keys: CompressedTokens,
         values: CompressedTokens,
-        counts: tuple[int, int, int],
         bias: mx.array,
     ) -> list[mx.array]:
         """Pass 1: unnormalised sums, and their maxima and denominators."""
         assert keys.packed is not None
         assert values.packed is not None
-        batch, heads, query_heads = counts
-        length = keys.packed.length
-        lanes = batch * heads * plan.block["ROW_TILES"]
-        tiles = -(-length // _TILE)
-        blocks = min(tiles, max(1, self.simdgroups // lanes))
-        run = -(-tiles // blocks) * _TILE
-        blocks = -(-length // run)
-        rows, steps = plan.rows, q.shape[2]
-        first, columns = keys.sink_length, bias.shape[-1]
-        means = keys.means
-        sizes = sizes_array(
-            (
-                *(length, blocks, run, heads, rows, steps, first, columns),
-                means.page if means else 1,
-            )
-        )
-        threads = 32 * BLOCK_SIMDGROUPS
-        partial = batch * query_heads * steps * blocks
-        return self.launcher(
-            ATTEND_BLOCK,
-            [
-                q,
-                *_whole_tiles(keys.packed, tiles),
-                *_whole_tiles(values.packed, tiles),
-                bias,
-                means.rows if means else zeros(mx.float16),
-                *plan.decoders,
-                signs_of(keys.basis, batch * heads, out=True),
-                plan.q_scales[0],
-                sizes,
-            ],
-            plan.block,
+        batch, query_heads, steps, _ = q.shape
+        tiles = -(-args.packed // _TILE)
+        threads = 32 * SPLIT_SIMDGROUPS
+        partial = batch * query_heads * steps * args.splits
+        launch = Launch(
+            DECODE_SPLIT_KV,
+            plan.split,
             grid=(
-                threads * -(-blocks // BLOCK_SIMDGROUPS),
-                heads * plan.block["ROW_TILES"],
+                threads * -(-args.splits // SPLIT_SIMDGROUPS),
+                args.kv_heads * plan.row_tiles,
                 batch,
             ),
             threadgroup=(threads, 1, 1),
@@ -201,34 +203,45 @@ class Gpu:
             output_shapes=[(partial, values.codec.dim), (max(4, partial), 2)],
             output_dtypes=[mx.float32, mx.float32],
         )
+        return self.launcher(
+            launch,
+            [
+                q,
+                *_whole_tiles(keys.packed, tiles),
+                *_whole_tiles(values.packed, tiles),
+                bias,
+                keys.means.rows if keys.means else zeros(mx.float16),
+                *plan.params,
+                signs_of(keys.basis, batch * args.kv_heads, out=True),
+                plan.q_scales[0],
+                pack(args),
+            ],
+        )
 
     def _merge(
         self,
         plan: Plan,
+        args: AttendArguments,
         q: mx.array,
-        partial: tuple[mx.array, mx.array],
+        partial: list[mx.array],
         keys: CompressedTokens,
         values: CompressedTokens,
         bias: mx.array,
-        learned: mx.array | None,
-        causal: bool,
+        sink_logits: mx.array | None,
     ) -> mx.array:
         """Pass 2: the output, in the keys' dtype."""
         batch, query_heads, steps, _ = q.shape
-        sizes = (
-            partial[0].shape[0] // (batch * query_heads * steps),
-            plan.rows,
-            steps,
-            keys.sink_length,
-            keys.recent.shape[2],
-            int(causal),
-            keys.packed_length,
-            bias.shape[-1],
-            keys.recent.shape[1],
-        )
         threads = 32 * MERGE_SIMDGROUPS
+        launch = Launch(
+            MERGE_STATES,
+            plan.merge,
+            grid=(threads, batch * query_heads * steps, 1),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(batch, query_heads, steps, values.codec.dim)],
+            output_dtypes=[q.dtype],
+        )
         return self.launcher(
-            MERGE_ROW,
+            launch,
             [
                 q,
                 *partial,
@@ -237,16 +250,11 @@ class Gpu:
                 keys.recent,
                 values.recent,
                 bias,
-                zeros() if learned is None else learned,
-                signs_of(values.basis, batch * keys.shape[1], out=True),
+                zeros() if sink_logits is None else sink_logits,
+                signs_of(values.basis, batch * args.kv_heads, out=True),
                 plan.q_scales[1],
-                sizes_array(sizes),
+                pack(args),
             ],
-            plan.merge,
-            grid=(threads, batch * query_heads * steps, 1),
-            threadgroup=(threads, 1, 1),
-            output_shapes=[(batch, query_heads, steps, values.codec.dim)],
-            output_dtypes=[q.dtype],
         )[0]
 
 
@@ -280,7 +288,7 @@ def _bias(
     return mx.contiguous(mx.broadcast_to(mask.astype(mx.float32), shape) * LOG2E)
 
 
-def _learned(sinks: mx.array, batch: int, steps: int) -> mx.array:
+def _sink_logits(sinks: mx.array, batch: int, steps: int) -> mx.array:
     """Sink logits (Hq,) per query row, log2 units, at least 8 of them."""
     wide = (sinks.astype(mx.float32) * LOG2E)[None, :, None]
     rows = mx.broadcast_to(wide, (batch, sinks.shape[0], steps))

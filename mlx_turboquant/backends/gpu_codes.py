@@ -1,13 +1,13 @@
 """Tokens in and out of codes by kernels: encode a page, decode for prefill.
 
-Owns the launches of ``kernels/tokens.py``, each held to a definition in plain mx:
+Owns the launches of ``kernels/codes.py``, each held to a definition in plain mx:
 `reference.encode` and the codecs' `decode`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,14 +17,21 @@ from ..codecs.scale import RULES
 from ..codecs.trellis import SHARPNESS, Trellis
 from ..codecs.turboangle import TurboAngle
 from ..codecs.turboquant import TurboQuant
-from ..kernels.kernel import Launcher
-from ..kernels.tokens import DECODE_TOKENS, ENCODE_TOKENS, ENCODE_TRELLIS
+from ..kernels.arguments import pack
+from ..kernels.codes import (
+    DECODE_CODES,
+    ENCODE_SCALAR,
+    ENCODE_TRELLIS,
+    DecodeArguments,
+    EncodeArguments,
+)
+from ..kernels.kernel import Launch, Launcher
 from ..packing import words_per_vector
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform, PageMeans
 from . import reference
-from .formats import Readable, format_of, given_of
-from .plan import MAX_DIM, rotates, signs_of, sizes_array, zeros
+from .formats import Readable, decode_params_of, format_of
+from .plan import MAX_DIM, rotates, signs_of, zeros
 
 #: Angles that a kernel has a table of.
 MAX_ANGLES = 256
@@ -61,68 +68,9 @@ def encode(
 
     Codecs without an encoding kernel are left to the reference.
     """
-    if not _in_one_launch(codecs, keys.dtype, values.dtype):
-        return (
-            _encode_side(launcher, keys, means, first, bases[0], codecs[0]),
-            _encode_side(launcher, values, None, first, bases[1], codecs[1]),
-        )
-    k_codec, v_codec = codecs
-    batch, heads, tokens, _ = keys.shape
-    tables = _tables(k_codec, v_codec)
-    lead = (batch, heads, tokens)
-    k_inside, v_inside = (rotates(basis.rotation) for basis in bases)
-    k_words, k_scales, v_words, v_scales = launcher(
-        ENCODE_TOKENS,
-        [
-            keys if k_inside else bases[0].encode(keys).astype(keys.dtype),
-            values if v_inside else bases[1].encode(values).astype(values.dtype),
-            signs_of(bases[0], batch * heads, out=False),
-            signs_of(bases[1], batch * heads, out=False),
-            means.rows if means else zeros(mx.float16),
-            tables["k_levels"],
-            tables["k_boundaries"],
-            tables["v_levels"],
-            tables["v_boundaries"],
-            tables["inverse_gains"],
-            sizes_array((tokens, heads, batch, first, means.page if means else 1)),
-        ],
-        {
-            **_encode_template(k_codec, v_codec),
-            "T": keys.dtype,
-            "ROTATE_K": k_inside,
-            "ROTATE_V": v_inside,
-            "CENTER": means is not None,
-        },
-        grid=(
-            32 * _SIMDGROUPS * -(-batch * heads * tokens // _SIMDGROUPS),
-            2,
-            1,
-        ),
-        threadgroup=(32 * _SIMDGROUPS, 1, 1),
-        output_shapes=[
-            (*lead, words_per_vector(k_codec.bits, k_codec.dim)),
-            (*lead, 1),
-            (*lead, words_per_vector(v_codec.bits, v_codec.dim)),
-            (*lead, 1),
-        ],
-        output_dtypes=[mx.uint32, mx.float16, mx.uint32, mx.float16],
-    )
     return (
-        TokenArrays({"words": k_words, "scales": k_scales}, tokens),
-        TokenArrays({"words": v_words, "scales": v_scales}, tokens),
-    )
-
-
-def _in_one_launch(
-    codecs: tuple[Codec, Codec], *dtypes: mx.Dtype
-) -> TypeGuard[tuple[TurboQuant, TurboQuant]]:
-    k_codec, v_codec = codecs
-    return (
-        isinstance(k_codec, TurboQuant)
-        and isinstance(v_codec, TurboQuant)
-        and k_codec.gains == v_codec.gains
-        and max(k_codec.dim, v_codec.dim) <= MAX_DIM
-        and len(set(dtypes)) == 1
+        _encode_side(launcher, keys, means, first, bases[0], codecs[0]),
+        _encode_side(launcher, values, None, first, bases[1], codecs[1]),
     )
 
 
@@ -134,58 +82,57 @@ def _encode_side(
     basis: ChannelTransform,
     codec: Codec,
 ) -> TokenArrays:
-    if isinstance(codec, Trellis) and codec.dim <= MAX_DIM:
-        return _encode_trellis(launcher, x, means, first, basis, codec)
-    return reference.encode_side(x, means, first, basis, codec)
-
-
-def _encode_trellis(
-    launcher: Launcher,
-    x: mx.array,
-    means: PageMeans | None,
-    first: int,
-    basis: ChannelTransform,
-    codec: Trellis,
-) -> TokenArrays:
+    if codec.dim > MAX_DIM or not isinstance(codec, TurboQuant | Trellis):
+        return reference.encode_side(x, means, first, basis, codec)
     batch, heads, tokens, dim = x.shape
     inside = rotates(basis.rotation)
-    count = 2 * codec.pairs.count
-    # Of each search: its steps and half a byte a branch; two buffers of 128 costs.
-    vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
-    simdgroups = max(
-        1, min(_SIMDGROUPS, _SEARCH_BYTES // (20 * count * vectors + 1024))
-    )
-    groups = -(-batch * heads * tokens // (simdgroups * vectors))
-    words, scales = launcher(
-        ENCODE_TRELLIS,
-        [
-            x if inside else basis.encode(x).astype(x.dtype),
-            signs_of(basis, batch * heads, out=False),
-            means.rows if means else zeros(mx.float16),
-            _branch_levels(codec),
-            sizes_array((tokens, heads, batch, first, means.page if means else 1)),
-        ],
-        {
-            "T": x.dtype,
-            "DIM": dim,
+    template: dict[str, Any] = {
+        "T": x.dtype,
+        "DIM": dim,
+        "ROTATE": inside,
+        "CENTER": means is not None,
+        "RULE": RULES.index(codec.scale),
+    }
+    if isinstance(codec, TurboQuant):
+        kernel, table = ENCODE_SCALAR, _scalar_table(codec)
+        words, vectors, simdgroups = words_per_vector(codec.bits, dim), 1, _SIMDGROUPS
+        template |= {"BITS": codec.bits, "GAINS": len(codec.gains)}
+    else:
+        kernel, table, words = ENCODE_TRELLIS, _branch_levels(codec), codec.pairs.words
+        count = 2 * codec.pairs.count
+        # Of each search: its steps and half a byte a branch; two buffers of 128 costs.
+        vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
+        simdgroups = max(
+            1, min(_SIMDGROUPS, _SEARCH_BYTES // (20 * count * vectors + 1024))
+        )
+        template |= {
             "COUNT": count,
             "VECTORS": vectors,
             "EVEN": codec.widths[0],
             "ODD": codec.widths[-1],
-            "ROTATE": inside,
-            "CENTER": means is not None,
-            "RULE": RULES.index(codec.scale),
-            "SIMDGROUPS": simdgroups,
-        },
+        }
+    template["SIMDGROUPS"] = simdgroups
+    groups = -(-batch * heads * tokens // (simdgroups * vectors))
+    launch = Launch(
+        kernel,
+        list(template.items()),
         grid=(32 * simdgroups * groups, 1, 1),
         threadgroup=(32 * simdgroups, 1, 1),
-        output_shapes=[
-            (batch, heads, tokens, codec.pairs.words),
-            (batch, heads, tokens, 1),
-        ],
+        output_shapes=[(batch, heads, tokens, words), (batch, heads, tokens, 1)],
         output_dtypes=[mx.uint32, mx.float16],
     )
-    return TokenArrays({"words": words, "scales": scales}, tokens)
+    args = EncodeArguments(tokens, heads, batch, first, means.page if means else 1)
+    arrays = launcher(
+        launch,
+        [
+            x if inside else basis.encode(x).astype(x.dtype),
+            signs_of(basis, batch * heads, out=False),
+            means.rows if means else zeros(mx.float16),
+            table,
+            pack(args),
+        ],
+    )
+    return TokenArrays(dict(zip(("words", "scales"), arrays, strict=True)), tokens)
 
 
 def decode(
@@ -201,53 +148,36 @@ def decode(
     format, dim = format_of(codec), codec.dim
     threads = batch * count * tokens * -(-dim // 16)
     if isinstance(codec, ScalarCodec):
-        given = _coefficients(codec.coefficients)
+        params = _coefficients(codec.coefficients)
     else:
-        given = given_of(codec)
-    return launcher(
-        DECODE_TOKENS,
-        [words, scales, given, sizes_array((tokens, count, batch))],
-        {
-            "T": dtype,
-            "DIM": dim,
-            "KIND": format.kind,
-            "BITS": format.bits,
-            "TERMS": format.terms,
-            "THREADS": _DECODE_THREADS,
-        },
+        params = decode_params_of(codec)
+    launch = Launch(
+        DECODE_CODES,
+        [
+            ("T", dtype),
+            ("DIM", dim),
+            ("KIND", format.kind),
+            ("BITS", format.bits),
+            ("TERMS", format.terms),
+            ("THREADS", _DECODE_THREADS),
+        ],
         grid=(_DECODE_THREADS * -(-threads // _DECODE_THREADS), 1, 1),
         threadgroup=(_DECODE_THREADS, 1, 1),
         output_shapes=[(batch, count, tokens, dim)],
         output_dtypes=[dtype],
-    )[0]
+    )
+    args = DecodeArguments(tokens, count, batch)
+    return launcher(launch, [words, scales, params, pack(args)])[0]
 
 
 @functools.lru_cache(maxsize=64)
-def _encode_template(k_codec: TurboQuant, v_codec: TurboQuant) -> dict[str, Any]:
-    padded = -(-max(k_codec.dim, v_codec.dim) // 32) * 32
-    return {
-        "DK": k_codec.dim,
-        "DV": v_codec.dim,
-        "KB": k_codec.bits,
-        "VB": v_codec.bits,
-        "K_RULE": RULES.index(k_codec.scale),
-        "V_RULE": RULES.index(v_codec.scale),
-        "LEVELS": 2 ** max(k_codec.bits, v_codec.bits),
-        "CODES": padded * _SIMDGROUPS,
-        "GAINS": len(k_codec.gains),
-        "SIMDGROUPS": _SIMDGROUPS,
-    }
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(k_codec: TurboQuant, v_codec: TurboQuant) -> dict[str, mx.array]:
-    """Constant buffers, each padded: fewer than 8 elements would be constant memory."""
-    tables = {"inverse_gains": mx.pad(mx.array([1 / g for g in k_codec.gains]), (0, 8))}
-    for side, codec in (("k", k_codec), ("v", v_codec)):
-        tables[f"{side}_levels"] = mx.pad(codec.book.levels, (0, 8))
-        tables[f"{side}_boundaries"] = mx.pad(codec.book.boundaries, (0, 8))
-    mx.eval(tables)
-    return tables
+def _scalar_table(codec: TurboQuant) -> mx.array:
+    """Levels, boundaries, inverse gains: float32, at least 8 elements."""
+    inverse_gains = mx.array([1 / gain for gain in codec.gains])
+    book = codec.book
+    table = mx.concatenate([book.levels, book.boundaries, inverse_gains, mx.zeros(8)])
+    mx.eval(table)
+    return table
 
 
 @functools.lru_cache(maxsize=64)

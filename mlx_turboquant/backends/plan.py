@@ -15,15 +15,15 @@ import mlx.core as mx
 
 from ..rotation import Rotation, SplitRotation
 from ..transform import ChannelTransform
-from .formats import Readable, format_of, given_of
+from .formats import Readable, decode_params_of, format_of
 
 LOG2E = math.log2(math.e)
 #: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
 MAX_DIM = 512
-#: Query rows a simdgroup takes at once: ``ROWS`` of decode_attention.metal.
+#: Query rows a simdgroup takes at once: ``TILE_ROWS`` of query_rows.h.
 _ROWS = 8
 #: Simdgroups to a threadgroup, in pass 1 and in pass 2.
-BLOCK_SIMDGROUPS, MERGE_SIMDGROUPS = 4, 8
+SPLIT_SIMDGROUPS, MERGE_SIMDGROUPS = 4, 8
 
 
 def rotates(rotation: Rotation | SplitRotation) -> TypeGuard[Rotation]:
@@ -40,17 +40,19 @@ class Plan:
         inside: Whether the kernels rotate, of keys and of values; else it is done
             before and after them.
         rows: Query rows per KV head.
-        block: Template of pass 1.
+        row_tiles: Tiles of query rows per KV head.
+        split: Template of pass 1.
         merge: Template of pass 2.
-        decoders: What pass 1 decodes keys and values with.
+        params: What pass 1 decodes keys and values with.
         q_scales: From q to logits in log2 units: rotated without norm, and plain.
     """
 
     inside: tuple[bool, bool]
     rows: int
-    block: dict[str, Any]
-    merge: dict[str, Any]
-    decoders: tuple[mx.array, mx.array]
+    row_tiles: int
+    split: list[tuple[str, Any]]
+    merge: list[tuple[str, Any]]
+    params: tuple[mx.array, mx.array]
     q_scales: tuple[mx.array, mx.array]
 
 
@@ -63,7 +65,7 @@ def plan_for(
     steps: int,
     scale: float,
     masked: bool,
-    learned: bool,
+    has_sink_logits: bool,
     centered: bool,
 ) -> Plan:
     """heads: batch, KV heads, query heads."""
@@ -79,24 +81,25 @@ def plan_for(
     formats = (format_of(k_codec), format_of(v_codec))
     # One table serves both sides, if they have one and it is the same.
     same = k_codec.spec == v_codec.spec and formats[0].has_table
-    block = {
+    row_tiles = -(-rows // _ROWS)
+    split = {
         **common,
         "ROTATE_K": inside[0],
         "CENTER": centered,
-        "ROW_TILES": -(-rows // _ROWS),
-        "SAME": same,
-        "ALONE": same or not all(format.has_table for format in formats),
-        "SIMDGROUPS": BLOCK_SIMDGROUPS,
+        "ROW_TILES": row_tiles,
+        "SHARED_TABLE": same,
+        "SINGLE_TABLE": same or not all(format.has_table for format in formats),
+        "SIMDGROUPS": SPLIT_SIMDGROUPS,
     }
     for side, format in zip("KV", formats, strict=True):
-        block[f"{side}_KIND"] = format.kind
-        block[f"{side}B"] = format.bits
-        block[f"{side}_TERMS"] = format.terms
+        split[f"{side}_KIND"] = format.kind
+        split[f"{side}_BITS"] = format.bits
+        split[f"{side}_TERMS"] = format.terms
     merge = {
         **common,
         "SIMDGROUPS": MERGE_SIMDGROUPS,
         "ROTATE_V": inside[1],
-        "LEARNED": learned,
+        "HAS_SINK_LOGITS": has_sink_logits,
     }
     unit = k_codec.dim**-0.5 if inside[0] else 1.0
     arrays = {
@@ -107,9 +110,10 @@ def plan_for(
     return Plan(
         inside=inside,
         rows=rows,
-        block=block,
-        merge=merge,
-        decoders=(given_of(k_codec), given_of(v_codec)),
+        row_tiles=row_tiles,
+        split=list(split.items()),
+        merge=list(merge.items()),
+        params=(decode_params_of(k_codec), decode_params_of(v_codec)),
         q_scales=(arrays["q_rot_scale"], arrays["q_scale"]),
     )
 
@@ -139,9 +143,3 @@ def _equal_signs(rotation: Rotation, heads: int) -> mx.array:
     signs = mx.contiguous(mx.broadcast_to(rotation.signs, (heads, rotation.dim)))
     mx.eval(signs)
     return signs
-
-
-@functools.lru_cache(maxsize=64)
-def sizes_array(numbers: tuple[int, ...]) -> mx.array:
-    """An int32 constant of at least 8 elements; all layers of a step share it."""
-    return mx.array([*numbers, *[0] * (8 - len(numbers))], dtype=mx.int32)

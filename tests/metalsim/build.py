@@ -266,7 +266,7 @@ def mode_flags(debug, fast=False):
     if debug:
         f += [
             "-O1",
-            "-g",
+            "-gline-tables-only",  # for the place of a fault
             "-fsanitize=thread,array-bounds,integer-divide-by-zero,alignment",
             "-fsanitize-trap=array-bounds,integer-divide-by-zero,alignment",
             *(
@@ -281,7 +281,7 @@ def mode_flags(debug, fast=False):
             "-ftrivial-auto-var-init=pattern",
         ]
     else:
-        f += ["-O2"]
+        f += ["-O1"]  # compiles in two thirds of the time that -O2 takes
     return f
 
 

@@ -170,14 +170,13 @@ def load(so):
         lib = ctypes.CDLL(so)
         lo = {}
         ranges = []
+        own, runtime = os.path.basename(so), os.path.basename(build.runtime().path)
         with open("/proc/self/maps") as f:
             for line in f:
-                if line.rstrip().endswith(
-                    os.path.basename(so)
-                ) or line.rstrip().endswith(os.path.basename(build.runtime().path)):
+                if line.rstrip().endswith((own, runtime)):
                     a, b = (int(v, 16) for v in line.split()[0].split("-"))
                     ranges.append((a, b))
-                    if line.rstrip().endswith(os.path.basename(so)):
+                    if line.rstrip().endswith(own):
                         lo.setdefault("base", a)
         # .bss can be an anonymous mapping right behind the file's
         ranges = [(a, b + 65536) for a, b in ranges]
@@ -579,7 +578,7 @@ class CustomKernel:
         )
         self.fast = (compile_options or {}).get("math_mode", "safe") == "fast"
         self.warnings = []
-        self._cache = {}
+        self._cache, self._checked = {}, set()
 
     def __call__(
         self,
@@ -711,26 +710,26 @@ class CustomKernel:
 
     def _compile(self, src, kname, full, args, attrs, off, debug):
         key = (src, debug, config.fp_contract, config.fuzz_ulp, config.march)
-        if key not in self._cache:
-            label = re.sub(r"\W", "_", self.name)
-            tu, issues = make_tu(src, full, args, attrs, off, len(self.header), label)
-            for _line, msg in issues:
-                raise CompileError(f"{self.name}: {msg}")
-            if config.check:
-                _, flags = build.prelude_pch(debug, self.fast)
-                self.warnings += _check.check(
-                    tu,
-                    self.header,
-                    self.source,
-                    label,
-                    flags,
-                    nbuffers=len(args),
-                    name=self.name,
-                )
-            self._cache[key] = build.compile_tu(
-                tu, debug, pch=True, name=self.name, fast=self.fast
+        if key in self._cache:
+            return self._cache[key]
+        label = re.sub(r"\W", "_", self.name)
+        tu, issues = make_tu(src, full, args, attrs, off, len(self.header), label)
+        for _line, msg in issues:
+            raise CompileError(f"{self.name}: {msg}")
+        if config.check and src not in self._checked:
+            self.warnings += _check.check(
+                tu,
+                self.header,
+                self.source,
+                label,
+                build.prelude_pch(fast=self.fast)[1],
+                nbuffers=len(args),
+                name=self.name,
             )
-        return self._cache[key]
+            self._checked.add(src)
+        so = build.compile_tu(tu, debug, pch=True, name=self.name, fast=self.fast)
+        self._cache[key] = so
+        return so
 
 
 def metal_kernel(

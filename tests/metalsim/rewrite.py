@@ -7,6 +7,8 @@
 4. function constants           -> settable globals
 5. explicit kernel instantiations, `kernel` keyword -> dropped
 6. bfloat literals (1.0bf)      -> bfloat(1.0f)
+7. demands to unroll a loop     -> dropped: with them clang takes four to ten times as long (for
+   head_dim 512 in debug mode 26 s instead of 0.4), and they change no result
 """
 
 import re
@@ -62,6 +64,11 @@ def tokenize(src):
 
 
 SKIP = ("ws", "nl", "comment")
+UNROLL = re.compile(
+    r'_Pragma\s*\(\s*"(?:clang loop )?unroll[^"]*"\s*\)'
+    r"|^[ \t]*#[ \t]*pragma[ \t]+(?:clang[ \t]+loop[ \t]+)?unroll[^\n]*",
+    re.M,
+)
 
 
 def vector_aliases(src):
@@ -93,6 +100,7 @@ def rewrite(
 ):
     """Returns the rewritten text; appends (line, message) to issues."""
     issues = issues if issues is not None else []
+    src = UNROLL.sub("", src)
     vecs = vector_aliases(src) | set(extra_aliases)
     # template type parameters: X(..) may build a vector, or convert half <-> bfloat
     tparams = set() if lenient else set(type_params)

@@ -1,7 +1,7 @@
 """The two kernels of decode attention: their buffers and their arguments.
 
 Owns no arithmetic (``metal/decode_attention.metal``, ``metal/merge_states.metal``) and
-no choice of launch sizes (`backends.gpu`).
+no choice of launch sizes (`backends.decode_step`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The kernels that move vectors in and out of codes: their buffers and arguments.
 
 Owns no arithmetic (``metal/encode_scalar.metal``, ``metal/encode_trellis.metal``,
-``metal/decode_codes.metal``) and no choice of launch sizes (`backends.gpu_codes`). Each
+``metal/decode_codes.metal``) and no choice of launch sizes (`backends.gpu`). Each
 launch is for one side, keys or values.
 """
 

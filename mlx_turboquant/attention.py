@@ -59,10 +59,7 @@ def attend(
         mask = _hiding(mask, keys, q.shape[2])
         keys, values = replace(keys, hidden=(0, 0)), replace(values, hidden=(0, 0))
     backend, _ = select.choose(keys, values)
-    out = backend.attend(q, keys, values, scale, mask, sinks)
-    if keys.observe is not None:
-        keys.observe(q, scale)
-    return out
+    return backend.attend(q, keys, values, scale, mask, sinks)
 
 
 def _check(q: mx.array, keys: CompressedTokens, mask: Mask) -> None:

@@ -34,6 +34,10 @@ class CompressedKV:
         """Always 4."""
         return 4
 
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Hand the queries of this step to a cache that wants to see them."""
+        raise NotImplementedError
+
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and hasattr(mx.array, name):
             _refuse_use(name)
@@ -106,6 +110,16 @@ class CompressedTokens(CompressedKV):
         """Tokens stored as codes."""
         return 0 if self.packed is None else self.packed.length
 
+    @property
+    def observer(self) -> Callable[[mx.array, float], None] | None:
+        """What wants to see the queries of each step."""
+        return self.observe
+
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Hand queries (B, Hq, L, D) of the last L tokens to the cache."""
+        if self.observe is not None:
+            self.observe(q, scale)
+
     def __repr__(self) -> str:
         lengths = (self.sink_length, self.packed_length, self.recent.shape[2])
         return f"CompressedTokens({self.codec.spec}, sink+packed+recent {lengths})"
@@ -136,3 +150,17 @@ class CompressedRows(CompressedKV):
     def dtype(self) -> mx.Dtype:  # type: ignore[override]
         """The model's dtype."""
         return self.rows[0].dtype
+
+    @property
+    def observer(self) -> Callable[[mx.array, float], None] | None:
+        """What of the batch first wants to see queries."""
+        observers = (getattr(row, "observer", None) for row in self.rows)
+        return next((o for o in observers if o is not None), None)
+
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Hand each row's real queries of q (B, Hq, L, D) to its cache."""
+        for index, (row, (start, stop)) in enumerate(
+            zip(self.rows, self.spans, strict=True)
+        ):
+            if isinstance(row, CompressedTokens) and stop > start:
+                row.observe_queries(q[index : index + 1, :, start:stop], scale)

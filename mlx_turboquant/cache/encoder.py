@@ -27,9 +27,9 @@ Arrays = dict[str, mx.array]
 class PageEncoder:
     """Encodes pages of one layer; calibrated by the first of them, then frozen."""
 
-    def __init__(self, spec: CacheSpec, seat: LayerSlot | None = None) -> None:
+    def __init__(self, spec: CacheSpec, slot: LayerSlot | None = None) -> None:
         self.spec = spec
-        self._seat = seat
+        self._slot = slot
         self._waited = False
         self.calibrated = False
         self.calibration = Calibration(spec.sink, spec.page)
@@ -91,11 +91,11 @@ class PageEncoder:
         """
         if not self.calibrated:
             self._calibrate(keys, values)
-        if self._seat is None or not self.spec.adaptive:
+        if self._slot is None or not self.spec.adaptive:
             return True
-        if self._waited or self._seat.allocation.ready:
+        if self._waited or self._slot.allocation.complete:
             assert self._dims is not None, "prepare comes first"
-            self.spec = self._seat.allocation.spec_of(self._seat.layer, self._dims)
+            self.spec = self._slot.allocation.spec_for(self._slot.layer, self._dims)
             self._built = None
             return True
         self._waited = True
@@ -134,10 +134,10 @@ class PageEncoder:
                 self._gains[f"{side}_order"] = by_power(x)
         self.calibrated = True
         self._built = None
-        if self._seat is not None and spec.adaptive:
+        if self._slot is not None and spec.adaptive:
             near = spec.window + spec.page // 2
-            self._seat.allocation.report(
-                self._seat.layer,
+            self._slot.allocation.add_sensitivity(
+                self._slot.layer,
                 _number(self.calibration.reach(keys, values, near)),
                 _number(
                     self.calibration.logit_variance(centered, self._gains.get("keys"))

@@ -42,7 +42,7 @@ class TurboQuantCache(SequenceCache):
 
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
-        seat: Its place among the layers whose bits are chosen together; alone if None.
+        slot: Its place among the layers whose bits are chosen together; alone if None.
         returns_arrays: Hand out decoded arrays, for a model that computes attention itself.
 
     >>> TurboQuantCache("k3v3")
@@ -52,16 +52,16 @@ class TurboQuantCache(SequenceCache):
     def __init__(
         self,
         spec: CacheSpec | str | float = "k3v3",
-        seat: LayerSlot | None = None,
+        slot: LayerSlot | None = None,
         returns_arrays: bool = False,
     ) -> None:
         self.returns_arrays = returns_arrays
-        self._start(CacheSpec.parse(spec), seat)
+        self._start(CacheSpec.parse(spec), slot)
 
-    def _start(self, spec: CacheSpec, seat: LayerSlot | None = None) -> None:
-        if seat is None and spec.adaptive:
-            seat = LayerSlot(BitAllocator(spec, 1), 0)
-        self._asked, self._seat = spec, seat
+    def _start(self, spec: CacheSpec, slot: LayerSlot | None = None) -> None:
+        if slot is None and spec.adaptive:
+            slot = LayerSlot(BitAllocator(spec, 1), 0)
+        self._asked, self._slot = spec, slot
         self._clear()
 
     @property
@@ -75,7 +75,7 @@ class TurboQuantCache(SequenceCache):
         self._packed = TokenArrays(growth=_PACKED_STEP)
         held = spec.sink + spec.window + spec.page + DECODE_TOKENS
         self._recent = TokenArrays(growth=held)
-        self._encoder = PageEncoder(spec, self._seat)
+        self._encoder = PageEncoder(spec, self._slot)
         self._sides: tuple[Arrays, dict[str, TokenArrays]] | None = None
 
     # What models and generation loops use.
@@ -119,7 +119,7 @@ class TurboQuantCache(SequenceCache):
         (k_codec, v_codec), (k_basis, v_basis) = encoder.codecs, encoder.bases
         recent = self._recent.views()
         packed = self._packed_sides() if self._packed.length else {}
-        observe = None if encoder.calibrated else self._observe
+        observe = None if encoder.calibrated else self.observe_queries
         return (
             CompressedTokens(
                 k_codec,
@@ -139,7 +139,7 @@ class TurboQuantCache(SequenceCache):
             ),
         )
 
-    def _observe(self, q: mx.array, scale: float) -> None:
+    def observe_queries(self, q: mx.array, scale: float) -> None:
         """Learn from the queries; a prompt's first chunk can be packed then."""
         if self._encoder.calibrated:
             return

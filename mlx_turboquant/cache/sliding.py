@@ -34,7 +34,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         spec: What to store; ``keep`` tokens are part of its sink.
         max_size: Tokens a step sees, itself included.
         keep: First tokens that are never forgotten.
-        seat: As for `TurboQuantCache`.
+        slot: As for `TurboQuantCache`.
         returns_arrays: As for `TurboQuantCache`.
 
     Raises:
@@ -49,7 +49,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         spec: CacheSpec | str | float = "k3v3",
         max_size: int = 4096,
         keep: int = 0,
-        seat: LayerSlot | None = None,
+        slot: LayerSlot | None = None,
         returns_arrays: bool = False,
     ) -> None:
         spec = CacheSpec.parse(spec)
@@ -61,7 +61,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
                 "window=, or leave it uncompressed"
             )
         self.max_size, self.keep = max_size, keep
-        super().__init__(spec, seat, returns_arrays)
+        super().__init__(spec, slot, returns_arrays)
 
     def _clear(self) -> None:
         super()._clear()

@@ -127,13 +127,13 @@ def _lines(console: Console, talk: Conversation) -> Iterator[str]:
 
 def _meter(talk: Conversation) -> str:
     """How full the context is, and what it takes: ``812 / 8192 tokens, 2.1 MB``."""
-    from ..explanation import size_text
+    from rich.filesize import decimal
 
     told = talk.explain()
     of = "" if talk.context is None else f" / {talk.context}"
-    meter = f"{talk.tokens}{of} tokens, {size_text(told.nbytes)}"
+    meter = f"{talk.tokens}{of} tokens, {decimal(told.nbytes)}"
     if told.packed_layers and talk.tokens:
-        meter += f" ({size_text(told.fp16_nbytes)} in fp16)"
+        meter += f" ({decimal(told.fp16_nbytes)} in fp16)"
     return meter
 
 

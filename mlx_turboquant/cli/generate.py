@@ -65,9 +65,9 @@ def generate(
     from mlx_lm.sample_utils import make_sampler
 
     from ..explanation import explain
-    from ..integrations.factory import length_of
     from ..integrations.footprint import of_network
     from ..integrations.loading import check_context, load
+    from ..integrations.stock import length_of
 
     if seed is not None:
         mx.random.seed(seed)
@@ -220,9 +220,10 @@ def _add_draft(
     """The draft model, and the caches of both models as mlx-lm wants them."""
     if name is None:
         return None, cache
-    from ..integrations.factory import caches_for, length_of
+    from ..integrations.factory import caches_for
     from ..integrations.loading import load
     from ..integrations.speculation import PairedCaches, check_rewinds
+    from ..integrations.stock import length_of
 
     draft, draft_tokenizer = load(name)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:

@@ -41,28 +41,30 @@ def plan(
                 f"the bits of {spec} are chosen from the text; plan with those it may "
                 "choose, such as 3 or 2"
             )
-    size = opt.size("--memory", memory) or memory_of_machine()
+    from rich.filesize import decimal
 
-    from ..explanation import size_text
     from ..integrations.footprint import footprint
+    from ..memory import machine_memory
+
+    size = opt.size("--memory", memory) or machine_memory()
 
     found = footprint(model or opt.DEFAULT_MODEL)
     typer.echo(
-        f"weights {size_text(found.weights)}, memory {size_text(size)}, context "
+        f"weights {decimal(found.weights)}, memory {decimal(size)}, context "
         f"{found.context or 'unknown'}{'' if found.context is None else ' tokens'}"
     )
-    packed = sum(layer.packed for layer in found.layers)
+    packed = sum(entry.is_compressed for entry in found.layers)
     if packed < len(found.layers):
         typer.echo(f"{packed} of {len(found.layers)} caches can be compressed")
     most = found.tokens_in(size)
     at = tokens or max(1, max(found.tokens_in(size, spec) for spec in parsed))
     rows = [("cache", "tokens that fit", f"bytes at {at}", "speed at best")]
-    rows.append(("fp16", str(most), size_text(found.cache_bytes(at)), "1.00"))
+    rows.append(("fp16", str(most), decimal(found.cache_bytes(at)), "1.00"))
     for spec in parsed:
         speed = found.speed(at, spec)
         fit, size_there = found.tokens_in(size, spec), found.cache_bytes(at, spec)
         told = "not timed" if speed is None else f"{speed:.2f}"
-        rows.append((str(spec), str(fit), size_text(size_there), told))
+        rows.append((str(spec), str(fit), decimal(size_there), told))
     typer.echo()
     for name, fit_text, bytes_text, told in rows:
         typer.echo(f"{name:20s} {fit_text:>15s} {bytes_text:>18s} {told}")
@@ -75,36 +77,12 @@ def plan(
         typer.echo("the weights alone do not fit", err=True)
 
 
-def memory_of_machine() -> int:
-    """Bytes that MLX may use: the GPU's working set, or this machine's memory."""
-    import mlx.core as mx
-
-    info = mx.device_info()
-    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
-    if size:
-        return int(size)
-    import os
-
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def warn_if_tight(found: Footprint, tokens: int, spec: CacheSpec | None) -> None:
+def warn_if_tight(footprint: Footprint, tokens: int, spec: CacheSpec | None) -> None:
     """Say so on stderr if ``tokens`` will not fit in this machine's memory."""
-    size = memory_of_machine()
-    if spec is not None and spec.adaptive:
-        spec = CacheSpec.parse(round(spec.budget or 3))
-    fits = found.tokens_in(size, spec)
-    if fits >= min(tokens, found.context or tokens):
-        return
-    from ..explanation import size_text
+    from .. import memory
 
-    need = found.weights + found.cache_bytes(tokens, spec)
-    ways = ["3"] if spec is None else ["2", "2,codec=trellis"]
-    better = {way: found.tokens_in(size, CacheSpec.parse(way)) for way in ways}
-    best = max(better, key=lambda way: better[way])
-    hint = f"; --kv-bits {best} holds {better[best]}" if better[best] > fits else ""
-    typer.echo(
-        f"warning: {tokens} tokens need {size_text(need)} with the weights, this "
-        f"machine has {size_text(size)}, enough for {fits}{hint}",
-        err=True,
+    warning = memory.tight_memory_warning(
+        footprint, tokens, spec, memory.machine_memory()
     )
+    if warning is not None:
+        typer.echo(f"warning: {warning}", err=True)

@@ -1,6 +1,6 @@
 """The attention hook: lets a model's own attention call read compressed caches.
 
-Owns which functions are rebound, and putting them back. The hook rebinds
+The hook rebinds
 ``scaled_dot_product_attention`` in the globals of the functions that make up one
 model's layers, which is where mlx-lm's models (and a user's own model file) look it up.
 It looks at the type of the keys it is given, never at the cache, because some models
@@ -40,7 +40,12 @@ def _hook(
     sinks: mx.array | None = None,
 ) -> mx.array:
     if isinstance(keys, CompressedKV):
-        return attend(queries, keys, values, scale, mask, sinks)
+        out = attend(queries, keys, values, scale, mask, sinks)
+        # A cache picks its bits and gains by the queries of its first page. Attention
+        # only reads caches, so it is told here.
+        if keys.observer is not None:
+            keys.observe_queries(queries, scale)
+        return out
     stock: mx.array = host_base.scaled_dot_product_attention(
         queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
     )

@@ -196,10 +196,10 @@ def _make(
     entries = [entry.under(any_spec) for entry in entries]
     count = sum(entry.is_compressed for entry in entries)
     if not count:
-        kinds = sorted({f"{entry.kind}, {entry.reason}" for entry in entries})
+        kinds = sorted({f"{entry.kind} ({entry.reason})" for entry in entries})
         raise UnsupportedModelError(
             f"none of the {len(stock)} caches of {_model_type(model)} can be "
-            f"compressed (they are: {', '.join(kinds)})",
+            f"compressed: {', '.join(kinds)}",
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
     records, specs = iter(entries), iter(specs_per_layer(spec, count))

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("errors", "blas", "tokens", "packing", "bitstream"),
+    ("errors", "atomic", "blas", "tokens", "packing", "bitstream"),
     ("spec", "rotation", "codebook"),
     ("polynomial",),
     ("codecs", "transform"),
@@ -25,6 +25,7 @@ LAYERS = (
     ("backends",),
     ("attention",),
     ("cache",),
+    ("entries",),
     ("explanation", "diagnosis", "memory"),
     ("integrations",),
     ("evals",),

@@ -269,7 +269,7 @@ class TurboQuantCache(SequenceCache):
 
     @property
     def choice(self) -> Choice | None:
-        """Its backend, and why it is not a faster one; None while it is empty."""
+        """Its backend, and why no faster one; None while it is empty."""
         return None if self.empty() else self._quantizers.choice
 
     # Saving, loading and batching.

@@ -1,6 +1,6 @@
 """Speculative decoding: two models' caches in one argument, and when it cannot work.
 
-Owns how mlx-lm is handed the caches of target and draft. The loop is mlx-lm's.
+The loop is mlx-lm's.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def check_rewinds(caches: list[Any], owner: str, tokens: int | None = None) -> N
             )
         window = getattr(cache, "max_size", None)
         if window is not None and (tokens is None or tokens > window):
-            said = "a text of any length" if tokens is None else f"{tokens} tokens"
+            text = "a text of any length" if tokens is None else f"{tokens} tokens"
             raise UnsupportedModelError(
                 f"the {owner} has windows of {window} tokens, which cannot take back "
-                f"what rejected tokens pushed out; that is less than {said}",
+                f"what rejected tokens pushed out; that is less than {text}",
                 "leave --draft-model out, or lower --max-tokens",
             )
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 import tiny_models
-from helpers import MODEL
+from helpers import MODEL, attend
 
 import mlx_turboquant as tq
 from mlx_turboquant.entries import CacheEntry
@@ -34,7 +34,7 @@ def filled(cache, layer, tokens, step=512):
         shape = (1, heads, min(step, tokens - start))
         k = mx.random.normal((*shape, k_dim)).astype(mx.float16)
         v = mx.random.normal((*shape, v_dim)).astype(mx.float16)
-        tq.attend(k, *cache.update_and_fetch(k, v), 0.1, "causal")
+        attend(k, *cache.update_and_fetch(k, v), 0.1, "causal")
         mx.eval(cache.state)
     return cache.nbytes
 

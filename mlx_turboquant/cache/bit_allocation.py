@@ -10,8 +10,8 @@ which is about the KL divergence of the bundled model's output (docs/design.md),
 
 - D(b), the relative squared error of codes of b bits;
 - R, the relative squared error of the attention's output if its values were wrong by as
-  much as they are long (`Calibration.far_value_sensitivity`): little where attention is spread or near,
-  for near tokens are no codes;
+  much as they are long (`Calibration.far_value_sensitivity`): little where attention is
+  spread or near, for near tokens are no codes;
 - A, the variance that keys wrong by as much would add to a logit
   (`Calibration.logit_variance`). It changes every token's share of the output by its
   root, as an error of the token's value would.

@@ -93,9 +93,8 @@ class TurboQuantCache(SequenceCache):
             values: (B, H, N, Dv).
 
         Returns:
-            Handles over all tokens so far, or arrays if it `returns_arrays`. Until
-            something is packed, attention over them is MLX's own on the model's own
-            arrays.
+            Handles over all tokens so far, or arrays if it `returns_arrays`. Until a
+            page is packed, attention over them is MLX's own on the model's arrays.
 
         Raises:
             UnsupportedError: for a head_dim the rotation cannot do, or a shape

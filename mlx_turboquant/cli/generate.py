@@ -215,9 +215,9 @@ def _add_draft(
         UnsupportedError: if a cache cannot take rejected tokens back.
     """
     from ..integrations.factory import caches_for
-    from ..integrations.stock import length_of
     from ..integrations.loading import load
     from ..integrations.speculation import PairedCaches, check_rewinds
+    from ..integrations.stock import length_of
 
     draft, draft_tokenizer = load(name)
     vocabulary = session.tokenizer.vocab_size

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from ..cache import TurboQuantCache
 from ..entries import CacheEntry, kind_reason, nbytes_of
 from ..errors import UnsupportedError, UnsupportedModelError
+from ..segments import CompressedTokens
 from . import hook
 from .stock import REPLACEABLE, labelled_leaves, replace_leaves
 
@@ -151,10 +152,10 @@ class ProbeCache(TurboQuantCache):
         self._run.fetched.append(self._index)
         return super().update_and_fetch(keys, values)
 
-    def keys_and_values(self) -> Any:
-        """As a `TurboQuantCache`; a layer that shares it may ask for this alone."""
+    def compressed(self) -> tuple[CompressedTokens, CompressedTokens]:
+        """As a `TurboQuantCache`; a layer that shares it asks for this alone."""
         self._run.fetched.append(self._index)
-        return super().keys_and_values()
+        return super().compressed()
 
     def observe_queries(self, q: mx.array, scale: float) -> None:
         """Only attention has queries to show: it was attended to."""

@@ -9,8 +9,8 @@ A source is Metal Shading Language but for three words of ours:
     }                           and template arguments are declared
 
 MLX writes an entry's signature: its body is what ``mx.fast.metal_kernel`` takes as
-``source``, the rest of the file is the ``header``. An entry declares threadgroup memory,
-finds this threadgroup's part of the buffers and makes one call. An input's
+``source``, the rest of the file is the ``header``. An entry declares threadgroup
+memory, finds this threadgroup's part of the buffers and makes one call. An input's
 ``<name>_strides`` have to stand in the body: MLX passes those that it finds there, and
 does not look at headers.
 

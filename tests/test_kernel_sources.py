@@ -1,5 +1,6 @@
-"""Kernels as text: entries, headers and argument structs say what Python says of them."""
+"""Kernels as text: entries, headers and structs are what Python says of them."""
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -82,16 +83,18 @@ DEFINITION = re.compile(r"(?:TQ_FUNC \w+|struct|constexpr \w+) (\w+)[\s({<=\[;]"
 def test_a_header_holds_no_file_that_its_kernel_does_not_use(kernel, dialect):
     folder = source.metal_folder()
     paths = [*folder.glob("*.h"), *folder.glob(f"compat/{dialect}/*.h")]
-    code = {path: re.sub(r"//.*", "", path.read_text()) for path in paths}
-    own = (folder / kernel.file).read_text()
     header = kernel.header(dialect)
-    for path, text in code.items():
-        names = set(DEFINITION.findall(text))
-        if path.name == "formats.h":  # holds the others together
-            names.add("Format")
-        if all(name in header for name in names):
-            others = own + "".join(code[p] for p in code if p != path)
-            assert any(re.search(rf"\b{name}\b", others) for name in names), path
+    included = {}
+    for path in paths:
+        text = re.sub(r"//.*", "", path.read_text())
+        names = DEFINITION.findall(text)
+        if names and all(name in header for name in names):
+            included[path] = text
+    own = (folder / kernel.file).read_text()
+    for path, text in included.items():
+        others = own + "".join(included[p] for p in included if p != path)
+        used = set(re.findall(r"\w+", others)) & set(DEFINITION.findall(text))
+        assert used, path
 
 
 def test_every_file_belongs_to_a_kernel():
@@ -99,7 +102,6 @@ def test_every_file_belongs_to_a_kernel():
     texts = [kernel.header("metal") for kernel in KERNELS.values()]
     for path in [*folder.glob("*.h"), *folder.glob("compat/metal/*.h")]:
         names = DEFINITION.findall(re.sub(r"//.*", "", path.read_text()))
-        assert names, path
         assert any(all(name in text for name in names) for text in texts), path
     entries = {
         (path.name, name)
@@ -107,6 +109,19 @@ def test_every_file_belongs_to_a_kernel():
         for name in re.findall(r"^TQ_ENTRY\((\w+)\)", path.read_text(), re.MULTILINE)
     }
     assert entries == {(kernel.file, kernel.name) for kernel in KERNELS.values()}
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(range(4), repeat=2)))
+def test_a_split_kernel_has_the_formats_of_its_sides_only(kinds):
+    kernel = attention.split_kv_kernel(*kinds)
+    assert kernel is attention.split_kv_kernel(*kinds)
+    header = kernel.header("metal")
+    names = ("POLYNOMIAL", "PAIRS", "TRELLIS", "ANGLES")
+    defined = set(re.findall(r"struct Format<(\w+),", header))
+    assert {names[kind] for kind in kinds} <= defined
+    assert ("GroupCodes" in header) == (0 in kinds)
+    assert ("PairStream" in header) == bool({1, 2, 3} & set(kinds))
+    assert len(header) < len(attention.DECODE_SPLIT_KV.header("metal"))
 
 
 def test_a_kernel_is_built_once_and_equal_to_itself_only(kernel, monkeypatch):

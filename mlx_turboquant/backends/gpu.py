@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from ..codecs import Codec
 from ..kernels.arguments import pack
-from ..kernels.attention import DECODE_SPLIT_KV, MERGE_STATES, AttendArguments
+from ..kernels.attention import MERGE_STATES, AttendArguments
 from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
@@ -191,7 +191,7 @@ class Gpu:
         threads = 32 * SPLIT_SIMDGROUPS
         partial = batch * query_heads * steps * args.splits
         launch = Launch(
-            DECODE_SPLIT_KV,
+            plan.split_kernel,
             plan.split,
             grid=(
                 threads * -(-args.splits // SPLIT_SIMDGROUPS),

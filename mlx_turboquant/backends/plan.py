@@ -13,6 +13,8 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 
+from ..kernels.attention import split_kv_kernel
+from ..kernels.kernel import Kernel
 from ..rotation import Rotation, SplitRotation
 from ..transform import ChannelTransform
 from .formats import Readable, decode_params_of, format_of
@@ -41,7 +43,8 @@ class Plan:
             before and after them.
         rows: Query rows per KV head.
         row_tiles: Tiles of query rows per KV head.
-        split: Template of pass 1.
+        split_kernel: Pass 1, for the formats of keys and values.
+        split: Its template.
         merge: Template of pass 2.
         params: What pass 1 decodes keys and values with.
         q_scales: From q to logits in log2 units: rotated without norm, and plain.
@@ -50,6 +53,7 @@ class Plan:
     inside: tuple[bool, bool]
     rows: int
     row_tiles: int
+    split_kernel: Kernel
     split: list[tuple[str, Any]]
     merge: list[tuple[str, Any]]
     params: tuple[mx.array, mx.array]
@@ -111,6 +115,7 @@ def plan_for(
         inside=inside,
         rows=rows,
         row_tiles=row_tiles,
+        split_kernel=split_kv_kernel(*(format.kind for format in formats)),
         split=list(split.items()),
         merge=list(merge.items()),
         params=(decode_params_of(k_codec), decode_params_of(v_codec)),

@@ -6,6 +6,8 @@ no choice of launch sizes (`backends.decode_step`).
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 from .kernel import Kernel
@@ -79,3 +81,21 @@ MERGE_STATES = Kernel(
     outputs=("out",),
     arguments=AttendArguments,
 )
+
+#: Where the formats are, by kind: POLYNOMIAL, PAIRS, TRELLIS, ANGLES.
+_FORMAT_FILES = (
+    "format_polynomial.h",
+    "format_points.h",
+    "format_trellis.h",
+    "format_points.h",
+)
+
+
+@functools.cache
+def split_kv_kernel(k_kind: int, v_kind: int) -> Kernel:
+    """`DECODE_SPLIT_KV` without the formats that neither keys nor values have.
+
+    They are up to a quarter of its text, which MLX reads through on every launch.
+    """
+    needed = {_FORMAT_FILES[k_kind], _FORMAT_FILES[v_kind]}
+    return replace(DECODE_SPLIT_KV, omitted=frozenset(_FORMAT_FILES) - needed)

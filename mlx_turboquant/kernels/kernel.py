@@ -30,6 +30,7 @@ class Kernel:
             that take slices use ``<name>_strides``.
         outputs: Names of the output buffers.
         arguments: The class of what the input ``arguments`` packs.
+        omitted: Files left out although the source includes them.
     """
 
     name: str
@@ -37,10 +38,11 @@ class Kernel:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     arguments: type[NamedTuple]
+    omitted: frozenset[str] = frozenset()
 
     def header(self, dialect: source.Dialect) -> str:
         """All of the source but the entry, with what it includes."""
-        return source.header(self.file, dialect, self.arguments)
+        return source.header(self.file, dialect, self.arguments, self.omitted)
 
     def body(self, dialect: source.Dialect) -> str:
         """The entry's body; MLX writes the signature."""

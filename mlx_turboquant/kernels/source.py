@@ -9,8 +9,8 @@ A source is Metal Shading Language but for three words of ours:
     }                           and template arguments are declared
 
 MLX writes an entry's signature: its body is what ``mx.fast.metal_kernel`` takes as
-``source``, the rest of the file is the ``header``. An entry declares threadgroup
-memory, finds this threadgroup's part of the buffers and makes one call. An input's
+``source``, the rest of its file the ``header``. An entry declares threadgroup memory,
+finds this threadgroup's part of the buffers and makes one call. An input's
 ``<name>_strides`` have to stand in the body: MLX passes those that it finds there, and
 does not look at headers.
 
@@ -45,9 +45,17 @@ def metal_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "metal"
 
 
-def header(file: str, dialect: Dialect, arguments: type[NamedTuple]) -> str:
-    """All of a source but its entries, with everything it includes, once each."""
-    text = _inline(file, dialect, arguments, set())
+def header(
+    file: str,
+    dialect: Dialect,
+    arguments: type[NamedTuple],
+    omitted: frozenset[str] = frozenset(),
+) -> str:
+    """All of a source but its entries, and what it includes, once each.
+
+    ``omitted`` files are left out.
+    """
+    text = _inline(file, dialect, arguments, set(omitted))
     return _spell(_ENTRY.sub("", text), dialect)
 
 

@@ -19,9 +19,14 @@ def test_a_file_is_replaced_at_the_end(tmp_path):
 def test_a_failure_leaves_the_older_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
-    with pytest.raises(ValueError, match="half way"), replacing(path) as file:
-        file.write_text("ne")
-        raise ValueError("half way")
+
+    def write():
+        with replacing(path) as file:
+            file.write_text("ne")
+            raise ValueError("half way")
+
+    with pytest.raises(ValueError, match="half way"):
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -95,10 +95,10 @@ def tight_memory_warning(
     """What to tell a user whose text will not fit; None if it will.
 
     Args:
-        footprint: The model's.
-        tokens: Of the whole text, the answer included.
+        footprint: Sizes of the model.
+        tokens: How many the whole text has, the answer included.
         spec: What the caches store; None for mlx-lm's own.
-        memory_bytes: Of the machine.
+        memory_bytes: What the machine has.
     """
     if spec is not None and spec.adaptive:
         spec = CacheSpec.parse(round(spec.budget or 3))

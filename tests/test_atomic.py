@@ -20,13 +20,13 @@ def test_a_failure_leaves_the_older_file(tmp_path):
     path = tmp_path / "results.json"
     path.write_text("old")
 
-    def write_half():
+    def write():
         with replacing(path) as file:
             file.write_text("ne")
             raise ValueError("half way")
 
     with pytest.raises(ValueError, match="half way"):
-        write_half()
+        write()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

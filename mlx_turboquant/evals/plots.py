@@ -50,23 +50,23 @@ def _kld_by_bits(figure: Any, results: Evaluation) -> bool:
     longest = max(row.length for row in rows)
     axes = figure.subplots()
     for family in ("mlx-lm affine", "rotated affine", "this package"):
-        some = sorted(
+        family_rows = sorted(
             (r for r in rows if r.length == longest and _family(r.name) == family),
             key=lambda row: row.bits,
         )
-        if not some:
+        if not family_rows:
             continue
-        kld = np.array([row.kld for row in some])
-        below = kld - [row.low for row in some]
-        above = [row.high for row in some] - kld
+        kld = np.array([row.kld for row in family_rows])
+        below = kld - [row.low for row in family_rows]
+        above = [row.high for row in family_rows] - kld
         axes.errorbar(
-            [r.bits for r in some],
+            [r.bits for r in family_rows],
             kld,
             np.abs([below, above]),
             label=family,
             marker="o",
         )
-        for row in some:
+        for row in family_rows:
             axes.annotate(
                 row.name,
                 (row.bits, row.kld),
@@ -118,9 +118,9 @@ def _layers(figure: Any, results: Evaluation) -> bool:
         return False
     axes = figure.subplots()
     for name in dict.fromkeys(job["name"] for job in jobs):
-        some = [job for job in jobs if job["name"] == name]
-        kld = [np.mean(np.concatenate([s["kld"] for s in j["spans"]])) for j in some]
-        axes.plot([job["layer"] for job in some], kld, marker="o", label=name)
+        own = [job for job in jobs if job["name"] == name]
+        kld = [np.mean(np.concatenate([s["kld"] for s in j["spans"]])) for j in own]
+        axes.plot([job["layer"] for job in own], kld, marker="o", label=name)
     axes.set_yscale("log")
     axes.set_xlabel("the one layer that is compressed")
     axes.set_ylabel("KL divergence, nats per token")

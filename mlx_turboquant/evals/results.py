@@ -27,18 +27,18 @@ class Row:
     """One cache at one length; see `Evaluation.rows`.
 
     Attributes:
-        name: Of the cache.
+        name: The cache's name.
         length: Tokens of context.
         mode: ``chunked``, ``stepped`` (token by token) or ``all``.
         bits: All stored bits per element at that length.
         kld: Mean KL divergence from the uncompressed cache, nats per token.
         low: Lower end of its 95% interval.
-        high: Upper end of it.
-        p99: Of the tokens' divergences.
-        worst: The largest of them.
+        high: Upper end of that interval.
+        p99: 99th percentile of the tokens' divergences.
+        worst: The largest divergence of a token.
         top1: Share of tokens whose most likely successor is the same.
-        perplexity: Of the text.
-        tokens: How many were scored.
+        perplexity: The text's perplexity under this cache.
+        tokens: How many tokens were scored.
     """
 
     name: str
@@ -124,8 +124,8 @@ class Evaluation:
                 if mode in ("all", span["mode"])
             ]
             for length in dict.fromkeys(span["length"] for span in spans):
-                some = [span for span in spans if span["length"] == length]
-                rows.append(_row(name, length, mode, some))
+                own = [span for span in spans if span["length"] == length]
+                rows.append(_row(name, length, mode, own))
         return rows
 
     def of_kind(self, kind: str) -> list[Job]:

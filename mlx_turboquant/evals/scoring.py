@@ -98,11 +98,11 @@ def score(
     """
     scores = []
     spans_read = read(model, tokens, factory, plan, prefill)
-    for (span, got, cache), want in zip(spans_read, reference_rows, strict=True):
-        kld = mx.sum(mx.exp(want) * (want - got), axis=-1)
-        same = mx.sum(mx.argmax(want, axis=-1) == mx.argmax(got, axis=-1))
+    for (span, rows, cache), exact in zip(spans_read, reference_rows, strict=True):
+        kld = mx.sum(mx.exp(exact) * (exact - rows), axis=-1)
+        same = mx.sum(mx.argmax(exact, axis=-1) == mx.argmax(rows, axis=-1))
         truth = mx.array(tokens[span.start + 1 : span.stop + 1])[:, None]
-        nll = -mx.take_along_axis(got[: truth.shape[0]], truth, axis=-1)
+        nll = -mx.take_along_axis(rows[: truth.shape[0]], truth, axis=-1)
         bits, elements = stored_bits(cache)
         scores.append(
             {

@@ -73,8 +73,8 @@ def of_network(
 
     Args:
         network: Any model of mlx-lm's.
-        weights: Bytes of its weights, where its parameters would mislead.
-        active: Bytes of those that one token reads.
+        weights: Bytes of all weights, where the parameters in memory would mislead.
+        active: Bytes of the weights that one token reads; given with ``weights``.
     """
     if weights is None or active is None:
         weights, active = _weight_bytes(network, {})
@@ -132,6 +132,7 @@ def _weight_bytes(network: nn.Module, config: dict[str, Any]) -> tuple[int, int]
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and untied:
             continue  # one row of it
         experts = getattr(module, "num_experts", None)
+        # Experts are stacked: their weights have an axis more than others.
         if per_token and experts and own and next(iter(own.values())).ndim == 3:
             size *= min(1.0, per_token / experts)
         active += size

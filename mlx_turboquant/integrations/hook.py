@@ -42,8 +42,8 @@ def attend_or_stock(
     """mlx-lm's attention function, for compressed keys and values too."""
     if isinstance(keys, CompressedKV):
         out = attend(queries, keys, values, scale, mask, sinks)
-        # A cache picks its bits and gains by the queries of its first page. Attention
-        # only reads caches, so it is told here.
+        # A cache chooses gains and bits by the queries of its first page. Attention
+        # only reads caches, so the hook hands them over.
         if keys.observer is not None:
             keys.observe_queries(queries, scale)
         return out

@@ -74,7 +74,7 @@ def check_context(
 
     Args:
         network: The model.
-        tokens: Of the whole text.
+        tokens: How many the whole text has.
         subject: What has so many, for the error.
         remedy: What to do about it, for the error.
 

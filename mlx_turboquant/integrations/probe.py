@@ -35,7 +35,7 @@ _NOT_READ = "its keys choose tokens, nothing attends to them"
 _FAILS_DECODED = "the model's own code fails on what it decodes to"
 
 
-#: By id of the model: what its entries were found for, and the entries.
+#: By id of the model: its fingerprint when it was run, and what the run said.
 _known: dict[int, tuple[tuple[Any, ...], Sequence[CacheEntry]]] = {}
 
 
@@ -54,10 +54,10 @@ def entries_of(model: nn.Module, stock: Sequence[Any]) -> Sequence[CacheEntry]:
     """
     entries = _described(stock)
     shapes = (
-        array.shape
+        value.shape
         for module in model.modules()
-        for array in module.values()
-        if isinstance(array, mx.array)
+        for name, value in module.items()
+        if isinstance(value, mx.array) and not name.startswith("_")
     )
     fingerprint = (*entries, *shapes)
     known = _known.get(id(model))
@@ -191,7 +191,11 @@ def _next_fallback(
     entries: Sequence[CacheEntry],
     failed: _Run,
 ) -> tuple[Sequence[CacheEntry], _Run]:
-    """The smallest change that gets further: to one of the last entries fetched."""
+    """The smallest change that gets further: to one of the last entries fetched.
+
+    A model's code may fail some lines after it fetched the keys it cannot use, or in
+    the next layer, so the latest entries are tried one by one.
+    """
     error = failed.error
     for index in list(dict.fromkeys(reversed(failed.fetched)))[:_SUSPECTS]:
         for fallback in _fallbacks(entries[index], error):

@@ -37,9 +37,9 @@ def check_rewinds(caches: list[Any], owner: str, tokens: int | None = None) -> N
     """Make sure that rejected drafts can be taken back.
 
     Args:
-        caches: Of one model, still empty or just loaded.
+        caches: The caches of one model, still empty or just loaded.
         owner: Whose they are, for the error.
-        tokens: Of prompt and answer; None if there is no telling.
+        tokens: How many prompt and answer have; None if there is no telling.
 
     Raises:
         UnsupportedModelError: if a cache cannot forget its last tokens, or will have

@@ -71,13 +71,14 @@ def labelled_leaves(
 def replace_leaves(caches: Iterable[Any], make: Callable[[Any], Any]) -> list[Any]:
     """What ``make`` makes of every leaf, in the order of `labelled_leaves`."""
 
-    def made(entry: Any) -> Any:
+    def replace(entry: Any) -> Any:
         if not isinstance(entry, host_cache.CacheList):
             return make(entry)
-        entry.caches = type(entry.caches)(made(inner) for inner in entry.caches)
+        # Inside a CacheList itself, since models ask for their entries by its type.
+        entry.caches = type(entry.caches)(replace(inner) for inner in entry.caches)
         return entry
 
-    return [made(entry) for entry in caches]
+    return [replace(entry) for entry in caches]
 
 
 def length_of(caches: Iterable[Any]) -> int | None:

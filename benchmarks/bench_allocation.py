@@ -26,7 +26,7 @@ import numpy as np  # noqa: E402
 
 import mlx_turboquant as tq  # noqa: E402
 from mlx_turboquant.evals import caches, results, scoring, text  # noqa: E402
-from mlx_turboquant.integrations.factory import install  # noqa: E402
+from mlx_turboquant.integrations.hook import install  # noqa: E402
 
 MODEL = Path(__file__).parent.parent / "examples" / "books-20m"
 PLAN = tq.EvalPlan(lengths=(1024,), scored=192, stepped=0)
@@ -60,12 +60,14 @@ def main() -> None:
     layers = len(model.layers)
     install(model)
     windows = text.windows(text.books(), tokenizer, 1025, count)
-    makers: dict[str, Callable[[int], caches.MakeCache]] = {}
+    factories: dict[str, Callable[[int], caches.CacheFactory]] = {}
     for spec in ("3", "auto,budget=3", "auto,budget=3.25", "3.5", "auto,budget=3.5"):
-        makers[spec] = lambda seed, spec=spec: caches.maker(spec, model, seed)
+        factories[spec] = lambda seed, spec=spec: caches.cache_factory(
+            spec, model, seed
+        )
     for more in (2, 4):
         for name, rule in rules(layers, more).items():
-            makers[f"{name} {3 + more / layers:g}"] = lambda seed, rule=rule: (
+            factories[f"{name} {3 + more / layers:g}"] = lambda seed, rule=rule: (
                 lambda: [
                     tq.TurboQuantCache(f"{rule(i)},seed={seed}") for i in range(layers)
                 ]
@@ -73,14 +75,14 @@ def main() -> None:
     found: dict[str, dict[str, dict[str, float]]] = {}
     for factor in (1.0, 3.0):
         rows = found[f"sharpened {factor:g}"] = {}
-        spans: dict[str, list[dict[str, Any]]] = {name: [] for name in makers}
+        spans: dict[str, list[dict[str, Any]]] = {name: [] for name in factories}
         with sharpened(model, factor):
             for seed, tokens in enumerate(windows):
-                fp = caches.maker("fp", model)
+                fp = caches.cache_factory("fp", model)
                 base = scoring.reference(model, tokens, fp, PLAN)
-                for name, maker in makers.items():
+                for name, factory in factories.items():
                     spans[name] += scoring.score(
-                        model, tokens, maker(seed % 3), PLAN, base
+                        model, tokens, factory(seed % 3), PLAN, base
                     )
         print(f"\nattention of layers {SHARP} sharpened {factor:g} times")
         for name, some in spans.items():

@@ -18,17 +18,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import mlx.core as mx
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import gpu, reference
+from mlx_turboquant.backends.call import AttendCall
+from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.kernels.kernel import MlxLauncher
+from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
 from mlx_turboquant.tokens import TokenArrays
-from mlx_turboquant.transform import ChannelTransform, PageMeans
+from mlx_turboquant.transform import ChannelTransform
 
 HEADS, GROUP, DIM = 8, 4, 128
 CALLS, REPEATS = 64, 7
@@ -51,7 +53,7 @@ Attention = Callable[[mx.array], mx.array]
 
 
 def made_up(spec: str, length: int) -> tuple[CompressedTokens, CompressedTokens]:
-    """CompressedTokens over random tokens: 4 sinks, 64 recent, the rest packed."""
+    """Handles over random tokens: 4 in the sink, 64 recent, the rest packed."""
     parsed = tq.CacheSpec.parse(spec)
     sides = []
     for side, codec_spec in (("keys", parsed.keys), ("values", parsed.values)):
@@ -67,16 +69,18 @@ def made_up(spec: str, length: int) -> tuple[CompressedTokens, CompressedTokens]
             mx.random.normal((1, HEADS, n, DIM)).astype(mx.float16) for n in (4, 64)
         ]
         gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
-        basis, codes = (
-            ChannelTransform(codec.rotation, gains),
-            TokenArrays(arrays, length),
-        )
-        mx.eval(ends, basis.signs_times_gains)
-        sides.append(CompressedTokens(codec, basis, ends[0], codes, ends[1]))
-    pages = -(-length // parsed.page)
-    rows = mx.random.normal((1, HEADS, pages, DIM)).astype(mx.float16)
-    mx.eval(rows)
-    return replace(sides[0], means=PageMeans(rows, parsed.page, pages)), sides[1]
+        transform = ChannelTransform(codec.rotation, gains)
+        means = None
+        if side == "keys":
+            means = PageMeans(parsed.page)
+            pages = -(-length // parsed.page)
+            means.append(mx.random.normal((1, HEADS, pages, DIM)))
+            mx.eval(means.state)
+        mx.eval(ends, transform.signs_times_gains)
+        quantizer = Quantizer(codec, transform, means)
+        codes = TokenArrays(arrays, length)
+        sides.append(CompressedTokens(quantizer, ends[0], codes, ends[1], 64))
+    return sides[0], sides[1]
 
 
 def median_us(call: Attention) -> float:
@@ -129,10 +133,10 @@ def fp16(length: int) -> Attention:
     return lambda q: mx.fast.scaled_dot_product_attention(q, *kv, scale=0.09)
 
 
-def packed(backend: gpu.Gpu, spec: str, length: int) -> Attention:
+def packed(backend: Gpu, spec: str, length: int) -> Attention:
     """Our kernels on made-up codes."""
     keys, values = made_up(spec, length)
-    return lambda q: backend.attend(q, keys, values, 0.09)
+    return lambda q: backend.attend(AttendCall(q, keys, values, 0.09))
 
 
 def bytes_read(name: str, length: int) -> float:
@@ -162,19 +166,20 @@ def copy_bandwidth(size: int = 1 << 30) -> float:
     return 2 * size * len(arrays) / statistics.median(times[2:]) / 1e9
 
 
-def check(backend: gpu.Gpu, spec: str) -> float:
+def check(backend: Gpu, spec: str) -> float:
     """Relative error of the kernels against the reference at 3,000 tokens."""
     keys, values = made_up(spec, 3000)
     q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
-    got = backend.attend(q, keys, values, 0.09).astype(mx.float32)
-    want = reference.attend(q.astype(mx.float32), keys, values, 0.09)
+    call = AttendCall(q, keys, values, 0.09)
+    got = backend.attend(call).astype(mx.float32)
+    want = Reference().attend(call._replace(q=q.astype(mx.float32)))
     return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
 
 
 def main() -> None:
     lengths = [int(a) for a in sys.argv[1:]] or [4096, 32768, 131072, 524288]
     dialect = "metal" if mx.metal.is_available() else "cuda"
-    backend = gpu.Gpu(MlxLauncher(dialect))
+    backend = Gpu(MlxLauncher(dialect))
     for spec in SPECS:
         print(f"{spec}: error against the reference {check(backend, spec):.1e}")
     copy = copy_bandwidth()

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -21,12 +22,13 @@ import mlx.core as mx
 from bench_attention import DIM, HEADS, median_us, packed
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import gpu, reference
-from mlx_turboquant.backends.select import REFERENCE, Backend
+from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import Codec, codec_for
 from mlx_turboquant.kernels.kernel import MlxLauncher
+from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
-from mlx_turboquant.transform import ChannelTransform, PageMeans
+from mlx_turboquant.transform import ChannelTransform
 
 CALLS, REPEATS = 32, 7
 PAGE, CHUNK = 128, 2048
@@ -64,36 +66,35 @@ def timed(call: Callable[[Tokens], object], count: int) -> float:
     return statistics.median(times[2:])
 
 
-def costs(moved: Backend, codecs: tuple[Codec, Codec]) -> dict[str, float]:
+def costs(backend: Reference, codecs: tuple[Codec, Codec]) -> dict[str, float]:
     """Microseconds of each kind of work, by number of tokens."""
     gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
-    bases = (
-        ChannelTransform(codecs[0].rotation, gains),
-        ChannelTransform(codecs[1].rotation, gains),
+    keys, values = (
+        Quantizer(codec, ChannelTransform(codec.rotation, gains)) for codec in codecs
     )
-    codes = moved.encode(*fresh(8192), None, 0, bases, codecs)[1]
+    codes = backend.encode(values, fresh(8192)[1], 0)
     mx.eval(list(codes.arrays.values()))
-    side = CompressedTokens(codecs[1], bases[1], None, codes, fresh(1)[0])
+    side = CompressedTokens(values, None, codes, fresh(1)[0], 1)
 
     def encode(tokens: Tokens) -> object:
-        pages = tokens[0].reshape(1, HEADS, -1, PAGE, DIM)
-        rows = bases[0].encode(mx.mean(pages, axis=3)).astype(mx.float16)
-        means = PageMeans(rows, PAGE, rows.shape[2])
-        sides = moved.encode(*tokens, means, 0, bases, codecs)
+        centred = replace(keys, means=PageMeans(PAGE))
+        sides = (
+            backend.encode(centred, tokens[0], 0),
+            backend.encode(values, tokens[1], 0),
+        )
         return [list(codes.arrays.values()) for codes in sides]
 
     row = {}
     for count in (PAGE, CHUNK):
         row[f"encode {count}"] = timed(encode, count)
-    decode = moved.decode if isinstance(moved, gpu.Gpu) else reference.decode
     heads = slice(0, HEADS)
-    row["decode 8192"] = timed(lambda _: decode(side, heads, mx.float16), 1)
+    row["decode 8192"] = timed(lambda _: backend.decode_rot(side, mx.float16, heads), 1)
     return row
 
 
 def main() -> None:
     dialect = "metal" if mx.metal.is_available() else "cuda"
-    backend = gpu.Gpu(MlxLauncher(dialect))
+    backend = Gpu(MlxLauncher(dialect))
     results: dict[str, dict[str, dict[str, float]]] = {}
     for spec in SPECS:
         parsed = tq.CacheSpec.parse(spec)
@@ -105,7 +106,7 @@ def main() -> None:
         # Searches in mx hold the costs of all states at all steps of every call.
         searched = "trellis" in spec
         if not searched:
-            rows["mlx"] = costs(REFERENCE, codecs)
+            rows["mlx"] = costs(Reference(), codecs)
         step = median_us(packed(backend, spec, 32768))
         print(f"\n{spec}: us of keys and values    kernel       mlx")
         for name, us in rows["kernel"].items():

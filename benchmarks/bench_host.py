@@ -15,6 +15,7 @@ import collections
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -40,6 +41,7 @@ class NoLauncher:
         self._outputs: dict[int, list[mx.array]] = {}
 
     def __call__(self, launch: Launch, inputs: list[mx.array]) -> list[mx.array]:
+        """The same zeros for every call of a launch."""
         outputs = self._outputs.get(id(launch))
         if outputs is None:
             pairs = zip(launch.output_shapes, launch.output_dtypes, strict=True)
@@ -138,7 +140,7 @@ def main() -> None:
         for _ in range(3):
             for cache in caches:
                 step(cache, q, k, v)
-        frames, files, c_calls = calls_of(lambda: step(caches[0], q, k, v))
+        frames, files, c_calls = calls_of(partial(step, caches[0], q, k, v))
         mx.eval([cache.state for cache in caches])
         spent = microseconds(step, caches, q, k, v)
         print(

@@ -1,334 +1,242 @@
-// Decode attention, pass 1: one simdgroup attends ROWS = 8 query rows of one KV head to
-// a run of packed tokens and writes an unnormalised partial result. Every code is
-// decoded once for all rows, straight into the fragments of matrix products; pass 2 is
-// merge_blocks.metal.
+// Decode attention, pass 1 (split-KV): one simdgroup attends TILE_ROWS = 8 query rows of one
+// KV head to a split, a run of packed tokens, and writes an unnormalised partial result. Pass
+// 2 is merge_states.metal. The entry is at the end.
 //
-// A lane has a major index 0..7 and a minor one 0..3 (compat says which). In a tile of
-// 32 tokens it decodes
-//   keys     of token `major` of each 8, the groups (16 elements) that `minor` owns;
-//   values   of tokens 2 * minor and 2 * minor + 1 of each 8, groups major + 8 * i.
-// Per 8 tokens, the logits of token `major` and rows 2 * minor and 2 * minor + 1 stay on
-// a lane, where the softmax is done once per tile. Logits are in units of log2. Products
-// are of halves, every sum is float.
+// Tokens come in tiles of 32 (tiles.h says which lane decodes what). Per 8 tokens, the logits
+// of token `major` and rows 2 * minor and 2 * minor + 1 stay on a lane, where the softmax is
+// done once per tile. Logits are in units of log2. Products are of halves, every sum is float.
 
 #include "formats.h"
-#include "hadamard.h"
+#include "query_rows.h"
+#include "tiles.h"
 
-constant constexpr int TILE = 32;
-constant constexpr int ROWS = 8;
-
-// What a launch is told besides templates; each field an int of `sizes`, in order.
-struct Sizes {
-  int length;    // packed tokens in use
-  int blocks;    // partial results per KV head
-  int run;       // tokens per block, a multiple of TILE
-  int heads;     // KV heads
-  int rows;      // query rows per KV head: group * steps
-  int steps;     // query rows per query head
-  int first;     // column of the mask that belongs to packed token 0
-  int columns;   // columns of the mask
-  int page;      // packed tokens to a row of means, a multiple of TILE
+// The running softmax of a lane's two rows over the tokens so far.
+struct RowState {
+  float maximum[2];
+  float denominator[2];
+  // A running upper bound of the values' scales: weights times scales over it are at most 1,
+  // so they can be halves.
+  float value_scale;
+  float inverse_value_scale;
 };
 
-// Rows of `query` (threadgroup, ROWS x DK): queries in the codes' basis times `factor`, as
-// halves; signs are times the channels' gains. Rows past the last are zero and count for
-// nothing.
-template <typename T, int DK, bool ROTATE, int SIMDGROUPS>
-TQ_FUNC void load_queries(
-    const device T* q, size_t head_stride, size_t step_stride, size_t stride,
-    const device float* signs, float factor, int first_row, const thread Sizes& sizes,
-    threadgroup half* query, uint simdgroup, uint lane) {
-  constexpr int PER = (DK + 31) / 32;
-  for (int r = int(simdgroup); r < ROWS; r += SIMDGROUPS) {
-    int row = first_row + r < sizes.rows ? first_row + r : sizes.rows - 1;
-    float x[PER];
-    size_t at = (row / sizes.steps) * head_stride + (row % sizes.steps) * step_stride;
-    load_rot<T, DK, ROTATE>(q + at, stride, signs, lane, x);
-    TQ_UNROLL
-    for (int i = 0; i < PER; i++) {
-      int d = int(lane) + 32 * i;
-      if (d < DK) query[r * DK + d] = half(first_row + r < sizes.rows ? x[i] * factor : 0.0f);
-    }
+TQ_FUNC RowState make_row_state() {
+  RowState state;
+  TQ_UNROLL
+  for (int e = 0; e < 2; e++) {
+    state.maximum[e] = -1e30f;
+    state.denominator[e] = 0.0f;
   }
+  state.value_scale = 0.0f;
+  state.inverse_value_scale = 0.0f;
+  return state;
 }
 
-// Logits of a page's mean for a lane's two rows, `factor` of the queries undone.
-template <int DK>
-TQ_FUNC void mean_logits(
-    const threadgroup half* queries, const device half* mean, float inverse, uint lane,
-    thread float* logits) {
-  logits[0] = logits[1] = 0.0f;
-  TQ_UNROLL
-  for (int i = 0; i < (DK + 7) / 8; i++) {
-    int d = int(tq_major(lane)) + 8 * i;
-    if (d >= DK) continue;
-    float m = float(mean[d]);
-    TQ_UNROLL
-    for (int e = 0; e < 2; e++) {
-      logits[e] += m * float(queries[(2 * int(tq_minor(lane)) + e) * DK + d]);
-    }
+// Raise the bounds to a tile's, the same on every lane of a row; what was summed so far
+// shrinks to the new ones. sums: SUMS, of the two rows in turns.
+template <int SUMS>
+TQ_FUNC void raise_bounds(
+    thread RowState& state, const thread float* tile_maximum, float tile_scale,
+    thread float* sums) {
+  bool is_higher = tile_maximum[0] > state.maximum[0] || tile_maximum[1] > state.maximum[1];
+  if (!simd_any(is_higher || tile_scale > state.value_scale)) return;
+  float shrink[2];
+  float next_scale = tq_max(2.0f * tile_scale, 1e-30f);
+  float scale_ratio = 1.0f;
+  if (tile_scale > state.value_scale) {
+    scale_ratio = state.value_scale / next_scale;
+    state.value_scale = next_scale;
+    state.inverse_value_scale = 1.0f / next_scale;
   }
   TQ_UNROLL
-  for (int i = 0; i < 3; i++) {
-    ushort step = ushort(TQ_MAJOR_STEPS[i]);
-    logits[0] += simd_shuffle_xor(logits[0], step);
-    logits[1] += simd_shuffle_xor(logits[1], step);
+  for (int e = 0; e < 2; e++) {
+    float next = tq_max(state.maximum[e], tile_maximum[e]);
+    shrink[e] = tq_exp2(state.maximum[e] - next);
+    state.maximum[e] = next;
+    state.denominator[e] *= shrink[e];
   }
-  logits[0] *= inverse;
-  logits[1] *= inverse;
-}
-
-// Logits of a tile, not yet scaled: 2 rows per 8 tokens.
-template <typename F, int DIM>
-TQ_FUNC void tile_logits(
-    const thread half2* query, const thread typename F::Given& given,
-    const thread typename F::Place* places, thread float* logits) {
-  constexpr int OWNED = ((DIM + 15) / 16 + 3) / 4;
-  // Blocks of 16 tokens loaded before any is decoded: their loads are in flight together.
-  constexpr int AHEAD = OWNED * F::LOADED <= 8 ? 2 : 1;
   TQ_UNROLL
-  for (int b0 = 0; b0 < TILE / 16; b0 += AHEAD) {
-    typename F::Codes codes[2 * AHEAD * OWNED];
-    TQ_UNROLL
-    for (int j = 0; j < 2 * AHEAD; j++) {
-      TQ_UNROLL
-      for (int i = 0; i < OWNED; i++) {
-        codes[j * OWNED + i] = F::load(places[i], 16 * b0 + 8 * j);
-      }
-    }
-    TQ_UNROLL
-    for (int b = 0; b < AHEAD; b++) {
-      thread float* block = logits + 4 * (b0 + b);
-      TQ_UNROLL
-      for (int i = 0; i < 4; i++) block[i] = 0.0f;
-      TQ_UNROLL
-      for (int i = 0; i < OWNED; i++) {
-        const thread typename F::Codes& close = codes[2 * b * OWNED + i];
-        const thread typename F::Codes& far = codes[(2 * b + 1) * OWNED + i];
-        TQ_UNROLL
-        for (int p = 0; p < 8; p += 2) {
-          tq_logits_product(
-              block, query[i * 8 + p], query[i * 8 + p + 1],
-              F::pair(given, close, p), F::pair(given, close, p + 1),
-              F::pair(given, far, p), F::pair(given, far, p + 1));
-        }
-      }
-    }
-  }
-}
-
-// Codes of a tile's values: 2 tokens per 8, of every owned group.
-template <typename F, int DIM>
-TQ_FUNC void load_values(
-    const thread typename F::Place* places, thread typename F::Codes* codes) {
-  constexpr int OWNED = ((DIM + 15) / 16 + 7) / 8;
-  TQ_UNROLL
-  for (int i = 0; i < OWNED; i++) {
-    TQ_UNROLL
-    for (int j = 0; j < TILE / 4; j++) {
-      codes[i * (TILE / 4) + j] = F::load(places[i], 8 * (j / 2) + j % 2);
-    }
-  }
-}
-
-// Add a tile's weighted values to `sums`: per owned group and pair 4 floats, the even
-// element of rows 2 * minor and 2 * minor + 1, then the odd one.
-template <typename F, int DIM>
-TQ_FUNC void tile_values(
-    const thread half2* weights, const thread typename F::Given& given,
-    const thread typename F::Codes* codes, thread float* sums) {
-  constexpr int OWNED = ((DIM + 15) / 16 + 7) / 8;
-  TQ_UNROLL
-  for (int i = 0; i < OWNED; i++) {
-    TQ_UNROLL
-    for (int s = 0; s < TILE / 16; s++) {
-      const thread typename F::Codes* four = codes + i * (TILE / 4) + 4 * s;
-      typename F::Two close = F::both(four[0], four[1]);
-      typename F::Two far = F::both(four[2], four[3]);
-      TQ_UNROLL
-      for (int p = 0; p < 8; p++) {
-        half2 even0, odd0, even1, odd1;
-        F::elements(given, close, p, even0, odd0);
-        F::elements(given, far, p, even1, odd1);
-        tq_values_product(
-            sums + (i * 8 + p) * 4, even0, odd0, even1, odd1, weights[2 * s],
-            weights[2 * s + 1]);
-      }
-    }
-  }
+  for (int i = 0; i < SUMS; i++) sums[i] *= shrink[i % 2] * scale_ratio;
 }
 
 // All at this KV head: words uint (capacity, words), scales half (capacity, 1 or 2), where
-// capacity reaches to the end of the last tile; mask float
-// (rows, columns) in log2 units, read if MASKED; out_sums float (rows, blocks, DV) and
-// out_tops float (rows, blocks, 2): unnormalised sums, their maximum and denominator;
-// means half (pages, DK), read if CENTER; K and V: formats of keys and values, and what
-// they decode with, in units of k_gain and v_gain.
+// capacity reaches to the end of the last tile; mask float (rows, mask_columns) in log2
+// units, read if MASKED; means half (pages, DK), read if CENTER; partial_out float (rows,
+// splits, DV) and partial_lse float (rows, splits, 2): unnormalised sums, their maximum and
+// denominator. K and V: formats of keys and values; they decode in units of k_gain and
+// v_gain.
 template <typename K, typename V, int DK, int DV, bool MASKED, bool CENTER>
-TQ_FUNC void attend_block(
+TQ_FUNC void attend_split(
     const threadgroup half* queries, const device uint* k_words,
     const device half* k_scales, const device uint* v_words, const device half* v_scales,
     const device float* mask, const device half* means,
-    const thread typename K::Given& k_levels, const thread typename V::Given& v_levels,
-    float k_gain, float v_gain, const thread Sizes& sizes,
-    int first_row, device float* out_sums, device float* out_tops, uint block, uint lane) {
+    const thread typename K::DecodeParams& k_params,
+    const thread typename V::DecodeParams& v_params, float k_gain, float v_gain,
+    const thread AttendArguments& args, int first_row, device float* partial_out,
+    device float* partial_lse, uint split, uint lane) {
   constexpr uint K_GROUPS = (DK + 15) / 16;
   constexpr uint V_GROUPS = (DV + 15) / 16;
-  constexpr int K_OWNED = (K_GROUPS + 3) / 4;
-  constexpr int V_OWNED = (V_GROUPS + 7) / 8;
-  constexpr int SUMS = V_OWNED * 8 * 4;
+  constexpr int K_LANE_GROUPS = tq_key_groups(DK);
+  constexpr int V_LANE_GROUPS = tq_value_groups(DV);
+  constexpr int SUMS = V_LANE_GROUPS * 8 * 4;
 
-  half2 query[K_OWNED * 8];
+  half2 query[K_LANE_GROUPS * 8];
+  load_query_fragments<DK, K_LANE_GROUPS>(queries, lane, query);
+  int first_token = int(split) * args.tokens_per_split;
+  int end_token = first_token + args.tokens_per_split < args.packed
+                      ? first_token + args.tokens_per_split
+                      : args.packed;
+  // This lane's groups of the tile at hand. A group past the last one has zero queries, or
+  // sums nobody reads: any group will do for it.
+  typename K::Cursor k_cursors[K_LANE_GROUPS];
+  typename V::Cursor v_cursors[V_LANE_GROUPS];
   TQ_UNROLL
-  for (int i = 0; i < K_OWNED; i++) {
-    TQ_UNROLL
-    for (int p = 0; p < 8; p++) {
-      float pair[2];
-      TQ_UNROLL
-      for (int e = 0; e < 2; e++) {
-        int d = int(tq_query_owner(lane) * K_OWNED + i) * 16 + tq_query_element(lane, e, p);
-        pair[e] = d < DK ? float(queries[tq_query_row(lane, e) * DK + d]) : 0.0f;
-      }
-      query[i * 8 + p] = tq_half2(pair[0], pair[1]);
-    }
-  }
-  int start = int(block) * sizes.run;
-  int stop = start + sizes.run < sizes.length ? start + sizes.run : sizes.length;
-  // Where this lane's groups of the tile at hand are. A group past the last one has zero
-  // queries, or sums nobody reads: any group will do for it.
-  typename K::Place k_places[K_OWNED];
-  typename V::Place v_places[V_OWNED];
-  TQ_UNROLL
-  for (int i = 0; i < K_OWNED; i++) {
-    uint group = tq_minor(lane) * K_OWNED + i;
-    if (K_OWNED * 4 != K_GROUPS) group = tq_min(group, K_GROUPS - 1u);
-    k_places[i] = K::place(k_words, k_scales, group, K_GROUPS);
-    K::advance(k_places[i], size_t(start) + tq_major(lane));
+  for (int i = 0; i < K_LANE_GROUPS; i++) {
+    uint group = tq_minor(lane) * K_LANE_GROUPS + i;
+    if (K_LANE_GROUPS * 4 != K_GROUPS) group = tq_min(group, K_GROUPS - 1u);
+    k_cursors[i] = K::make_cursor(k_words, k_scales, group, K_GROUPS);
+    K::advance(k_cursors[i], size_t(first_token) + tq_major(lane));
   }
   TQ_UNROLL
-  for (int i = 0; i < V_OWNED; i++) {
+  for (int i = 0; i < V_LANE_GROUPS; i++) {
     uint group = tq_min(tq_major(lane) + 8 * i, V_GROUPS - 1u);
-    v_places[i] = V::place(v_words, v_scales, group, V_GROUPS);
-    V::advance(v_places[i], size_t(start) + 2 * tq_minor(lane));
+    v_cursors[i] = V::make_cursor(v_words, v_scales, group, V_GROUPS);
+    V::advance(v_cursors[i], size_t(first_token) + 2 * tq_minor(lane));
   }
-  k_scales += (start + tq_major(lane)) * K::SCALES;
-  v_scales += (start + tq_major(lane)) * V::SCALES;
+  k_scales += (first_token + tq_major(lane)) * K::SCALES;
+  v_scales += (first_token + tq_major(lane)) * V::SCALES;
 
+  RowState state = make_row_state();
   float sums[SUMS];
-  float top[2];
-  float denominator[2];
-  float reach = 0.0f;  // values are weighted in units of this scale, above all so far
-  float unit = 0.0f;   // 1 / reach
-  float centre[2] = {0.0f, 0.0f};
+  float mean_logit[2] = {0.0f, 0.0f};
   TQ_UNROLL
   for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
-  TQ_UNROLL
-  for (int e = 0; e < 2; e++) {
-    top[e] = -1e30f;
-    denominator[e] = 0.0f;
-  }
 
-  for (int tile = start; tile < stop; tile += TILE) {
-    float logits[TILE / 4];
-    float scales[TILE / 8];
-    float highest[2] = {-1e30f, -1e30f};
-    float largest = 0.0f;
-    typename V::Codes v_codes[V_OWNED * (TILE / 4)];
-    if (CENTER && (tile == start || tile % sizes.page == 0)) {
-      const device half* mean = means + size_t(tile / sizes.page) * DK;
-      mean_logits<DK>(queries, mean, 1.0f / k_gain, lane, centre);
+  for (int tile = first_token; tile < end_token; tile += TILE_TOKENS) {
+    float logits[TILE_TOKENS / 4];
+    float scales[TILE_TOKENS / 8];
+    float tile_maximum[2] = {-1e30f, -1e30f};
+    float tile_scale = 0.0f;
+    typename V::Codes v_codes[V_LANE_GROUPS * (TILE_TOKENS / 4)];
+    if (CENTER && (tile == first_token || tile % args.page == 0)) {
+      const device half* mean = means + size_t(tile / args.page) * DK;
+      mean_logits<DK>(queries, mean, 1.0f / k_gain, lane, mean_logit);
     }
-    tile_logits<K, DK>(query, k_levels, k_places, logits);
-    load_values<V, DV>(v_places, v_codes);  // in flight during the softmax
+    tile_logits<K, DK>(query, k_params, k_cursors, logits);
+    load_values<V, DV>(v_cursors, v_codes);  // in flight during the softmax
     TQ_UNROLL
-    for (int j = 0; j < TILE / 8; j++) {
+    for (int j = 0; j < TILE_TOKENS / 8; j++) {
       int token = tile + 8 * j + int(tq_major(lane));
       float k_scale = float(k_scales[8 * j * K::SCALES]);
       scales[j] = float(v_scales[8 * j * V::SCALES]);
-      largest = tq_max(largest, scales[j]);
+      tile_scale = tq_max(tile_scale, scales[j]);
       TQ_UNROLL
       for (int e = 0; e < 2; e++) {
         int row = first_row + int(2 * tq_minor(lane)) + e;
-        logits[2 * j + e] = logits[2 * j + e] * k_scale + centre[e];
-        if (MASKED && row < sizes.rows && token < stop) {
-          logits[2 * j + e] += mask[size_t(row) * sizes.columns + sizes.first + token];
+        logits[2 * j + e] = logits[2 * j + e] * k_scale + mean_logit[e];
+        if (MASKED && row < args.rows && token < end_token) {
+          logits[2 * j + e] += mask[size_t(row) * args.mask_columns + args.sink + token];
         }
-        if (token >= stop) logits[2 * j + e] = -3e38f;
-        highest[e] = tq_max(highest[e], logits[2 * j + e]);
+        if (token >= end_token) logits[2 * j + e] = -3e38f;
+        tile_maximum[e] = tq_max(tile_maximum[e], logits[2 * j + e]);
       }
     }
     TQ_UNROLL
     for (int i = 0; i < 3; i++) {
-      ushort step = ushort(TQ_MAJOR_STEPS[i]);
-      largest = tq_max(largest, simd_shuffle_xor(largest, step));
-      highest[0] = tq_max(highest[0], simd_shuffle_xor(highest[0], step));
-      highest[1] = tq_max(highest[1], simd_shuffle_xor(highest[1], step));
+      ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
+      tile_scale = tq_max(tile_scale, simd_shuffle_xor(tile_scale, stride));
+      tile_maximum[0] = tq_max(tile_maximum[0], simd_shuffle_xor(tile_maximum[0], stride));
+      tile_maximum[1] = tq_max(tile_maximum[1], simd_shuffle_xor(tile_maximum[1], stride));
     }
-    bool higher = highest[0] > top[0] || highest[1] > top[1];
-    if (simd_any(higher || largest > reach)) {
-      float shrink[2];
-      float wider = tq_max(2.0f * largest, 1e-30f);
-      float relative = 1.0f;
-      if (largest > reach) {  // the same on every lane
-        relative = reach / wider;
-        reach = wider;
-        unit = 1.0f / wider;
-      }
-      TQ_UNROLL
-      for (int e = 0; e < 2; e++) {
-        float next = tq_max(top[e], highest[e]);
-        shrink[e] = tq_exp2(top[e] - next);
-        top[e] = next;
-        denominator[e] *= shrink[e];
-      }
-      TQ_UNROLL
-      for (int i = 0; i < SUMS; i++) sums[i] *= shrink[i % 2] * relative;
-    }
-    half2 weights[TILE / 8];
+    raise_bounds<SUMS>(state, tile_maximum, tile_scale, sums);
+    half2 weights[TILE_TOKENS / 8];
     TQ_UNROLL
-    for (int j = 0; j < TILE / 8; j++) {
-      float first = tq_exp2(logits[2 * j] - top[0]);
-      float second = tq_exp2(logits[2 * j + 1] - top[1]);
-      float scale = scales[j] * unit;
-      denominator[0] += first;
-      denominator[1] += second;
+    for (int j = 0; j < TILE_TOKENS / 8; j++) {
+      float first = tq_exp2(logits[2 * j] - state.maximum[0]);
+      float second = tq_exp2(logits[2 * j + 1] - state.maximum[1]);
+      float scale = scales[j] * state.inverse_value_scale;
+      state.denominator[0] += first;
+      state.denominator[1] += second;
       weights[j] = tq_weights(tq_half2(first * scale, second * scale));
     }
-    tile_values<V, DV>(weights, v_levels, v_codes, sums);
+    add_weighted_values<V, DV>(weights, v_params, v_codes, sums);
     TQ_UNROLL
-    for (int i = 0; i < K_OWNED; i++) K::advance(k_places[i], TILE);
+    for (int i = 0; i < K_LANE_GROUPS; i++) K::advance(k_cursors[i], TILE_TOKENS);
     TQ_UNROLL
-    for (int i = 0; i < V_OWNED; i++) V::advance(v_places[i], TILE);
-    k_scales += TILE * K::SCALES;
-    v_scales += TILE * V::SCALES;
+    for (int i = 0; i < V_LANE_GROUPS; i++) V::advance(v_cursors[i], TILE_TOKENS);
+    k_scales += TILE_TOKENS * K::SCALES;
+    v_scales += TILE_TOKENS * V::SCALES;
   }
 
-  float out_scale = reach * v_gain;
   TQ_UNROLL
   for (int i = 0; i < 3; i++) {
-    ushort step = ushort(TQ_MAJOR_STEPS[i]);
-    denominator[0] += simd_shuffle_xor(denominator[0], step);
-    denominator[1] += simd_shuffle_xor(denominator[1], step);
+    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
+    state.denominator[0] += simd_shuffle_xor(state.denominator[0], stride);
+    state.denominator[1] += simd_shuffle_xor(state.denominator[1], stride);
   }
+  float sum_scale = state.value_scale * v_gain;
   TQ_UNROLL
   for (int e = 0; e < 2; e++) {
     int row = first_row + int(2 * tq_minor(lane)) + e;
-    if (row >= sizes.rows) continue;
-    size_t at = size_t(row) * sizes.blocks + block;
+    if (row >= args.rows) continue;
+    size_t at = size_t(row) * args.splits + split;
     if (tq_major(lane) == 0u) {
-      out_tops[2 * at] = top[e];
-      out_tops[2 * at + 1] = denominator[e];
+      partial_lse[2 * at] = state.maximum[e];
+      partial_lse[2 * at + 1] = state.denominator[e];
     }
-    device float* out = out_sums + at * DV;
+    device float* out = partial_out + at * DV;
     TQ_UNROLL
-    for (int i = 0; i < V_OWNED; i++) {
+    for (int i = 0; i < V_LANE_GROUPS; i++) {
       int group = int(tq_major(lane)) + 8 * i;
       TQ_UNROLL
       for (int p = 0; p < 8; p++) {
         int d = 16 * group + 2 * p;
-        if (d < DV) out[d] = sums[(i * 8 + p) * 4 + e] * out_scale;
-        if (d + 1 < DV) out[d + 1] = sums[(i * 8 + p) * 4 + 2 + e] * out_scale;
+        if (d < DV) out[d] = sums[(i * 8 + p) * 4 + e] * sum_scale;
+        if (d + 1 < DV) out[d + 1] = sums[(i * 8 + p) * 4 + 2 + e] * sum_scale;
       }
     }
   }
+}
+
+// Threadgroups: (splits / SIMDGROUPS, KV heads * ROW_TILES, batch). SHARED_TABLE: whether
+// keys and values look up the same table.
+TQ_ENTRY(decode_split_kv) {
+  threadgroup half queries[TILE_ROWS * DK];
+  threadgroup half2 k_table[tq_table_words(K_KIND, K_BITS, SINGLE_TABLE)];
+  threadgroup half2 v_table[SHARED_TABLE ? 1 : tq_table_words(V_KIND, V_BITS, SINGLE_TABLE)];
+  typedef Format<K_KIND, DK, K_BITS, K_TERMS, SINGLE_TABLE> K;
+  typedef Format<V_KIND, DV, V_BITS, V_TERMS, SINGLE_TABLE> V;
+  AttendArguments args = load_arguments(arguments);
+  uint3 threadgroup_index = threadgroup_position_in_grid;
+  uint lane = thread_index_in_simdgroup;
+  uint simdgroup = simdgroup_index_in_threadgroup;
+  uint thread_index = thread_index_in_threadgroup;
+  size_t batch = threadgroup_index.z;
+  size_t head = threadgroup_index.y / ROW_TILES;
+  size_t kv_head = batch * args.kv_heads + head;
+  int first_row = int(threadgroup_index.y % ROW_TILES) * TILE_ROWS;
+  load_table<K_KIND, K_BITS, SINGLE_TABLE>(k_params, k_table, thread_index, 32 * SIMDGROUPS);
+  if (!SHARED_TABLE) {
+    load_table<V_KIND, V_BITS, SINGLE_TABLE>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
+  }
+  load_queries<T, DK, ROTATE_K, SIMDGROUPS>(
+      q + batch * q_strides[0] + head * (args.rows / args.steps) * q_strides[1],
+      q_strides[1], q_strides[2], q_strides[3], k_signs + kv_head * (ROTATE_K ? DK : 0),
+      q_scale[0] * k_params[0], first_row, args, queries, simdgroup, lane);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  typename K::DecodeParams k_decode = K::make_params(k_params, k_table, lane);
+  typename V::DecodeParams v_decode =
+      V::make_params(v_params, SHARED_TABLE ? k_table : v_table, lane);
+  uint split = threadgroup_index.x * SIMDGROUPS + simdgroup;
+  if (split >= uint(args.splits)) return;
+  size_t row = kv_head * args.rows;
+  attend_split<K, V, DK, DV, MASKED, CENTER>(
+      queries, k_words + batch * k_words_strides[0] + head * k_words_strides[1],
+      k_scales + batch * k_scales_strides[0] + head * k_scales_strides[1],
+      v_words + batch * v_words_strides[0] + head * v_words_strides[1],
+      v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1],
+      mask + (MASKED ? row * args.mask_columns : 0),
+      means + (CENTER ? batch * means_strides[0] + head * means_strides[1] : 0),
+      k_decode, v_decode, k_params[0], v_params[0], args, first_row,
+      partial_out + row * args.splits * DV, partial_lse + row * args.splits * 2, split, lane);
 }

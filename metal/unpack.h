@@ -1,64 +1,63 @@
-// Codes to levels, a pair at a time. The bit layout is defined in
-// mlx_turboquant/packing.py, the levels in polynomial.py.
+// Packed codes to levels, a pair at a time. The bit layout is drawn in packing.h; the
+// levels are defined in mlx_turboquant/polynomial.py.
+
+#include "compat/base.h"
+#include "packing.h"
 
 // One group (16 elements, 8 pairs): its own words, and the word it may share with its
-// neighbour, moved so that this group's field is at bit 0 of each half.
+// neighbour, shifted so that this group's field is at bit 0 of each half.
 template <int BITS>
 struct GroupCodes {
   uint own[BITS / 2 + 1];
   uint field;
 };
 
-constexpr int tq_words(int dim, int bits) {
-  int groups = (dim + 15) / 16;
-  return (groups / 2) * bits + (groups % 2) * ((bits + 1) / 2);
-}
-
-// Where a lane's group lies in every vector: `groups` = ceil(dim / 16) in each.
+// Where a lane's group lies in the vector at hand; it advances from vector to vector.
 template <int BITS>
-struct GroupPlace {
+struct GroupCursor {
   const device uint* own;
   const device uint* shared_word;
-  uint shift;
+  uint field_shift;
 };
 
+// words: of a vector of `groups` = ceil(dim / 16) groups.
 template <int BITS>
-TQ_FUNC GroupPlace<BITS> place_group(const device uint* words, uint group, uint groups) {
+TQ_FUNC GroupCursor<BITS> make_group_cursor(const device uint* words, uint group, uint groups) {
   constexpr int OWN = BITS / 2;
   uint second = group & 1u;
   const device uint* chunk = words + (group >> 1) * BITS;
-  bool alone = second == 0u && group + 1u == groups;
-  GroupPlace<BITS> place;
-  place.own = chunk + second * OWN;
-  place.shared_word = chunk + (alone ? OWN : 2 * OWN);
-  place.shift = 8u * second;
-  return place;
+  bool has_no_neighbour = second == 0u && group + 1u == groups;
+  GroupCursor<BITS> cursor;
+  cursor.own = chunk + second * OWN;
+  cursor.shared_word = chunk + (has_no_neighbour ? OWN : 2 * OWN);
+  cursor.field_shift = 8u * second;
+  return cursor;
 }
 
-// offset: of a vector behind the one at `place`, in words.
+// offset: in words, of a vector behind the one that the cursor is at.
 template <int BITS>
-TQ_FUNC GroupCodes<BITS> load_group(GroupPlace<BITS> place, int offset) {
+TQ_FUNC GroupCodes<BITS> load_group(GroupCursor<BITS> cursor, int offset) {
   GroupCodes<BITS> codes;
   TQ_UNROLL
-  for (int i = 0; i < BITS / 2; i++) codes.own[i] = place.own[offset + i];
+  for (int i = 0; i < BITS / 2; i++) codes.own[i] = cursor.own[offset + i];
   codes.field = 0u;
-  if (BITS & 1) codes.field = place.shared_word[offset] >> place.shift;
+  if (BITS & 1) codes.field = cursor.shared_word[offset] >> cursor.field_shift;
   return codes;
 }
 
-// The same pairs of two tokens: `low` gets the even elements' codes of both (a in the
-// low halves), `high` the odd elements'.
+// Pairs of one token to pairs of two: `even` gets the even elements' codes of both tokens
+// (a in the low halves), `odd` the odd elements'.
 template <int BITS>
-TQ_FUNC void pair_tokens(
-    GroupCodes<BITS> a, GroupCodes<BITS> b, thread GroupCodes<BITS>& low,
-    thread GroupCodes<BITS>& high) {
+TQ_FUNC void split_even_odd(
+    GroupCodes<BITS> a, GroupCodes<BITS> b, thread GroupCodes<BITS>& even,
+    thread GroupCodes<BITS>& odd) {
   TQ_UNROLL
   for (int i = 0; i < BITS / 2; i++) {
-    low.own[i] = tq_low_halves(a.own[i], b.own[i]);
-    high.own[i] = tq_high_halves(a.own[i], b.own[i]);
+    even.own[i] = tq_low_halves(a.own[i], b.own[i]);
+    odd.own[i] = tq_high_halves(a.own[i], b.own[i]);
   }
-  low.field = tq_low_halves(a.field, b.field);
-  high.field = tq_high_halves(a.field, b.field);
+  even.field = tq_low_halves(a.field, b.field);
+  odd.field = tq_high_halves(a.field, b.field);
 }
 
 // The word that holds a pair, and the pair's index in it: codes lie at bits
@@ -66,45 +65,45 @@ TQ_FUNC void pair_tokens(
 template <int BITS>
 TQ_FUNC uint pair_word(GroupCodes<BITS> codes, int pair, thread int& index) {
   constexpr int OWN = BITS / 2;
-  constexpr int PER_OWN = 16 / BITS;
-  constexpr int PER_FIELD = (BITS & 1) ? 8 / BITS : 0;
-  if (pair < OWN * PER_OWN) {
-    index = pair % PER_OWN;
-    return codes.own[pair / PER_OWN];
+  constexpr int PAIRS_PER_OWN = 16 / BITS;
+  constexpr int PAIRS_PER_FIELD = (BITS & 1) ? 8 / BITS : 0;
+  if (pair < OWN * PAIRS_PER_OWN) {
+    index = pair % PAIRS_PER_OWN;
+    return codes.own[pair / PAIRS_PER_OWN];
   }
-  index = pair - OWN * PER_OWN;
-  if (index < PER_FIELD) return codes.field;
-  index -= PER_FIELD;
+  index = pair - OWN * PAIRS_PER_OWN;
+  if (index < PAIRS_PER_FIELD) return codes.field;
+  index -= PAIRS_PER_FIELD;
   // What is left lies in the spare bits: of each own half, then of the field.
   constexpr int SPARE = 16 % BITS;
-  constexpr uint MASK = ((1u << SPARE) - 1u) * 0x00010001u;
-  uint stream = 0u;
+  constexpr uint SPARE_MASK = ((1u << SPARE) - 1u) * 0x00010001u;
+  uint spare_bits = 0u;
   TQ_UNROLL
   for (int i = 0; i < OWN; i++) {
-    stream |= ((codes.own[i] >> (BITS * PER_OWN)) & MASK) << (SPARE * i);
+    spare_bits |= ((codes.own[i] >> (BITS * PAIRS_PER_OWN)) & SPARE_MASK) << (SPARE * i);
   }
   if (BITS & 1) {
-    constexpr int LAST = 8 % BITS;
-    constexpr uint LAST_MASK = ((1u << LAST) - 1u) * 0x00010001u;
-    stream |= ((codes.field >> (BITS * PER_FIELD)) & LAST_MASK) << (SPARE * OWN);
+    constexpr int FIELD_SPARE = 8 % BITS;
+    constexpr uint FIELD_MASK = ((1u << FIELD_SPARE) - 1u) * 0x00010001u;
+    spare_bits |= ((codes.field >> (BITS * PAIRS_PER_FIELD)) & FIELD_MASK) << (SPARE * OWN);
   }
-  return stream;
+  return spare_bits;
 }
 
-// How a side decodes: levels are gain * u * P(u * u), P of degree TERMS - 1 in the form
-// that polynomial.py gives. The gain is the caller's to apply.
+// Levels are gain * u * P(u * u), P of degree TERMS - 1 in the form that polynomial.py
+// gives. The gain is the caller's to apply.
 template <int TERMS>
-struct Levels {
+struct LevelPolynomial {
   half2 terms[TERMS > 1 ? TERMS - 1 : 1];
 };
 
-// given: the gain, then the terms.
+// params: the gain, then the terms.
 template <int TERMS>
-TQ_FUNC Levels<TERMS> make_levels(const device float* given) {
-  Levels<TERMS> levels;
+TQ_FUNC LevelPolynomial<TERMS> make_polynomial(const device float* params) {
+  LevelPolynomial<TERMS> polynomial;
   TQ_UNROLL
-  for (int i = 0; i + 1 < TERMS; i++) levels.terms[i] = tq_splat(given[1 + i]);
-  return levels;
+  for (int i = 0; i + 1 < TERMS; i++) polynomial.terms[i] = tq_splat(params[1 + i]);
+  return polynomial;
 }
 
 // Levels of a pair over the gain. No gather: the codes become mantissa bits of a half,
@@ -112,27 +111,27 @@ TQ_FUNC Levels<TERMS> make_levels(const device float* given) {
 // 9 / BITS pairs, from bit 1 on; e depends on where the pair then lies.
 template <int BITS, int TERMS>
 TQ_FUNC half2 pair_levels(
-    const thread Levels<TERMS>& levels, GroupCodes<BITS> codes, int pair) {
-  constexpr uint CODES = (1u << BITS) - 1u;
-  constexpr int PER = 9 / BITS;
+    const thread LevelPolynomial<TERMS>& polynomial, GroupCodes<BITS> codes, int pair) {
+  constexpr uint CODE_MASK = (1u << BITS) - 1u;
+  constexpr int PAIRS_PER_SHIFT = 9 / BITS;
   int index;
   uint word = pair_word<BITS>(codes, pair, index);
-  int place = 1 + BITS * (index % PER);
-  int shift = BITS * PER * (index / PER) - 1;
-  uint moved = shift < 0 ? word << 1 : word >> shift;
-  uint power = uint(25 - place - BITS) << 10;
-  uint raised = tq_and_or(moved, (CODES << place) * 0x00010001u, power * 0x00010001u);
+  int low_bit = 1 + BITS * (index % PAIRS_PER_SHIFT);
+  int shift = BITS * PAIRS_PER_SHIFT * (index / PAIRS_PER_SHIFT) - 1;
+  uint shifted = shift < 0 ? word << 1 : word >> shift;
+  uint exponent = uint(25 - low_bit - BITS) << 10;
+  uint raised = tq_and_or(shifted, (CODE_MASK << low_bit) * 0x00010001u, exponent * 0x00010001u);
   // u = (code - (n - 1) / 2) / n, n = 2^BITS.
-  half2 u = tq_half2(raised) - tq_half2((power | (CODES << (place - 1))) * 0x00010001u);
+  half2 u = tq_half2(raised) - tq_half2((exponent | (CODE_MASK << (low_bit - 1))) * 0x00010001u);
   if (TERMS == 1) return u;
   if (TERMS <= 3) {
-    half2 sum = tq_fma(u, u, levels.terms[0]);
-    if (TERMS == 3) sum = tq_fma(sum, sum, levels.terms[1]);
+    half2 sum = tq_fma(u, u, polynomial.terms[0]);
+    if (TERMS == 3) sum = tq_fma(sum, sum, polynomial.terms[1]);
     return sum * u;
   }
   half2 square = u * u;
-  half2 sum = levels.terms[0];
+  half2 sum = polynomial.terms[0];
   TQ_UNROLL
-  for (int i = 1; i < TERMS - 1; i++) sum = tq_fma(sum, square, levels.terms[i]);
+  for (int i = 1; i < TERMS - 1; i++) sum = tq_fma(sum, square, polynomial.terms[i]);
   return tq_fma(sum, square, tq_splat(1.0f)) * u;
 }

@@ -1,8 +1,8 @@
 """`attend`: attention over what a cache returned.
 
 Validates, hides tokens that left a window, and loops over the rows of a ragged batch.
-The arithmetic, and with it the change of basis (q into it, the output out of it), is the
-`attend` of the cache's backend. Nothing here writes to a cache.
+The arithmetic, and with it the change of basis (q into it, the output out of it), is
+the `attend` of the cache's backend. Nothing here writes to a cache.
 """
 
 from __future__ import annotations

@@ -1,32 +1,27 @@
 """`explain`: what a cache stores, layer by layer, and why anything was left alone.
 
-Owns the wording for users. Reads caches by their public properties only.
+Reads caches by their public properties, and the records that a `PromptCache` carries.
 """
 
 from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cache import BatchTurboQuantCache, TurboQuantCache
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
-#: Why a cache of mlx-lm's is not replaced, by class name.
-LEFT_ALONE = {
-    "RotatingKVCache": "a sliding window already bounds it",
-    "ArraysCache": "recurrent state, not keys and values",
-    "ChunkedKVCache": "chunked attention trims its own front",
-    "ConcatenateKVCache": "made for blocks that are attended once",
-    "QuantizedKVCache": "already quantized by mlx-lm",
-    "KVCache": "no compressed cache was asked for",
-}
+from .cache import BatchTurboQuantCache, TurboQuantCache
+from .entries import CacheEntry, PromptCache, kind_reason, nbytes_of
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One cache entry of a prompt cache.
+    """What one entry of a prompt cache holds now.
 
     Attributes:
         layer: Index in the prompt cache, ``"3.0"`` inside a list of caches.
@@ -83,21 +78,18 @@ class Explanation:
         elements = sum(row.elements for row in rows)
         count = f"{len(rows)} of {len(self.layers)} layers"
         if not rows:
-            return f"{size_text(self.nbytes)}, uncompressed; try --kv-bits 3"
+            return f"{decimal(self.nbytes)}, uncompressed; try --kv-bits 3"
         specs = _specs_text([row.spec for row in rows])
         if not elements:
             return f"{specs} in {count}, empty"
         bits = 8 * sum(row.nbytes for row in rows) / elements
         return (
-            f"{size_text(self.nbytes)} against {size_text(self.fp16_nbytes)} in fp16 "
+            f"{decimal(self.nbytes)} against {decimal(self.fp16_nbytes)} in fp16 "
             f"({_ratio_text(self.fp16_nbytes / self.nbytes)}), {bits:.2f} bits per "
             f"element, {specs} in {count}"
         )
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
         table = Table("layer", "cache", "spec", "backend", box=None)
         table.add_column("sink+packed+recent", justify="right")
         table.add_column("bytes", justify="right")
@@ -115,10 +107,7 @@ class Explanation:
                 bits,
                 row.reason,
             )
-        console = Console(file=io.StringIO(), width=120)
-        console.print(table)
-        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-        return "\n".join([*(line.rstrip() for line in lines), self.summary()])
+        return f"{table_text(table, width=120)}\n{self.summary()}"
 
     def __repr__(self) -> str:
         return f"Explanation({self.summary()})"
@@ -130,41 +119,51 @@ def explain(cache: Any) -> Explanation:
     Args:
         cache: A prompt cache (list of layer caches) or one layer's cache.
     """
-    entries = cache if isinstance(cache, Sequence) else [cache]
-    return Explanation(tuple(_rows(entries, "")))
+    caches = cache if isinstance(cache, Sequence) else [cache]
+    entries = cache.entries if isinstance(cache, PromptCache) else ()
+    return Explanation(tuple(_rows(caches, {e.label: e for e in entries})))
 
 
-def _rows(entries: Iterable[Any], prefix: str) -> Iterable[LayerReport]:
-    for index, entry in enumerate(entries):
-        layer = f"{prefix}{index}"
-        nested = getattr(entry, "caches", None)
+def _rows(
+    caches: Iterable[Any], entries: Mapping[str, CacheEntry], prefix: str = ""
+) -> Iterator[LayerReport]:
+    for index, cache in enumerate(caches):
+        label = f"{prefix}{index}"
+        nested = getattr(cache, "caches", None)
         if nested is not None:
-            yield from _rows(nested, f"{layer}.")
-        elif isinstance(entry, BatchTurboQuantCache):
-            yield from _rows(entry.rows, f"{layer}.")
-        elif isinstance(entry, TurboQuantCache):
+            yield from _rows(nested, entries, f"{label}.")
+        elif isinstance(cache, BatchTurboQuantCache):
+            yield from _rows(cache.rows, entries, f"{label}.")
+        elif isinstance(cache, TurboQuantCache):
             yield LayerReport(
-                layer,
-                type(entry).__name__,
-                spec=str(entry.spec),
-                backend=entry.backend_text,
-                tokens=(entry.sink_length, entry.packed_length, entry.recent_length),
-                nbytes=entry.nbytes,
-                elements=0 if entry.empty() else entry.elements,
-                returns_arrays=entry.returns_arrays,
+                label,
+                type(cache).__name__,
+                spec=str(cache.spec),
+                backend=_backend(cache),
+                tokens=(cache.sink_length, cache.packed_length, cache.recent_length),
+                nbytes=cache.nbytes,
+                elements=0 if cache.empty() else cache.elements,
+                returns_arrays=cache.returns_arrays,
             )
         else:
-            name = type(entry).__name__
-            reason = getattr(entry, "left_alone", None)
-            reason = reason or LEFT_ALONE.get(name, "not a kind we know")
-            yield LayerReport(layer, name, nbytes=_nbytes(entry), reason=reason)
+            kind, entry = type(cache).__name__, entries.get(label)
+            # A list can change under its records: one of another class says nothing.
+            reason = entry.reason if entry is not None and entry.kind == kind else ""
+            reason = reason or kind_reason(kind)
+            yield LayerReport(label, kind, nbytes=nbytes_of(cache), reason=reason)
 
 
-def _nbytes(entry: Any) -> int:
-    try:
-        return int(entry.nbytes)
-    except (AttributeError, NotImplementedError, TypeError):
-        return 0  # some stock caches cannot say while they are empty
+def _backend(cache: TurboQuantCache) -> str:
+    """What computes the next decoded token, and why it is not a faster backend."""
+    choice = cache.choice
+    if choice is None:
+        return ""
+    if not cache.packed_length:
+        return "mlx: nothing is packed yet"
+    reason = choice.reason
+    if cache.returns_arrays:
+        reason = "the model computes attention itself, so each step decodes all"
+    return f"{choice.backend.name}: {reason}" if reason else choice.backend.name
 
 
 def _specs_text(specs: list[str]) -> str:
@@ -181,10 +180,9 @@ def _ratio_text(ratio: float) -> str:
     return f"{1 / ratio:.2f}x larger: the text is still shorter than the buffers"
 
 
-def size_text(count: float) -> str:
-    """Bytes as people read them: ``1.5 MB`` is 1.5e6 bytes."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count:.0f} bytes"
-        count /= 1000
-    return f"{count:.2f} GB"
+def table_text(table: Table, width: int) -> str:
+    """A table as plain text, without spaces at the ends of lines."""
+    paper = io.StringIO()
+    console = Console(file=paper, width=width, color_system=None, highlight=False)
+    console.print(table)
+    return "\n".join(line.rstrip() for line in paper.getvalue().splitlines())

@@ -1,7 +1,7 @@
 """`Footprint`: how many bytes caches take at any length, and what that does to speed.
 
-Owns the arithmetic from layer shapes and specs to bytes, tokens that fit and estimated
-time per token. Where the shapes come from is ``integrations/footprint.py``'s.
+The arithmetic goes from the records of cache entries and a spec to bytes, tokens that
+fit and estimated time per token. ``integrations/footprint.py`` makes the records.
 
 Decoding a token reads every active weight and the whole cache once, so at best the
 time of a step is that of the bytes read, with codes counted `_CODE_COST` times: what
@@ -21,6 +21,7 @@ from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
 from .codecs import codec_for
+from .entries import CacheEntry
 from .spec import CacheSpec
 
 #: By codec. Over fp16 an attention took 131 us for 268 MB; over codes 73 us for 56 MB
@@ -28,28 +29,10 @@ from .spec import CacheSpec
 _CODE_COST = {"turboquant": 2.7, "rotated-int4": 1.6, "trellis": 4.5}
 #: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
 _TRANSIENT = SLICE_BYTES + (256 << 20)
-_UNIT = 2  # bytes of an uncompressed element
-_STEP = 128  # tokens that our buffers grow by
-_PLAIN_STEP = 256  # and mlx-lm's
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One cache entry's shape.
-
-    Attributes:
-        heads: KV heads.
-        k_dim: Elements of a key.
-        v_dim: Elements of a value.
-        window: Tokens it keeps; None for all.
-        packed: Whether it can hold codes.
-    """
-
-    heads: int
-    k_dim: int
-    v_dim: int
-    window: int | None = None
-    packed: bool = True
+_FP16_BYTES = 2
+_CODES_GROWTH = 128  # tokens that our buffers of codes grow by
+_PLAIN_GROWTH = 256  # and mlx-lm's buffers
+_DECODE_TOKENS = 8  # room for the tokens of one step in our recent buffers
 
 
 @dataclass(frozen=True)
@@ -57,14 +40,14 @@ class Footprint:
     """A model's memory, known from its config.
 
     Attributes:
-        layers: Its cache entries that hold keys and values.
+        layers: Its cache entries that hold keys and values, with their shapes.
         weights: Bytes of all weights.
         active: Bytes of the weights that one token reads.
         fixed: Bytes of caches that do not grow, such as recurrent states.
         context: Longest text it was made for, in tokens; None if unknown.
     """
 
-    layers: Sequence[Layer]
+    layers: Sequence[CacheEntry]
     weights: int
     active: int
     fixed: int = 0
@@ -72,7 +55,7 @@ class Footprint:
 
     def cache_bytes(self, tokens: int, spec: CacheSpec | None = None) -> int:
         """Bytes of the caches of a text, spare capacity included."""
-        return self.fixed + sum(_bytes(layer, tokens, spec)[0] for layer in self.layers)
+        return self.fixed + sum(_bytes(entry, tokens, spec)[0] for entry in self.layers)
 
     def tokens_in(self, memory: int, spec: CacheSpec | None = None) -> int:
         """Tokens of one text that fit in ``memory`` bytes beside the weights.
@@ -98,69 +81,72 @@ class Footprint:
         timed = [cost for cost in costs if cost is not None]
         if len(timed) < len(costs):
             return None
-        parts = [_bytes(layer, tokens, spec) for layer in self.layers]
-        codes = sum(part[1] for part in parts)
-        others = sum(part[0] for part in parts) - codes
-        whole = self.active + self.fixed + self.cache_bytes(tokens)
-        return whole / (self.active + self.fixed + others + max(timed) * codes)
-
-
-def _bytes(layer: Layer, tokens: int, spec: CacheSpec | None) -> tuple[int, int]:
-    """Bytes of one entry, and how many of them are codes."""
-    held = tokens if layer.window is None else min(tokens, layer.window)
-    plain = layer.heads * (layer.k_dim + layer.v_dim) * _UNIT
-    if spec is None or not layer.packed:
-        return plain * -(-held // _PLAIN_STEP) * _PLAIN_STEP, 0
-    settled = max(0, held - spec.sink - spec.window)
-    if layer.window is not None and tokens > layer.window:
-        settled += spec.page  # its first page may be hidden in part
-    packed = settled // spec.page * spec.page
-    recent = spec.sink + spec.window + spec.page + 8
-    sides = (
-        codec_for(spec.keys, layer.k_dim, "keys"),
-        codec_for(spec.values, layer.v_dim, "values"),
-    )
-    code = sum(side.bits_per_vector for side in sides) / 8
-    capacity = -(-packed // _STEP) * _STEP
-    means = layer.k_dim * 2 / spec.page if spec.center == "page" else 0
-    codes = round(layer.heads * capacity * (code + means))
-    return plain * recent + codes, codes
-
-
-def machine_memory() -> int:
-    """Bytes that MLX may use: the GPU's working set, or this machine's memory."""
-    info = mx.device_info()
-    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
-    return int(size or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        parts = [_bytes(entry, tokens, spec) for entry in self.layers]
+        code_bytes = sum(part[1] for part in parts)
+        plain_bytes = sum(part[0] for part in parts) - code_bytes
+        read_always = self.active + self.fixed
+        read_fp16 = self.active + self.fixed + self.cache_bytes(tokens)
+        return read_fp16 / (read_always + plain_bytes + max(timed) * code_bytes)
 
 
 def tight_memory_warning(
     footprint: Footprint, tokens: int, spec: CacheSpec | None, memory_bytes: int
 ) -> str | None:
-    """What to say if a text does not fit in memory; None if it does.
+    """What to tell a user whose text will not fit; None if it will.
 
     Args:
-        footprint: The model's.
-        tokens: Of the text; its part beyond the model's context is not counted.
-        spec: Of the caches; None for fp16.
-        memory_bytes: Weights and caches have these.
+        footprint: Sizes of the model.
+        tokens: How many the whole text has, the answer included.
+        spec: What the caches store; None for mlx-lm's own.
+        memory_bytes: What the machine has.
     """
     if spec is not None and spec.adaptive:
         spec = CacheSpec.parse(round(spec.budget or 3))
     fitting = footprint.tokens_in(memory_bytes, spec)
     if fitting >= min(tokens, footprint.context or tokens):
         return None
-    needed_bytes = footprint.weights + footprint.cache_bytes(tokens, spec)
-    presets = ["3"] if spec is None else ["2", "2,codec=trellis"]
-    fitting_by_preset = {
-        preset: footprint.tokens_in(memory_bytes, CacheSpec.parse(preset))
-        for preset in presets
+    needed = footprint.weights + footprint.cache_bytes(tokens, spec)
+    smaller = ["3"] if spec is None else ["2", "2,codec=trellis"]
+    holds = {
+        option: footprint.tokens_in(memory_bytes, CacheSpec.parse(option))
+        for option in smaller
     }
-    best = max(presets, key=lambda preset: fitting_by_preset[preset])
-    hint = ""
-    if fitting_by_preset[best] > fitting:
-        hint = f"; --kv-bits {best} holds {fitting_by_preset[best]}"
+    best = max(holds, key=lambda option: holds[option])
+    hint = f"; --kv-bits {best} holds {holds[best]}" if holds[best] > fitting else ""
     return (
-        f"{tokens} tokens need {decimal(needed_bytes)} with the weights, this "
-        f"machine has {decimal(memory_bytes)}, enough for {fitting}{hint}"
+        f"{tokens} tokens need {decimal(needed)} with the weights, this machine has "
+        f"{decimal(memory_bytes)}, enough for {fitting}{hint}"
     )
+
+
+def machine_memory() -> int:
+    """Bytes that MLX may use: the GPU's working set, or this machine's memory."""
+    info = mx.device_info()
+    size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    if size:
+        return int(size)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int, int]:
+    """Bytes of one entry, and how many of them are codes."""
+    assert entry.shape is not None, "a footprint's entries hold keys and values"
+    heads, k_dim, v_dim = entry.shape
+    window = entry.sliding_window
+    stored = tokens if window is None else min(tokens, window)
+    plain = heads * (k_dim + v_dim) * _FP16_BYTES
+    if spec is None or not entry.under(spec).is_compressed:
+        return plain * -(-stored // _PLAIN_GROWTH) * _PLAIN_GROWTH, 0
+    quantizable = max(0, stored - spec.sink - spec.window)
+    if window is not None and tokens > window:
+        quantizable += spec.page  # its first page may be hidden in part
+    packed = quantizable // spec.page * spec.page
+    capacity = -(-packed // _CODES_GROWTH) * _CODES_GROWTH
+    keys = codec_for(spec.keys, k_dim, "keys")
+    values = codec_for(spec.values, v_dim, "values")
+    bytes_per_token = (keys.bits_per_vector + values.bits_per_vector) / 8
+    if spec.center == "page":
+        bytes_per_token += k_dim * _FP16_BYTES / spec.page
+    codes = round(heads * capacity * bytes_per_token)
+    recent = spec.sink + spec.window + spec.page + _DECODE_TOKENS
+    return plain * recent + codes, codes

@@ -3,8 +3,8 @@
     encode   channel transform -> minus the page's mean -> codec
     decode   codec -> plus the page's mean -> inverse channel transform
 
-Caches, handles and backends take one for the keys and one for the values. Kernels do the
-same faster; what they must agree with is here.
+Caches, handles and backends take one for the keys and one for the values. Kernels do
+the same faster; what they must agree with is here.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Quantizer:
         A page that was cut by a trim keeps the mean it had.
 
         Args:
-            x: Vectors (B, H, N, D) that end where a page does.
+            x: Vectors (B, H, N, D); if a page begins in them, they end where one does.
             first: Encoded vectors before them.
 
         Raises:
@@ -150,14 +150,14 @@ class Quantizer:
         if self.means is None:
             return
         page = self.means.page
-        if (first + x.shape[2]) % page:
+        begun = x[:, :, max(0, self.means.count * page - first) :].astype(mx.float32)
+        batch, heads, count, dim = begun.shape
+        if count % page:
             raise ValueError(
                 f"{x.shape[2]} tokens behind {first} do not end where a page of {page} "
                 "does; encode whole pages"
             )
-        begun = x[:, :, self.means.count * page - first :].astype(mx.float32)
-        if begun.shape[2]:
-            batch, heads, _, dim = begun.shape
+        if count:
             pages = begun.reshape(batch, heads, -1, page, dim)
             self.means.append(self.transform.encode(mx.mean(pages, axis=3)))
 

@@ -62,7 +62,7 @@ class TokenArrays:
 
     def _grown(self, name: str, like: mx.array, length: int) -> mx.array:
         batch, heads, _, width = like.shape
-        # At least one growth: MLX hands arrays of under 8 elements to kernels otherwise.
+        # At least one growth: kernels do not take arrays of under 8 elements.
         capacity = max(1, -(-length // self.growth)) * self.growth
         # Zeros, because kernels read whole tiles: what lies behind the last token is
         # counted for nothing, but must not be NaN.

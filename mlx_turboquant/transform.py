@@ -38,7 +38,7 @@ class ChannelTransform:
         return self.rotation.forward(_permute(x, self.channel_order))
 
     def encode_query(self, q: mx.array) -> mx.array:
-        """Queries (B, Hq, L, D), float32: their dot products with encoded keys are q . k."""
+        """Queries (B, Hq, L, D) whose products with encoded keys are q . k, float32."""
         return self.rotation.forward(_permute(self._times_gains(q), self.channel_order))
 
     def decode(self, x_rot: mx.array) -> mx.array:

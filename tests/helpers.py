@@ -40,7 +40,7 @@ def softmax_attention(q, k, v, scale, mask=None, sinks=None):
 
 
 def stored(side):
-    """The vectors that a `CompressedTokens` stands for, float32, in the model's own basis."""
+    """The vectors that a `CompressedTokens` stands for, float32, unrotated."""
     if side.packed is None:
         return side.recent_tokens.astype(mx.float32)
     whole_rot = Reference().materialize_rot(side, slice(None), mx.float32)

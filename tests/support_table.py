@@ -3,6 +3,7 @@
 ``python tests/support_table.py`` writes it; test_models.py holds each row to the file.
 """
 
+import textwrap
 import warnings
 from collections import Counter
 
@@ -22,17 +23,31 @@ What every model type of mlx-lm 0.32.2 does with `--kv-bits`, found by building 
 random one of each (`tests/tiny_models.py`) and asking `tq.explain`; made by
 `python tests/support_table.py` and held by `tests/test_models.py`, which also compares
 the logits of two chunks of a prompt and two decode steps at 8 bits with mlx-lm's own
-cache: they differ by less than 1% of the logits' spread.
+cache: they differ by less than 1% of the logits' spread. Types that may have sliding
+windows, such as llama, have them here.
 
-*codes*: attention reads packed codes, by a kernel where there is one. *decoded*: the
-model computes attention itself, so all of a layer is decoded at each step: it saves
-memory between steps, not time. *sliding*: a window of tokens, compressed if it is at
-least sink + window + two pages long (292 tokens unless said otherwise). Counts are
+"""
+TABLE = """\
+## By type
+
+*codes*: attention reads packed codes, by a kernel where there is one. *sliding*: a
+window of tokens, compressed if it is at least sink + window + two pages long (292
+tokens unless said otherwise). *decoded*: the model computes attention itself, so all of
+a layer is decoded at each step: it saves memory between steps, not time. Counts are
 layers of the tiny models, most of which have four.
 
 | model type | codes | sliding | decoded | left to mlx-lm |
 |---|---|---|---|---|
 """
+#: What a model's line means for its user, the first that applies.
+GROUPS = {
+    "refused": "No layer can be compressed",
+    "not tried": "Not tried here",
+    "decoded": "Layers are decoded at each step, which saves memory and not time",
+    "left": "Some layers stay mlx-lm's: recurrent states, chunks, keys of an index",
+    "sliding": "Attention reads codes; sliding windows too, if they are long enough",
+    "codes": "Attention reads codes in every layer",
+}
 
 
 def row(name, caches):
@@ -60,6 +75,8 @@ def refusal(name, error):
 
 def line(name):
     """The line of any type."""
+    if name in NOT_BUILT:
+        return f"| {name} | | | | not tried: {NOT_BUILT[name]} |"
     try:
         with warnings.catch_warnings(action="ignore"):
             return row(name, tq.make_prompt_cache(build(name), SPEC))
@@ -67,11 +84,33 @@ def line(name):
         return refusal(name, error)
 
 
+def name_of(text):
+    """The model type of a line."""
+    return text.split("|")[1].strip()
+
+
+def group_of(text):
+    """The key in `GROUPS` of a line."""
+    _, _, _, sliding, decoded, left, _ = (cell.strip() for cell in text.split("|"))
+    said = left.partition(":")[0]
+    if said in GROUPS:
+        return said
+    filled = {"decoded": decoded, "left": left, "sliding": sliding, "codes": True}
+    return next(key for key in GROUPS if filled.get(key))
+
+
+def summary(lines):
+    """The types of each group, as paragraphs."""
+    for key, title in reversed(GROUPS.items()):
+        names = ", ".join(name_of(text) for text in lines if group_of(text) == key)
+        yield textwrap.fill(f"**{title}:** {names}.", 88, break_on_hyphens=False)
+
+
 def main():
     """Write the file."""
-    lines = [line(name) for name in types()]
-    lines += [f"| {name} | | | | not tried: {why} |" for name, why in NOT_BUILT.items()]
-    FILE.write_text(HEAD + "\n".join(sorted(lines)) + "\n")
+    lines = sorted(line(name) for name in [*types(), *NOT_BUILT])
+    groups = "\n\n".join(summary(lines))
+    FILE.write_text(f"{HEAD}{groups}\n\n{TABLE}" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from test_batch import tiny_model
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError
-from mlx_turboquant.integrations.server import PromptCache
+from mlx_turboquant.integrations.factory import caches_for
+from mlx_turboquant.integrations.server import PromptStore
 from mlx_turboquant.integrations.speculation import PairedCaches, check_rewinds
 
 SPEC = "8,window=8,page=16"
@@ -96,15 +97,15 @@ def test_a_newer_format_is_one_clear_error_and_the_file_stays(model, tmp_path):
     file = tmp_path / "c.safetensors"
     cache = tq.make_prompt_cache(model, SPEC)
     steps(model, PROMPT, 0, cache)
-    from mlx_turboquant.cache import files
+    from mlx_turboquant.cache import state
 
-    known, files.FORMAT_VERSION = files.FORMAT_VERSION, 99
+    known, state.FORMAT_VERSION = state.FORMAT_VERSION, 99
     try:
         tq.save_prompt_cache(file, cache)
     finally:
-        files.FORMAT_VERSION = known
+        state.FORMAT_VERSION = known
     before = file.read_bytes()
-    with pytest.raises(FormatError, match=r"format 99 is not 3.*update"):
+    with pytest.raises(FormatError, match=r"format 99 is not 4.*update"):
         tq.load_prompt_cache(file, model)
     assert file.read_bytes() == before
 
@@ -188,7 +189,7 @@ def kept(model, tokens):
 
 
 def test_the_nearest_prompt_is_found_copied_and_trimmed(model):
-    store = PromptCache(max_size=4)
+    store = PromptStore(max_size=4)
     text = PROMPT.tolist()
     store.insert_cache("m", text, kept(model, text))
     assert store.nbytes == sum(c.nbytes for c in kept(model, text))
@@ -204,7 +205,7 @@ def test_the_nearest_prompt_is_found_copied_and_trimmed(model):
 
 
 def test_a_longer_text_takes_its_prefixes_place(model):
-    store = PromptCache(max_size=4)
+    store = PromptStore(max_size=4)
     text = PROMPT.tolist()
     store.insert_cache("m", text[:50], kept(model, text[:50]))
     store.insert_cache("m", text, kept(model, text))
@@ -215,14 +216,14 @@ def test_caches_and_tokens_are_kept_in_step(model):
     """Of two models that have seen different numbers of tokens, the shorter counts."""
     text = PROMPT.tolist()
     pair = kept(model, text[:99]) + kept(model, text[:97])
-    store = PromptCache()
+    store = PromptStore()
     store.insert_cache("m", text, pair)
     found, rest = store.fetch_nearest_cache("m", text)
     assert offsets(found) == [97] * 4
     assert rest == text[97:]
     windows = tq.make_prompt_cache(model, SPEC, 64)  # which cannot go back
     steps(model, PROMPT, 0, windows)
-    store = PromptCache()
+    store = PromptStore()
     store.insert_cache("m", text, windows + kept(model, text[:97]))
     assert len(store) == 0
 
@@ -230,7 +231,7 @@ def test_caches_and_tokens_are_kept_in_step(model):
 def test_a_budget_drops_the_oldest(model):
     text = PROMPT.tolist()
     one = sum(c.nbytes for c in kept(model, text))
-    store = PromptCache(max_bytes=2 * one)
+    store = PromptStore(max_bytes=2 * one)
     for first in (1, 2, 3):
         store.insert_cache("m", [first, *text[1:]], kept(model, text))
     assert len(store) == 2
@@ -245,12 +246,9 @@ def test_a_budget_drops_the_oldest(model):
 @pytest.mark.parametrize("draft", [None, "2,window=8,page=16"])
 def test_drafted_text_is_the_plain_text(books, target, draft, hooked):
     model, tokenizer = books
-    from mlx_turboquant.integrations.factory import stock_caches
 
     def cache(spec):
-        return (
-            stock_caches(model) if spec is None else tq.make_prompt_cache(model, spec)
-        )
+        return caches_for(model, spec)
 
     prompt = tokenizer.encode("The old man looked at the sea and said to the boy that ")
     options = {"max_tokens": 60}

@@ -9,8 +9,8 @@ from mlx_lm.models.cache import ArraysCache
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError, UnsupportedError
-from mlx_turboquant.integrations import factory as host
 from mlx_turboquant.integrations.conversation import Conversation
+from mlx_turboquant.integrations.stock import length_of, stock_caches
 
 STORY = "The old man looked at the sea and thought of the years that had gone. " * 4
 TEMPLATE = (
@@ -30,7 +30,7 @@ def make(books, hooked):
 
         def cache():
             if spec is None:
-                return host.stock_caches(model)
+                return stock_caches(model)
             return tq.make_prompt_cache(model, spec)
 
         return Conversation(model, tokenizer, cache, name="books", **options)
@@ -50,7 +50,7 @@ def test_a_turn_reads_only_what_is_new(make, spec):
     _, second = answer(talk, "And then?")
     assert second < first / 2
     assert talk.tokens > first + 10
-    assert host.length_of(talk.cache) == talk.tokens
+    assert length_of(talk.cache) == talk.tokens
     roles = [message["role"] for message in talk.messages]
     assert roles == ["user", "assistant"] * 2
 
@@ -73,7 +73,7 @@ def test_without_a_template_the_text_goes_on(make):
     _, first = answer(talk, STORY)
     _, second = answer(talk, " He said")
     assert second <= 6 < first
-    text = talk.tokenizer.decode(talk._all)
+    text = talk.tokenizer.decode(talk._text_tokens)
     assert text.startswith("A tale.\n" + STORY)
     assert " He said" in text
 
@@ -84,7 +84,7 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(make):
     said = "".join(next(speech).text for _ in range(5))
     speech.close()
     assert talk.messages[-1] == {"role": "assistant", "content": said}
-    assert host.length_of(talk.cache) == talk.tokens
+    assert length_of(talk.cache) == talk.tokens
     assert answer(talk, "Why?")[1] < 30
 
 
@@ -95,7 +95,7 @@ def test_a_rewritten_past_is_read_again(make):
     talk.messages[0]["content"] = "Another " + STORY
     _, second = answer(talk, "And then?")
     assert second > 0.8 * first
-    assert host.length_of(talk.cache) == talk.tokens
+    assert length_of(talk.cache) == talk.tokens
 
 
 def test_a_cache_that_cannot_go_back_starts_over(make):
@@ -103,11 +103,11 @@ def test_a_cache_that_cannot_go_back_starts_over(make):
     answer(talk, STORY)
     talk.cache.append(ArraysCache(1))
     made = []
-    talk._make_cache = lambda: made.append(1) or host.stock_caches(talk.network)
+    talk._make_cache = lambda: made.append(1) or stock_caches(talk.network)
     talk.messages[0]["content"] = "Another " + STORY
     answer(talk, "And then?")
     assert made == [1]
-    assert host.length_of(talk.cache) == talk.tokens
+    assert length_of(talk.cache) == talk.tokens
 
 
 def test_saved_and_loaded_it_goes_on_the_same(make, tmp_path):

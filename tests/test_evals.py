@@ -10,8 +10,9 @@ from helpers import MODEL
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError, SpecError, UnsupportedModelError
-from mlx_turboquant.evals import caches, needles, pathologies, report, results, scoring
+from mlx_turboquant.evals import caches, needles, pathologies, report, scoring
 from mlx_turboquant.evals import evaluate as evaluation
+from mlx_turboquant.evals import results as statistics
 from mlx_turboquant.evals import text as texts
 from mlx_turboquant.evals.grid import EvalPlan
 
@@ -40,7 +41,7 @@ BASELINES = ("fp", "affine:4", "rotated-affine:4")
 
 
 @pytest.fixture(scope="module")
-def found(books, folder):
+def results(books, folder):
     """A whole small evaluation, saved."""
     return tq.evaluate(
         *books,
@@ -53,13 +54,13 @@ def found(books, folder):
     )
 
 
-def by_name(found, length, **kind):
-    return {row.name: row for row in found.rows(**kind) if row.length == length}
+def by_name(results, length, **kind):
+    return {row.name: row for row in results.rows(**kind) if row.length == length}
 
 
-def test_scores_obey_the_laws(found):
+def test_scores_obey_the_laws(results):
     for length in PLAN.lengths:
-        rows = by_name(found, length)
+        rows = by_name(results, length)
         assert rows["fp"].kld < 1e-6
         assert rows["fp"].top1 == 1
         assert rows["fp"].bits == 16
@@ -75,14 +76,14 @@ def test_scores_obey_the_laws(found):
             assert row.kld <= row.worst
             assert row.tokens == PLAN.windows * PLAN.tail
     assert (
-        by_name(found, 300)["k3v3,page=32"].bits
-        < by_name(found, 200)["k3v3,page=32"].bits
+        by_name(results, 300)["k3v3,page=32"].bits
+        < by_name(results, 200)["k3v3,page=32"].bits
     )
 
 
-def test_modes_divide_the_tokens(found):
+def test_modes_divide_the_tokens(results):
     every, chunked, stepped = (
-        by_name(found, 300, mode=m)["k2v2,page=32"]
+        by_name(results, 300, mode=m)["k2v2,page=32"]
         for m in ("all", "chunked", "stepped")
     )
     assert (chunked.tokens, stepped.tokens) == (48, 8)
@@ -90,30 +91,30 @@ def test_modes_divide_the_tokens(found):
     assert every.kld == pytest.approx(mean, rel=1e-6)
 
 
-def test_an_offset_hurts_affine_and_not_us(found):
-    plain, sick = by_name(found, 300), by_name(found, 300, pathology="offset 10")
-    assert sick["affine:4"].kld > 5 * plain["affine:4"].kld
-    assert sick["k3v3,page=32"].kld < 2 * plain["k3v3,page=32"].kld
+def test_an_offset_hurts_affine_and_not_us(results):
+    plain, shifted = by_name(results, 300), by_name(results, 300, pathology="offset 10")
+    assert shifted["affine:4"].kld > 5 * plain["affine:4"].kld
+    assert shifted["k3v3,page=32"].kld < 2 * plain["k3v3,page=32"].kld
 
 
-def test_layers_needles_and_greedy_are_there(found):
-    layers = found.of_kind("layer")
+def test_layers_needles_and_greedy_are_there(results):
+    layers = results.of_kind("layer")
     assert [job["layer"] for job in layers] == [*range(8)] * 2
     one = [np.mean(np.concatenate([s["kld"] for s in j["spans"]])) for j in layers]
     assert all(0 < kld < 0.1 for kld in one)
-    fp = [job for job in found.of_kind("needle") if job["name"] == "fp"]
+    fp = [job for job in results.of_kind("needle") if job["name"] == "fp"]
     assert [a["found"] for a in fp[0]["answers"]] == [True, True]
-    assert all(j["same"] == 6 for j in found.of_kind("greedy") if j["name"] == "fp")
+    assert all(j["same"] == 6 for j in results.of_kind("greedy") if j["name"] == "fp")
 
 
-def test_a_finished_run_is_read_not_done_again(found, books, folder, monkeypatch):
+def test_a_finished_run_is_read_not_done_again(results, books, folder, monkeypatch):
     def forbidden(*_, **__):
         raise AssertionError("this was measured before")
 
     monkeypatch.setattr(scoring, "score", forbidden)
     monkeypatch.setattr(scoring, "reference", forbidden)
     monkeypatch.setattr(needles, "retrieve", forbidden)
-    told = []
+    calls = []
     options = {
         "baselines": BASELINES,
         "plan": PLAN,
@@ -121,10 +122,10 @@ def test_a_finished_run_is_read_not_done_again(found, books, folder, monkeypatch
         "folder": folder,
     }
     again = tq.evaluate(
-        *books, CACHES, name="books", progress=lambda *a: told.append(a), **options
+        *books, CACHES, name="books", progress=lambda *a: calls.append(a), **options
     )
-    assert again.jobs == found.jobs
-    assert told[-1] == ("done", len(found.jobs), len(found.jobs))
+    assert again.jobs == results.jobs
+    assert calls[-1] == ("done", len(results.jobs), len(results.jobs))
     with pytest.raises(SpecError, match="with model books, not other"):
         tq.evaluate(*books, CACHES, name="other", **options)
     (folder / "broken").mkdir()
@@ -142,8 +143,8 @@ def test_an_applied_model_stays_applied(books, hooked):
     assert isinstance(model.make_cache()[0], tq.TurboQuantCache)
 
 
-def test_reports_say_what_was_measured(found, tmp_path):
-    paths = report.write(found, tmp_path)
+def test_reports_say_what_was_measured(results, tmp_path):
+    paths = report.write(results, tmp_path)
     assert {path.name for path in paths} == {
         "table.txt",
         "report.html",
@@ -152,7 +153,7 @@ def test_reports_say_what_was_measured(found, tmp_path):
         "layers.png",
     }
     table = (tmp_path / "table.txt").read_text()
-    row = by_name(found, 300)["k3v3,page=32"]
+    row = by_name(results, 300)["k3v3,page=32"]
     line = next(x for x in table.splitlines() if x.startswith("k3v3") and " 300 " in x)
     assert f" {row.bits:.2f} " in line
     assert f"{row.kld:.4f}" in line
@@ -169,14 +170,14 @@ def test_affine_baseline_is_mlx_lms_cache(books, monkeypatch):
     model, tokenizer = books
     window = texts.windows(texts.books(), tokenizer, 97, 1)[0]
     plan = EvalPlan(lengths=(96,), scored=32, stepped=4, prefill=30)
-    base = scoring.reference(model, window, caches.maker("fp", model), plan)
+    base = scoring.reference(model, window, caches.cache_factory("fp", model), plan)
 
     def kld(make):
         spans = scoring.score(model, window, make, plan, base)
         return np.concatenate([span["kld"] for span in spans])
 
     stock = kld(lambda: [host_cache.QuantizedKVCache(64, 4) for _ in model.layers])
-    ours = kld(caches.maker("affine:4", model))
+    ours = kld(caches.cache_factory("affine:4", model))
     assert np.allclose(ours, stock, rtol=0.02, atol=1e-6)
     assert stock.mean() > 1e-3
 
@@ -199,7 +200,7 @@ def test_intervals_cover_the_truth():
     hits = 0
     for _ in range(100):
         groups = [rng.exponential(size=96) for _ in range(2)]
-        low, high = results.interval(groups)
+        low, high = statistics.interval(groups)
         hits += low <= 1 <= high
     assert 85 <= hits <= 99
 
@@ -279,7 +280,7 @@ def test_texts_that_are_too_short_or_not_there(books, tmp_path):
         texts.read_texts(tmp_path / "none.txt")
     for name in ("affine:7", "rotated-affine:x"):
         with pytest.raises(SpecError, match="affine bits are"):
-            caches.maker(name, books[0])
+            caches.cache_factory(name, books[0])
 
 
 def test_command_line(run_cli, tmp_path):

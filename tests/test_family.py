@@ -254,7 +254,7 @@ def test_strong_channels_get_the_outliers_bits():
     sides = cache.update_and_fetch(keys, keys)
     attend(keys, *sides, 0.02, "causal")
     cache.update_and_fetch(keys[:, :, :1], keys[:, :, :1])
-    order = cache.keys_and_values()[0].basis.order
+    order = cache.keys_and_values()[0].quantizer.transform.channel_order
     assert order.shape == (1, 2, 1, 64)
     assert set(np.array(order)[0, 0, 0, :16].tolist()) == set(range(0, 64, 4))
 

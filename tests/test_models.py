@@ -9,7 +9,8 @@ from mlx_lm.models.cache import RotatingKVCache
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import UnsupportedModelError
-from mlx_turboquant.integrations import factory as host
+from mlx_turboquant.integrations import probe
+from mlx_turboquant.integrations.stock import stock_caches
 
 TYPES = list(tiny_models.types())
 DOCUMENTED = support_table.FILE.read_text().splitlines()
@@ -29,7 +30,7 @@ def test_eight_bits_agree_with_stock(name, hooked):
         return
     caches = tq.make_prompt_cache(model, support_table.SPEC)
     got = tiny_models.logits(model, caches)
-    want = tiny_models.logits(model, host.stock_caches(model))
+    want = tiny_models.logits(model, stock_caches(model))
     error = mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)
     assert 0 < error.item() < 0.01
     assert support_table.row(name, caches) in DOCUMENTED, (
@@ -41,9 +42,12 @@ def test_eight_bits_agree_with_stock(name, hooked):
 
 
 def test_the_table_has_every_type_once():
-    rows = [line.split("|")[1].strip() for line in DOCUMENTED if line.startswith("| ")]
+    lines = [line for line in DOCUMENTED if line.startswith("| ")]
+    rows = [support_table.name_of(line) for line in lines]
     assert rows[0] == "model type"
     assert rows[1:] == sorted([*TYPES, *tiny_models.NOT_BUILT])
+    for paragraph in support_table.summary(lines[1:]):
+        assert paragraph in support_table.FILE.read_text()
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def test_bounded_caches_agree_with_stock(name, hooked):
     bound = tiny_models.WINDOW
     caches = tq.make_prompt_cache(model, support_table.SPEC, max_kv_size=bound)
     got = tiny_models.logits(model, caches)
-    want = tiny_models.logits(model, host.stock_caches(model, bound))
+    want = tiny_models.logits(model, stock_caches(model, bound))
     error = mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)
     assert 0 < error.item() < 0.01
     packed = [row for row in tq.explain(caches).layers if row.spec]
@@ -79,7 +83,7 @@ def test_learned_sinks_matter_and_are_exact(name, hooked):
                 module[field] = mx.full(module[field].shape, -1e9)
 
     model.apply_to_modules(silence)
-    without = tiny_models.logits(model, host.stock_caches(model))
+    without = tiny_models.logits(model, stock_caches(model))
     error = mx.sqrt(mx.mean((got - without) ** 2)) / mx.std(got)
     assert error.item() > 0.02
 
@@ -124,8 +128,9 @@ def test_the_dry_run_reads_no_weight(hooked):
     model = tiny_models.build("deepseek_v3")
     model.model.embed_tokens.weight = mx.random.normal((1 << 20, 64))
     before = mx.get_active_memory()
-    slots = host.slots_of(model)
-    assert all(slot.returns_arrays for slot in slots)
+    entries = probe.entries_of(model, stock_caches(model))
+    assert all(entry.decision == "returns_arrays" for entry in entries)
+    assert {entry.shape for entry in entries} == {(1, 32, 8)}
     assert mx.get_active_memory() - before < 1 << 20
     mx.eval(model.model.embed_tokens.weight)
     assert mx.get_active_memory() - before >= 256 << 20

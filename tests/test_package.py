@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("errors", "blas", "tokens", "packing", "bitstream"),
+    ("errors", "atomic", "blas", "tokens", "packing", "bitstream"),
     ("spec", "rotation", "codebook"),
     ("polynomial",),
     ("codecs", "transform"),
@@ -25,6 +25,7 @@ LAYERS = (
     ("backends",),
     ("attention",),
     ("cache",),
+    ("entries",),
     ("explanation", "diagnosis", "memory"),
     ("integrations",),
     ("evals",),
@@ -157,10 +158,10 @@ def test_wheel_carries_everything(tmp_path):
         "import mlx_turboquant as tq; print(tq.__file__); "
         "print(tq.lloyd_max(64, 3).mse); "
         "from mlx_turboquant.kernels import source; print(source.metal_folder()); "
-        "from mlx_turboquant.backends import gpu, gpu_codes; "
-        "print(*[len(source.header(k.file, d)) for d in ('metal', 'cuda')"
-        " for k in (gpu.ATTEND_BLOCK, gpu.MERGE_ROW,"
-        " gpu_codes.ENCODE_TOKENS, gpu_codes.DECODE_TOKENS)])"
+        "from mlx_turboquant.kernels import attention, codes; "
+        "print(*[len(k.header(d)) for d in ('metal', 'cuda')"
+        " for k in (attention.DECODE_SPLIT_KV, attention.MERGE_STATES,"
+        " codes.ENCODE_SCALAR, codes.DECODE_CODES)])"
     )
     out = subprocess.check_output(
         [sys.executable, "-c", code], text=True, cwd=site, env={"PYTHONPATH": str(site)}

@@ -1,14 +1,18 @@
 """How many tokens fit: predictions held to caches that are really filled."""
 
+import re
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 import tiny_models
 from helpers import MODEL, attend
 
 import mlx_turboquant as tq
+from mlx_turboquant.entries import CacheEntry
 from mlx_turboquant.errors import UnsupportedModelError
 from mlx_turboquant.integrations.footprint import footprint, of_network
-from mlx_turboquant.memory import Footprint, Layer
+from mlx_turboquant.memory import Footprint, tight_memory_warning
 
 SPECS = ("8", "k4v3", "3", "2", "3,codec=trellis", "k16v4", "3,window=64,page=64")
 
@@ -17,12 +21,19 @@ def parse(spec):
     return tq.CacheSpec.parse(spec)
 
 
+def entry(heads, k_dim, v_dim, window=None):
+    """A cache of all tokens, or of a window."""
+    kind = "KVCache" if window is None else "RotatingKVCache"
+    return CacheEntry("0", kind, (heads, k_dim, v_dim), sliding_window=window)
+
+
 def filled(cache, layer, tokens, step=512):
     """In fp16, as on the machines that `plan` is asked about."""
+    heads, k_dim, v_dim = layer.shape
     for start in range(0, tokens, step):
-        shape = (1, layer.heads, min(step, tokens - start))
-        k = mx.random.normal((*shape, layer.k_dim)).astype(mx.float16)
-        v = mx.random.normal((*shape, layer.v_dim)).astype(mx.float16)
+        shape = (1, heads, min(step, tokens - start))
+        k = mx.random.normal((*shape, k_dim)).astype(mx.float16)
+        v = mx.random.normal((*shape, v_dim)).astype(mx.float16)
         attend(k, *cache.update_and_fetch(k, v), 0.1, "causal")
         mx.eval(cache.state)
     return cache.nbytes
@@ -31,14 +42,14 @@ def filled(cache, layer, tokens, step=512):
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("dims", [(64, 64), (64, 96)])
 def test_predicted_bytes_are_those_of_a_filled_cache(spec, dims):
-    layer = Layer(2, *dims)
+    layer = entry(2, *dims)
     got = Footprint([layer], 0, 0).cache_bytes(2000, parse(spec))
     want = filled(tq.TurboQuantCache(spec), layer, 2000)
     assert abs(got - want) < 0.03 * want
 
 
 def test_predicted_windows_too():
-    layer = Layer(2, 64, 64, window=1024)
+    layer = entry(2, 64, 64, window=1024)
     model = Footprint([layer], 0, 0)
     cache = tq.RotatingTurboQuantCache("3", 1024)
     want = filled(cache, layer, 3000, step=100)
@@ -51,12 +62,15 @@ def test_the_bundled_models_folder_is_all_it_needs():
     model = footprint(str(MODEL))
     assert model.weights == (MODEL / "model.safetensors").stat().st_size
     assert model.active == model.weights  # tied: the embedding is read as the head
-    assert list(model.layers) == [Layer(2, 128, 128)] * 8
+    assert [layer.label for layer in model.layers] == [str(i) for i in range(8)]
+    assert all(
+        replace(layer, label="0") == entry(2, 128, 128) for layer in model.layers
+    )
     assert model.context == 8192
 
 
 def test_tokens_that_fit_follow_from_the_bytes():
-    model = Footprint([Layer(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
+    model = Footprint([entry(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
     memory = 8 * 10**9
     fits = [model.tokens_in(memory, parse(s)) for s in ("8", "4", "3", "2")]
     assert fits == sorted(fits)
@@ -70,7 +84,7 @@ def test_tokens_that_fit_follow_from_the_bytes():
 
 
 def test_speed_at_best_grows_with_the_text_and_never_beats_the_bytes():
-    model = Footprint([Layer(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
+    model = Footprint([entry(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
     speeds = [model.speed(n, parse("3")) for n in (1000, 10_000, 100_000, 10**6)]
     assert speeds == sorted(speeds)
     assert 0.95 < speeds[0] < 1.05
@@ -83,11 +97,10 @@ def test_of_experts_only_those_chosen_are_read():
     model = tiny_models.build("mixtral")
     network = of_network(model)
     assert network.active == network.weights  # all four are chosen in tiny models
-    found = {"config": tiny_models.config("mixtral")}
-    found["config"]["num_experts_per_tok"] = 1
+    config = {**tiny_models.config("mixtral"), "num_experts_per_tok": 1}
     from mlx_turboquant.integrations import footprint as module
 
-    whole, active = module._weights(model, found["config"])
+    whole, active = module._weight_bytes(model, config)
     experts = 4 * 3 * (64 * 96) * 4 * 2  # layers, matrices, shape, experts, bytes
     assert abs((whole - active) - 0.75 * experts) < 0.02 * experts
 
@@ -104,11 +117,62 @@ def test_of_experts_only_those_chosen_are_read():
 )
 def test_shapes_of_every_kind_of_model(name, packed, windows):
     found = of_network(tiny_models.build(name))
-    assert sum(layer.packed for layer in found.layers) == packed
-    assert {layer.window for layer in found.layers} == windows
+    assert sum(layer.is_compressed for layer in found.layers) == packed
+    assert {layer.sliding_window for layer in found.layers} == windows
     if name in ("falcon_h1", "mamba"):
         assert found.fixed > 0
     tq.uninstall()
+
+
+def test_the_shapes_come_from_the_dry_run_that_made_the_caches(monkeypatch, hooked):
+    model = tiny_models.build("gpt_oss")
+    with pytest.warns(UserWarning, match="too short"):
+        caches = tq.make_prompt_cache(model, "3")
+    monkeypatch.setattr(type(model), "__call__", None)
+    layers = of_network(model).layers
+    assert [layer.label for layer in layers] == [e.label for e in caches.entries]
+    assert {layer.shape for layer in layers} == {(2, 16, 16)}
+    # A window that is too short for codes is counted as what it stays.
+    short = Footprint([layers[0]], 0, 0)
+    assert layers[0].sliding_window == 56
+    assert short.cache_bytes(1000, parse("3")) == short.cache_bytes(1000)
+
+
+def test_a_model_that_takes_no_compressed_cache_has_a_footprint(monkeypatch, hooked):
+    """It may be run with mlx-lm's own caches."""
+    model = tiny_models.build("llama")
+    call = type(model).__call__
+
+    def picky(self, inputs, cache=None):
+        if isinstance(cache[0], tq.TurboQuantCache):
+            raise ValueError("no such luck")
+        return call(self, inputs, cache=cache)
+
+    monkeypatch.setattr(type(model), "__call__", picky)
+    found = of_network(model)
+    assert {layer.shape for layer in found.layers} == {(2, 16, 16)}
+    assert all("no such luck" in layer.reason for layer in found.layers)
+    assert found.cache_bytes(999, parse("2")) == found.cache_bytes(999)
+
+
+def test_a_text_that_does_not_fit_is_told_with_a_way_out():
+    model = Footprint([entry(8, 128, 128)] * 32, 4 * 10**9, 4 * 10**9)
+
+    def warning(tokens, spec=None):
+        spec = None if spec is None else parse(spec)
+        return tight_memory_warning(model, tokens, spec, 8 * 10**9)
+
+    fits = model.tokens_in(8 * 10**9)
+    assert warning(fits) is None
+    assert re.fullmatch(
+        rf"100000 tokens need 17\.1 GB with the weights, this machine has 8\.0 GB, "
+        rf"enough for {fits}; --kv-bits 3 holds 13\d{{4}}",
+        warning(100_000),
+    )
+    assert warning(100_000, "3") is None
+    assert warning(100_000, "auto,budget=3") is None
+    assert "--kv-bits 2" in warning(140_000, "3")
+    assert ";" not in warning(10**6, "2")  # nothing holds more
 
 
 def test_no_such_model_is_one_clear_error(tmp_path):

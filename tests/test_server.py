@@ -63,7 +63,7 @@ class Running:
         given = options(**changes)
         budget = given.prompt_cache_bytes
         provider = server.Provider(given, spec, draft_spec)
-        self.cache = server.PromptCache(given.prompt_cache_size, budget or 1 << 63)
+        self.cache = server.PromptStore(given.prompt_cache_size, budget or 1 << 63)
         self.generator = server.Generator(provider, self.cache)
         handler = functools.partial(
             server.Handler, self.generator, system_fingerprint="test"

@@ -8,7 +8,7 @@ from test_batch import tiny_model
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import SpecError
-from mlx_turboquant.integrations import factory as host
+from mlx_turboquant.integrations.stock import stock_caches
 
 WINDOW = 64
 SPEC = "8,window=4,sink=2,page=16"
@@ -153,7 +153,7 @@ def test_max_kv_size_makes_them(hooked):
     assert (made[0].max_size, made[0].keep) == (512, 4)
     tq.apply(model, "3", max_kv_size=300)
     assert model.make_cache()[0].max_size == 300
-    stock = host.stock_caches(model, 512)
+    stock = stock_caches(model, 512)
     assert [(type(c), c.keep) for c in stock] == [(RotatingKVCache, 4)] * 2
 
 

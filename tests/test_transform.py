@@ -6,8 +6,8 @@ from helpers import attend, relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.cache.calibration import Calibration
-from mlx_turboquant.rotation import rotation_for
 from mlx_turboquant.quantizer import PageMeans
+from mlx_turboquant.rotation import rotation_for
 from mlx_turboquant.transform import ChannelTransform
 
 SCALE = 0.125

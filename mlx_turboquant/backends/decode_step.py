@@ -1,4 +1,4 @@
-"""`DecodeStep`: the two launches of one layer's decode attention, prepared once per page.
+"""`DecodeStep`: the two launches of a layer's decode attention, prepared per page.
 
     DECODE_SPLIT_KV   attends to the packed tokens in splits: partial outputs and
                       log-sum-exp states of each
@@ -17,7 +17,7 @@ import math
 import mlx.core as mx
 
 from ..kernels.arguments import pack
-from ..kernels.attention import DECODE_SPLIT_KV, MERGE_STATES, AttendArguments
+from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
@@ -79,8 +79,11 @@ class DecodeStep:
 
         partials = batch * query_heads * steps * splits
         threads = 32 * SPLIT_SIMDGROUPS
+        formats = [
+            specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
+        ]
         self._split = Launch(
-            DECODE_SPLIT_KV,
+            split_kv_kernel(*(form.kind for form in formats)),
             specialize.split_template(k_quantizer, v_quantizer, dtype, rows, masked),
             grid=(
                 threads * -(-splits // SPLIT_SIMDGROUPS),
@@ -112,8 +115,7 @@ class DecodeStep:
         heads = batch * kv_heads
         self._split_constants = [
             placeholder(mx.float16) if rows_of_means is None else rows_of_means,
-            specialize.format_of(k_quantizer.codec).params,
-            specialize.format_of(v_quantizer.codec).params,
+            *(form.params for form in formats),
             specialize.query_signs(k_quantizer.transform, heads),
             q_scales[0],
         ]

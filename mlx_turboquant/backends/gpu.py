@@ -1,7 +1,8 @@
 """The GPU backend: fused decode attention, and tokens in and out of codes by kernels.
 
 Launches of a decode step are `decode_step`'s. Prefill decodes codes by a kernel and
-attends as the reference does. The arithmetic is in ``metal/``, and held to the reference.
+attends as the reference does. The arithmetic is in ``metal/``; tests hold it to the
+reference.
 """
 
 from __future__ import annotations

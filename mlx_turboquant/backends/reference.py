@@ -3,7 +3,7 @@
 While there are codes, q, sink and recent tokens are taken into the codes' basis and the
 output out of it. A slice of KV heads at a time is decoded and handed to MLX's own
 attention, so the transient never exceeds `SLICE_BYTES` or one KV head, whichever is
-more: for a model with 32 layers of 8 heads, one head is 1/256 of the uncompressed cache.
+more: with 32 layers of 8 heads, one head is 1/256 of the uncompressed cache.
 """
 
 from __future__ import annotations

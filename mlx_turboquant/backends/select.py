@@ -28,7 +28,7 @@ DEFAULT_ON = ("cuda",)
 
 
 class Choice(NamedTuple):
-    """A backend, and why none before it in the table was taken; "" if it is the first."""
+    """A backend, and why none before it in the table was taken, or ""."""
 
     backend: Reference
     reason: str = ""
@@ -97,7 +97,7 @@ def resolve(keys: Quantizer, values: Quantizer) -> Choice:
         BackendUnavailableError: if ``MLX_TQ_BACKEND=gpu`` and the kernels refuse it.
         SpecError: if the variable has another value.
     """
-    reasons = []
+    reasons: list[str] = []
     for backend, off in table():
         reason = off or backend.refuse(keys, values)
         if reason is None:

@@ -1,20 +1,22 @@
 """`BitAllocator`: how many bits each layer's keys and values get, chosen from a text.
 
-Owns the choice, made once, when every layer has been calibrated on the first page (or
-can wait no longer). Layers keep their tokens as they are until then.
-
-With D(b) the relative error of b bits, codes for a layer's values move the attention's
-output by D(b) * R of its square, where R is what an error as large as the values would
-do (`Calibration.reach`): little where attention is spread or near, for near tokens are
-no codes. An error of the keys adds D(b) * A to the variance of a logit, A being what
-one as large as the keys would add (`Calibration.logit_variance`), and so changes every
-token's share of the output by the root of that, as an error of its value would. So the
-predicted cost of a text is
+The choice is made once, when every layer has been calibrated on the first page (or can
+wait no longer); layers keep their tokens as they are until then. It minimises the
+predicted cost of the text,
 
     mean over layers of R * (D(b_keys) * A + D(b_values)) / 2
 
-about the KL divergence of the bundled model's output (docs/design.md), and each step
-gives one more bit to the side where it takes most off per bit.
+which is about the KL divergence of the bundled model's output (docs/design.md), with
+
+- D(b), the relative squared error of codes of b bits;
+- R, the relative squared error of the attention's output if its values were wrong by as
+  much as they are long (`Calibration.far_value_sensitivity`): little where attention is
+  spread or near, for near tokens are no codes;
+- A, the variance that keys wrong by as much would add to a logit
+  (`Calibration.logit_variance`). It changes every token's share of the output by its
+  root, as an error of the token's value would.
+
+Each step gives one more bit to the side where it takes most off the cost per bit.
 """
 
 from __future__ import annotations
@@ -27,68 +29,83 @@ from ..codecs import trellis
 from ..polynomial import computable
 from ..spec import CacheSpec, CodecSpec
 
-#: Widths that are given out; few, because a GPU compiles a kernel for each pair.
+#: Widths that `turboquant` is given; few, because a GPU compiles a kernel per pair.
 WIDTHS = (2, 3, 4, 5, 6, 8)
-#: Of the trellis, which has none above; `turboquant`'s follow.
+#: Widths that `trellis` is given; it has none above, where `turboquant`'s follow.
 TRELLIS_WIDTHS = (2, 2.5, 3, 3.5, 4)
 #: Predicted cost that each quality may have; "lossless" is what mlx-lm's 8 bits cost.
 TARGETS = {"lossless": 0.00004, "balanced": 0.0003, "small": 0.0015}
-#: Taken for (R, A) where no layer's queries were seen.
+#: (R, A) where no layer's queries were seen.
 _UNSEEN = (0.05, 4.0)
+#: Mean bits may be above the budget by this much, which is rounding.
+_BUDGET_SLACK = 1e-9
 
 
 class BitAllocator:
-    """Shared by the layers of one text; `choose` once, then `spec_of`.
+    """The bits of the layers of one text, chosen together and once.
 
     Args:
         spec: With a ``budget`` or a ``quality``.
-        layers: How many share it.
+        layers: How many layers share it.
     """
 
     def __init__(self, spec: CacheSpec, layers: int) -> None:
         self.spec = spec
-        self._readings: list[tuple[float, float] | None] = [None] * layers
+        self._sensitivities: list[tuple[float, float] | None] = [None] * layers
         self._reported: set[int] = set()
-        self._chosen: list[tuple[CodecSpec, CodecSpec]] | None = None
+        self._codecs: list[tuple[CodecSpec, CodecSpec]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BitAllocator:
         """Itself: layers are copied one by one, and still belong together."""
         return self
 
     def add_sensitivity(
-        self, layer: int, reach: float | None, variance: float | None
+        self, layer: int, far_value: float | None, logit_variance: float | None
     ) -> None:
-        """A layer's R and A; None if its queries were not seen."""
+        """Take in a layer's R and A; both None if its queries were not seen."""
         self._reported.add(layer)
-        if reach is not None and variance is not None:
-            self._readings[layer] = (reach, variance)
+        if far_value is not None and logit_variance is not None:
+            self._sensitivities[layer] = (far_value, logit_variance)
 
     @property
     def complete(self) -> bool:
         """Whether every layer has reported, or bits are chosen already."""
-        return self._chosen is not None or len(self._reported) == len(self._readings)
+        everyone = len(self._reported) == len(self._sensitivities)
+        return everyone or self._codecs is not None
 
     def spec_for(self, layer: int, dims: tuple[int, int]) -> CacheSpec:
-        """What one layer stores: the spec without its budget or quality."""
-        if self._chosen is None:
-            known = [reading for reading in self._readings if reading is not None]
-            usual = sorted(known)[len(known) // 2] if known else _UNSEEN
-            readings = [reading or usual for reading in self._readings]
-            self._chosen = choose(readings, dims, self.spec)
-        keys, values = self._chosen[layer]
+        """What one layer stores: the spec without its budget or quality.
+
+        Layers that have not reported count as the median of those that have.
+
+        Args:
+            layer: Its index.
+            dims: Elements of a key and of a value.
+        """
+        if self._codecs is None:
+            known = sorted(s for s in self._sensitivities if s is not None)
+            usual = known[len(known) // 2] if known else _UNSEEN
+            sensitivities = [s or usual for s in self._sensitivities]
+            self._codecs = choose(sensitivities, dims, self.spec)
+        keys, values = self._codecs[layer]
         return replace(self.spec, keys=keys, values=values, budget=None, quality=None)
 
 
 @dataclass(frozen=True)
 class LayerSlot:
-    """One layer's place in an allocation."""
+    """One layer's place in an allocation.
+
+    Attributes:
+        allocator: Shared by all layers of the text.
+        layer: Its index among them.
+    """
 
     allocator: BitAllocator
     layer: int
 
 
-def ladder(codec: str, dim: int) -> list[tuple[CodecSpec, float]]:
-    """What a side can have, the coarsest first, with its relative error."""
+def candidates(codec: str, dim: int) -> list[tuple[CodecSpec, float]]:
+    """What a side can store, the coarsest first, with its relative squared error."""
     scalar = [(CodecSpec("turboquant", b), computable(dim, b).mse) for b in WIDTHS]
     if codec != "trellis":
         return scalar
@@ -97,49 +114,55 @@ def ladder(codec: str, dim: int) -> list[tuple[CodecSpec, float]]:
 
 
 def choose(
-    readings: Sequence[tuple[float, float]], dims: tuple[int, int], spec: CacheSpec
+    sensitivities: Sequence[tuple[float, float]],
+    dims: tuple[int, int],
+    spec: CacheSpec,
 ) -> list[tuple[CodecSpec, CodecSpec]]:
     """Codecs of (keys, values) per layer.
 
     Args:
-        readings: (R, A) of every layer.
+        sensitivities: (R, A) of every layer.
         dims: Elements of a key and of a value.
         spec: Its ``budget`` is met on average and not exceeded; else its ``quality``
             bounds the predicted cost.
     """
-    count = len(readings)
-    weights = [w for reach, variance in readings for w in (reach * variance, reach)]
-    sizes = [*dims] * count
+    # Sides in one row: keys and values of layer 0, of layer 1, ...
+    layers = len(sensitivities)
+    weights = [w for r, a in sensitivities for w in (r * a, r)]
+    sizes = [*dims] * layers
     names = (spec.keys.name, spec.values.name)
-    ladders = [ladder(name, dim) for name, dim in zip(names, dims, strict=True)] * count
-    rungs = [0] * len(weights)
+    steps = [candidates(name, dim) for name, dim in zip(names, dims, strict=True)]
+    steps *= layers
+    levels = [0] * len(weights)
 
     def cost() -> float:
-        parts = zip(weights, ladders, rungs, strict=True)
-        return sum(w * steps[rung][1] for w, steps, rung in parts) / 2 / count
+        parts = zip(weights, steps, levels, strict=True)
+        return sum(w * step[level][1] for w, step, level in parts) / 2 / layers
 
-    def bits() -> float:
-        parts = zip(sizes, ladders, rungs, strict=True)
-        used = sum(size * steps[rung][0].bits for size, steps, rung in parts)
+    def mean_bits() -> float:
+        parts = zip(sizes, steps, levels, strict=True)
+        used = sum(size * step[level][0].bits for size, step, level in parts)
         return used / sum(sizes)
 
     def gain(side: int) -> float:
-        steps, rung = ladders[side], rungs[side]
-        if rung + 1 == len(steps):
+        """Cost that the next level takes off per bit; negative if there is none."""
+        level = levels[side]
+        if level + 1 == len(steps[side]):
             return -1.0
-        (low, error), (high, less) = steps[rung : rung + 2]
-        return weights[side] * (error - less) / (high.bits - low.bits) / sizes[side]
+        (low, error), (high, smaller_error) = steps[side][level : level + 2]
+        bits = (high.bits - low.bits) * sizes[side]
+        return weights[side] * (error - smaller_error) / bits
 
-    blocked: set[int] = set()
-    while len(blocked) < len(rungs):
+    exhausted: set[int] = set()  # sides whose next level the budget cannot pay
+    while len(exhausted) < len(levels):
         if spec.quality is not None and cost() <= TARGETS[spec.quality]:
             break
-        side = max((s for s in range(len(rungs)) if s not in blocked), key=gain)
+        side = max((s for s in range(len(levels)) if s not in exhausted), key=gain)
         if gain(side) < 0:
             break
-        rungs[side] += 1
-        if spec.budget is not None and bits() > spec.budget + 1e-9:
-            rungs[side] -= 1
-            blocked.add(side)
-    chosen = [s[rung][0] for s, rung in zip(ladders, rungs, strict=True)]
-    return list(zip(chosen[::2], chosen[1::2], strict=True))
+        levels[side] += 1
+        if spec.budget is not None and mean_bits() > spec.budget + _BUDGET_SLACK:
+            levels[side] -= 1
+            exhausted.add(side)
+    codecs = [step[level][0] for step, level in zip(steps, levels, strict=True)]
+    return list(zip(codecs[::2], codecs[1::2], strict=True))

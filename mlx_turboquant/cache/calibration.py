@@ -105,8 +105,8 @@ class Calibration:
         """Relative squared output error per unit of relative squared value error.
 
         Only errors of values that will be quantized count (behind the sink, more than
-        ``near`` tokens back): the sum of squared attention weights that the last queries
-        put on them, times the values' mean square norm over the output's.
+        ``near`` tokens back): the sum of squared attention weights that the last
+        queries put on them, times the values' mean square norm over the output's.
 
         Args:
             keys: All tokens so far, uncompressed (B, H, T, Dk).

@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from ..attention import dequantize
 from ..backends.reference import Reference
+from ..backends.select import Choice
 from ..errors import UnsupportedError
 from ..segments import CompressedTokens
 from ..spec import CacheSpec
@@ -92,9 +93,8 @@ class TurboQuantCache(SequenceCache):
             values: (B, H, N, Dv).
 
         Returns:
-            Handles over all tokens so far, or arrays if it `returns_arrays`. Until
-            something is packed, attention over them is MLX's own on the model's own
-            arrays.
+            Handles over all tokens so far, or arrays if it `returns_arrays`. Until a
+            page is packed, attention over them is MLX's own on the model's arrays.
 
         Raises:
             UnsupportedError: for a head_dim the rotation cannot do, or a shape
@@ -267,14 +267,9 @@ class TurboQuantCache(SequenceCache):
         return self.size() * width
 
     @property
-    def backend_text(self) -> str:
-        """What attends to the next token, and why it is not faster; "" while empty."""
-        if self.empty():
-            return ""
-        backend, reason = self._quantizers.choice
-        if not self._tokens.packed_length:
-            reason = "nothing is packed yet"
-        return f"{backend.name}: {reason}" if reason else backend.name
+    def choice(self) -> Choice | None:
+        """Its backend, and why no faster one; None while it is empty."""
+        return None if self.empty() else self._quantizers.choice
 
     # Saving, loading and batching.
 

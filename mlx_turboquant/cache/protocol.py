@@ -70,8 +70,8 @@ class SequenceCache:
         return make_mask(n, self.offset, return_array, window_size)
 
     # Some models tie other work to the cached arrays with ``mx.depends``: they read
-    # ``cache.keys`` and put back what ``mx.depends`` returned. So these are real arrays,
-    # and setting one replaces the buffer of recent tokens.
+    # ``cache.keys`` and put back what ``mx.depends`` returned. So these are real
+    # arrays, and setting one replaces the buffer of recent tokens.
 
     @property
     def keys(self) -> mx.array | None:
@@ -96,7 +96,7 @@ class SequenceCache:
         if held is None or held.shape != array.shape:
             shape = None if held is None else held.shape
             raise ValueError(
-                f"recent {name} {array.shape} cannot replace those of {shape}; only the "
-                "same array with other dependencies can"
+                f"recent {name} {array.shape} cannot replace those of {shape}; only "
+                "the same array with other dependencies can"
             )
         self._tokens.recent.arrays[name] = array

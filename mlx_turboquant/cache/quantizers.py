@@ -8,6 +8,7 @@ final. Which tokens are encoded when is `schedule`'s and `layer`'s.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import mlx.core as mx
 
@@ -60,7 +61,7 @@ class LayerQuantizers:
             ("keys", spec.keys, k_dim),
             ("values", spec.values, v_dim),
         ):
-            codec = codec_for(codec_spec, dim, side, spec.seed)  # type: ignore[arg-type]
+            codec = codec_for(codec_spec, dim, side, spec.seed)
             transform = ChannelTransform(
                 codec.rotation, gains.get(side), gains.get(f"{side}_order")
             )
@@ -140,8 +141,8 @@ class LayerQuantizers:
             variance = calibration.logit_variance(centered, self._gains.get("keys"))
             self._slot.allocator.add_sensitivity(
                 self._slot.layer,
-                None if sensitivity is None else float(sensitivity.item()),
-                None if variance is None else float(variance.item()),
+                _number(sensitivity),
+                _number(variance),
             )
 
     def encode(
@@ -208,3 +209,7 @@ class LayerQuantizers:
             self._schedule.enter(Phase.PACKING if chosen else Phase.WAITING)
         elif self._calibration is not None:
             self._calibration.state = groups["queries"]
+
+
+def _number(scalar: mx.array | None) -> float | None:
+    return None if scalar is None else cast(float, scalar.item())

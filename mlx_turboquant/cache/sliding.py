@@ -78,7 +78,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         return super().update_and_fetch(keys, values)
 
     def _hide(self) -> None:
-        """Hide what left the window but is still stored: less than a page, or the sink."""
+        """Hide what left the window but is still stored: under a page, or the sink."""
         stored_before = self._first_visible - self._evicted_sink - self._evicted_pages
         count = stored_before - self.keep
         self._hidden = (self.keep, count) if count > 0 else (0, 0)

@@ -1,4 +1,4 @@
-"""`StoredTokens`: the sink, packed and recent tokens of one layer, and moves between them.
+"""`StoredTokens`: sink, packed and recent tokens of one layer, and moves between them.
 
     sink     the first tokens, as the model gave them; set when the first page is packed
     packed   codes of keys and of values, always equally many

@@ -63,7 +63,7 @@ def generate(
     from mlx_lm import stream_generate
 
     from ..explanation import explain
-    from ..integrations.factory import length_of
+    from ..integrations.stock import length_of
     from .session import Session
 
     tokenizer_options: dict[str, Any] = {}
@@ -214,9 +214,10 @@ def _add_draft(
             stored cache holds.
         UnsupportedError: if a cache cannot take rejected tokens back.
     """
-    from ..integrations.factory import caches_for, length_of
+    from ..integrations.factory import caches_for
     from ..integrations.loading import load
     from ..integrations.speculation import PairedCaches, check_rewinds
+    from ..integrations.stock import length_of
 
     draft, draft_tokenizer = load(name)
     vocabulary = session.tokenizer.vocab_size

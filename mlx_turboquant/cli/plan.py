@@ -54,7 +54,7 @@ def plan(
         f"weights {decimal(footprint.weights)}, memory {decimal(memory_bytes)}, "
         f"context {context}"
     )
-    compressible = sum(layer.packed for layer in footprint.layers)
+    compressible = sum(entry.is_compressed for entry in footprint.layers)
     if compressible < len(footprint.layers):
         typer.echo(
             f"{compressible} of {len(footprint.layers)} caches can be compressed"

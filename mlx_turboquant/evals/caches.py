@@ -1,6 +1,6 @@
 """The caches that are compared: ours by spec, mlx-lm's, and baselines.
 
-Owns their names and how many bits they store. A name is ``fp``, ``affine:B`` (mlx-lm's
+A name is ``fp``, ``affine:B`` (mlx-lm's
 ``--kv-bits B``: groups of 64, two scales each), ``rotated-affine:B`` (the same after a
 random rotation), or a `CacheSpec`'s text.
 """
@@ -16,16 +16,17 @@ import mlx.nn as nn
 
 from ..cache import TurboQuantCache
 from ..errors import SpecError
-from ..integrations import factory as host
+from ..integrations.factory import make_prompt_cache
+from ..integrations.stock import StockKVCache, replace_plain, stock_caches
 from ..rotation import rotation_for
 from ..spec import CacheSpec
 
 GROUP = 64
-_KEPT_BITS = 16  # of an element in the model's dtype, also where a CPU runs float32
-MakeCache = Callable[[], list[Any]]
+_PLAIN_BITS = 16  # of an element in the model's dtype, also where a CPU runs float32
+CacheFactory = Callable[[], list[Any]]
 
 
-class AffineCache(host.KVCache):  # type: ignore[misc]
+class AffineCache(StockKVCache):  # type: ignore[misc]
     """mlx-lm's `QuantizedKVCache`, dequantized at once: the same values, read faster.
 
     Args:
@@ -45,18 +46,18 @@ class AffineCache(host.KVCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes that mlx-lm's cache would hold instead, capacity included."""
         elements: int = sum(a.size for a in (self.keys, self.values) if a is not None)
-        return round(elements * (self.code_bits + 2 * _KEPT_BITS / GROUP) / 8)
+        return round(elements * (self.code_bits + 2 * _PLAIN_BITS / GROUP) / 8)
 
     def _lossy(self, x: mx.array) -> mx.array:
         rotation = rotation_for(x.shape[3], 0, None if self.rotated else "identity")
         x_rot = rotation.forward(x).astype(x.dtype)
         packed = mx.quantize(x_rot, group_size=GROUP, bits=self.code_bits)
-        got = mx.dequantize(*packed, group_size=GROUP, bits=self.code_bits)
-        return rotation.inverse(got).astype(x.dtype)
+        decoded_rot = mx.dequantize(*packed, group_size=GROUP, bits=self.code_bits)
+        return rotation.inverse(decoded_rot).astype(x.dtype)
 
 
-def maker(name: str, model: nn.Module, seed: int = 0) -> MakeCache:
-    """What makes the cache called ``name`` for a model.
+def cache_factory(name: str, model: nn.Module, seed: int = 0) -> CacheFactory:
+    """What makes the prompt cache called ``name`` for a model.
 
     Args:
         name: See the module's docstring.
@@ -69,21 +70,21 @@ def maker(name: str, model: nn.Module, seed: int = 0) -> MakeCache:
     """
     kind, _, bits = name.partition(":")
     if name == "fp":
-        return lambda: host.stock_caches(model)
+        return lambda: stock_caches(model)
     if kind in ("affine", "rotated-affine"):
         if bits not in ("2", "3", "4", "5", "6", "8"):
             raise SpecError(f"{name!r} is unknown; affine bits are 2, 3, 4, 5, 6 or 8")
-        return lambda: host.replace_plain(
+        return lambda: replace_plain(
             model, lambda: AffineCache(int(bits), kind == "rotated-affine")
         )
     spec = CacheSpec.parse(name)
     if "seed=" not in name:
         spec = replace(spec, seed=seed)
-    return lambda: host.make_prompt_cache(model, spec)
+    return lambda: make_prompt_cache(model, spec)
 
 
 def uses_seed(name: str) -> bool:
-    """Whether `maker` draws a rotation for it."""
+    """Whether `cache_factory` draws a rotation for it."""
     return name != "fp" and "affine" not in name and "seed=" not in name
 
 
@@ -99,15 +100,15 @@ def stored_bits(cache: list[Any]) -> tuple[float, int]:
             elements += layer.elements
             for name, array in layer.state.items():
                 if name != "header":
-                    kept = name.partition(":")[0] in ("sink", "recent")
-                    width = _KEPT_BITS if kept else 8 * array.dtype.size
+                    is_plain = name.partition(":")[0] in ("sink", "recent")
+                    width = _PLAIN_BITS if is_plain else 8 * array.dtype.size
                     bits += array.size * width
             continue
-        kept_arrays = (getattr(layer, "keys", None), getattr(layer, "values", None))
-        count = sum(a[:, :, : layer.offset].size for a in kept_arrays if a is not None)
-        per_element: float = _KEPT_BITS
+        arrays = (getattr(layer, "keys", None), getattr(layer, "values", None))
+        count = sum(a[:, :, : layer.offset].size for a in arrays if a is not None)
+        per_element: float = _PLAIN_BITS
         if isinstance(layer, AffineCache):
-            per_element = layer.code_bits + 2 * _KEPT_BITS / GROUP
+            per_element = layer.code_bits + 2 * _PLAIN_BITS / GROUP
         bits += per_element * count
         elements += count
     return bits, elements

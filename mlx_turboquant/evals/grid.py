@@ -1,7 +1,7 @@
 """`EvalPlan`: what an evaluation measures, fixed before it starts.
 
-Owns the defaults (the standard grid: some 12 minutes on two CPU cores with the bundled
-model) and their limits. Two runs with equal plans can continue one another.
+The defaults are the standard grid: some 12 minutes on two CPU cores with the bundled
+model. Two runs with equal plans can continue one another.
 """
 
 from __future__ import annotations

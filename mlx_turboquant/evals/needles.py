@@ -1,19 +1,17 @@
 """Retrieval and divergence: does a cache still find facts, when does its text part.
 
-Owns the made-up facts (their wording is one the bundled model was trained to answer),
-where they are hidden, and the greedy continuation.
+The facts are made up, in a wording that the bundled model was trained to answer.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from .caches import MakeCache
+from .caches import CacheFactory
 
 _COLOURS = ("silver", "golden", "ancient", "crooked", "hidden", "frozen", "hollow")
 _THINGS = ("lantern", "bridge", "mirror", "clock", "harbor", "statue", "anchor")
@@ -40,70 +38,72 @@ def haystack(
         questions.append((depth, question, code))
     body = tokens[: len(tokens) - sum(map(len, facts))]
     out: list[int] = []
-    done = 0
+    start = 0
     for fact, (depth, _, _) in zip(facts, questions, strict=True):
-        at = int(depth * len(body))
-        out += body[done:at] + fact
-        done = at
-    return out + body[done:], questions
+        stop = int(depth * len(body))
+        out += body[start:stop] + fact
+        start = stop
+    return out + body[start:], questions
 
 
 def retrieve(
     model: nn.Module,
     tokenizer: Any,
     tokens: list[int],
-    make: MakeCache,
+    factory: CacheFactory,
     depths: int,
     prefill: int,
 ) -> list[dict[str, Any]]:
     """Ask for every fact in a text that is read once; the cache is trimmed between."""
-    text, questions = haystack(tokenizer, tokens, depths)
-    cache = make()
-    ids = mx.array(text)[None]
-    for at in range(0, len(text), prefill):
-        model(ids[:, at : at + prefill], cache=cache)
-        mx.eval([layer.state for layer in cache])
-    found = []
+    text_ids, questions = haystack(tokenizer, tokens, depths)
+    cache = factory()
+    _read(model, text_ids, cache, prefill)
+    answers = []
     for depth, question, code in questions:
-        asked = _ids(tokenizer, question)
-        answer = continuation(model, asked, cache, _ANSWER_TOKENS)
+        question_ids = _ids(tokenizer, question)
+        answer_ids = continuation(model, question_ids, cache, _ANSWER_TOKENS)
         for layer in cache:
-            layer.trim(len(asked) + _ANSWER_TOKENS - 1)
-        said = tokenizer.decode(answer)
-        found.append(
+            layer.trim(len(question_ids) + _ANSWER_TOKENS - 1)
+        answer = tokenizer.decode(answer_ids)
+        answers.append(
             {
                 "length": len(tokens),
                 "depth": depth,
-                "found": code in said.replace(" ", ""),
-                "said": said.strip()[:40],
+                "found": code in answer.replace(" ", ""),
+                "said": answer.strip()[:40],
                 "wanted": code,
             }
         )
-    return found
+    return answers
 
 
 def continuation(
     model: nn.Module, tokens: list[int], cache: list[Any], count: int
 ) -> list[int]:
-    """The ``count`` most likely next tokens, one after the other."""
+    """The ``count`` most likely next tokens, one after the other.
+
+    All of ``tokens`` are one step, and the last answer stays out of the cache: mlx-lm's
+    `generate_step` does both otherwise, so scores of older runs would not compare.
+    """
     out: list[int] = []
     step = mx.array(tokens)[None]
     for _ in range(count):
         token = mx.argmax(model(step, cache=cache)[:, -1], axis=-1)
-        out.append(int(np.array(token)[0]))
+        out.append(cast(int, token.item()))
         step = token[None]
     return out
 
 
 def greedy(
-    model: nn.Module, tokens: list[int], make: MakeCache, count: int, prefill: int
+    model: nn.Module,
+    tokens: list[int],
+    factory: CacheFactory,
+    count: int,
+    prefill: int,
 ) -> list[int]:
     """What is written greedily after ``tokens``, through a fresh cache."""
-    cache = make()
-    ids = mx.array(tokens[:-1])[None]
-    for at in range(0, ids.shape[1], prefill):
-        model(ids[:, at : at + prefill], cache=cache)
-        mx.eval([layer.state for layer in cache])
+    cache = factory()
+    _read(model, tokens[:-1], cache, prefill)
     return continuation(model, tokens[-1:], cache, count)
 
 
@@ -113,6 +113,13 @@ def common_prefix(one: list[int], other: list[int]) -> int:
         if a != b:
             return index
     return min(len(one), len(other))
+
+
+def _read(model: nn.Module, tokens: list[int], cache: list[Any], prefill: int) -> None:
+    ids = mx.array(tokens)[None]
+    for start in range(0, len(tokens), prefill):
+        model(ids[:, start : start + prefill], cache=cache)
+        mx.eval([layer.state for layer in cache])
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

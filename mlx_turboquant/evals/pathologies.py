@@ -1,6 +1,6 @@
 """Transforms that leave a Llama's output alone and make its cache hard to compress.
 
-Owns one context manager, `injected`. Each transform but the biases is exact in real
+`injected` puts one of them into a model. Each transform but the biases is exact in real
 arithmetic, so what a cache loses under one is the codec's doing:
 
     offset R       keys shifted by a constant after RoPE, R times their own size, which
@@ -24,7 +24,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import SpecError, UnsupportedModelError
-from ..integrations import factory as host
+from ..integrations.stock import stock_caches
 
 #: Ratio of an offset's norm to the root mean square norm of the keys around it.
 OFFSETS = (1.0, 3.0, 10.0, 30.0)
@@ -43,7 +43,7 @@ _SLOW_PAIRS = 4
 
 
 class _OffsetRope(nn.Module):  # type: ignore[misc]
-    """RoPE, and a constant added to keys: told from queries by their heads."""
+    """RoPE, and a constant added to keys, which differ from queries in their heads."""
 
     def __init__(self, inner: Any, heads: int, offset: mx.array) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ def _layers(model: Any) -> list[Any]:
 
 def _first_keys(model: Any) -> list[mx.array]:
     """Keys (1, H, 1, D) of token 0 at position 0, layer by layer."""
-    cache = host.stock_caches(model)
+    cache = stock_caches(model)
     model(mx.array([[0]]), cache=cache)
     return [layer.keys[:, :, :1] for layer in cache]
 

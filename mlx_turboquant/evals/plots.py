@@ -1,7 +1,6 @@
-"""Plots of an `Evaluation` as PNG: KLD by stored bits, found needles, cost of layers.
+"""Plots of an `Evaluation` as PNG: KLD by stored bits, needles, cost of layers.
 
-Owns the pictures and nothing they show. They need matplotlib, an extra of this package
-(``plots``).
+They need matplotlib, an extra of this package (``plots``).
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ import numpy as np
 from .results import Evaluation
 
 
-def write(found: Evaluation, folder: Path) -> list[Path]:
+def write(results: Evaluation, folder: Path) -> list[Path]:
     """Write every plot there is something for; none without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return []
-    drawn: dict[str, Callable[[Any, Evaluation], bool]] = {
+    plots: dict[str, Callable[[Any, Evaluation], bool]] = {
         "kld-by-bits": _kld_by_bits,
         "needles": _needles,
         "layers": _layers,
     }
     paths = []
-    for name, draw in drawn.items():
+    for name, draw in plots.items():
         figure = Figure(figsize=(9, 5.5), layout="constrained")
         FigureCanvasAgg(figure)
-        if draw(figure, found):
+        if draw(figure, results):
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=110)
             paths.append(path)
@@ -44,30 +43,30 @@ def _family(name: str) -> str:
     return "this package"
 
 
-def _kld_by_bits(figure: Any, found: Evaluation) -> bool:
-    rows = [row for row in found.rows() if row.name != "fp"]
+def _kld_by_bits(figure: Any, results: Evaluation) -> bool:
+    rows = [row for row in results.rows() if row.name != "fp"]
     if not rows:
         return False
     longest = max(row.length for row in rows)
     axes = figure.subplots()
     for family in ("mlx-lm affine", "rotated affine", "this package"):
-        some = sorted(
+        family_rows = sorted(
             (r for r in rows if r.length == longest and _family(r.name) == family),
             key=lambda row: row.bits,
         )
-        if not some:
+        if not family_rows:
             continue
-        kld = np.array([row.kld for row in some])
-        below = kld - [row.low for row in some]
-        above = [row.high for row in some] - kld
+        kld = np.array([row.kld for row in family_rows])
+        below = kld - [row.low for row in family_rows]
+        above = [row.high for row in family_rows] - kld
         axes.errorbar(
-            [r.bits for r in some],
+            [r.bits for r in family_rows],
             kld,
             np.abs([below, above]),
             label=family,
             marker="o",
         )
-        for row in some:
+        for row in family_rows:
             axes.annotate(
                 row.name,
                 (row.bits, row.kld),
@@ -75,7 +74,7 @@ def _kld_by_bits(figure: Any, found: Evaluation) -> bool:
                 xytext=(5, 5),
                 fontsize=8,
             )
-    floor = [r.kld for r in found.rows() if (r.name, r.length) == ("fp", longest)]
+    floor = [r.kld for r in results.rows() if (r.name, r.length) == ("fp", longest)]
     if floor and floor[0] > 0:
         axes.axhline(floor[0], color="grey", linestyle=":", label="self-noise")
     axes.set_yscale("log")
@@ -86,8 +85,8 @@ def _kld_by_bits(figure: Any, found: Evaluation) -> bool:
     return True
 
 
-def _needles(figure: Any, found: Evaluation) -> bool:
-    jobs = found.of_kind("needle")
+def _needles(figure: Any, results: Evaluation) -> bool:
+    jobs = results.of_kind("needle")
     if not jobs:
         return False
     names = list(dict.fromkeys(job["name"] for job in jobs))
@@ -113,15 +112,15 @@ def _needles(figure: Any, found: Evaluation) -> bool:
     return True
 
 
-def _layers(figure: Any, found: Evaluation) -> bool:
-    jobs = found.of_kind("layer")
+def _layers(figure: Any, results: Evaluation) -> bool:
+    jobs = results.of_kind("layer")
     if not jobs:
         return False
     axes = figure.subplots()
     for name in dict.fromkeys(job["name"] for job in jobs):
-        some = [job for job in jobs if job["name"] == name]
-        kld = [np.mean(np.concatenate([s["kld"] for s in j["spans"]])) for j in some]
-        axes.plot([job["layer"] for job in some], kld, marker="o", label=name)
+        own = [job for job in jobs if job["name"] == name]
+        kld = [np.mean(np.concatenate([s["kld"] for s in j["spans"]])) for j in own]
+        axes.plot([job["layer"] for job in own], kld, marker="o", label=name)
     axes.set_yscale("log")
     axes.set_xlabel("the one layer that is compressed")
     axes.set_ylabel("KL divergence, nats per token")

@@ -1,17 +1,21 @@
 """An `Evaluation` for people: a text table, and one HTML page with its plots.
 
-Owns the wording and the columns. The plots themselves are `plots`'s; without matplotlib
-the page has tables only.
+Without matplotlib the page has tables only.
 """
 
 from __future__ import annotations
 
 import base64
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Evaluation, Row, write_beside
+from rich.table import Table
+
+from ..atomic import replacing
+from ..explanation import table_text
+from .results import Evaluation, Row
 
 _HEAD = (
     "cache",
@@ -29,9 +33,10 @@ _HEAD = (
     "same text",
 )
 Cells = list[list[str]]
+_UNCUT = 1000  # columns of text, more than any table has
 
 
-def cells(found: Evaluation) -> Cells:
+def cells(results: Evaluation) -> Cells:
     """The main table: a row per cache and length, numbers as text.
 
     ``by token`` is the KLD of the tokens that were read one by one; ``MB`` what one
@@ -39,8 +44,8 @@ def cells(found: Evaluation) -> Cells:
     were found at all lengths and depths; ``same text`` the median number of greedily
     chosen tokens before the text parts from the uncompressed cache's.
     """
-    stepped = {(r.name, r.length): r for r in found.rows(mode="stepped")}
-    rows = found.rows()
+    stepped = {(r.name, r.length): r for r in results.rows(mode="stepped")}
+    rows = results.rows()
     longest = max((row.length for row in rows), default=0)
     table = []
     for row in rows:
@@ -58,24 +63,24 @@ def cells(found: Evaluation) -> Cells:
                 f"{100 * row.top1:.1f}%",
                 f"{row.perplexity:.2f}",
                 f"{step.kld:.2g}" if step else "",
-                f"{_megabytes(found, row):.1f}",
-                _needles(found, row.name) if last else "",
-                _greedy(found, row.name) if last else "",
+                f"{_megabytes(results, row):.1f}",
+                _needles(results, row.name) if last else "",
+                _greedy(results, row.name) if last else "",
             ]
         )
     return table
 
 
-def pathology_cells(found: Evaluation) -> tuple[list[str], Cells]:
+def pathology_cells(results: Evaluation) -> tuple[list[str], Cells]:
     """Head and rows of KLD by pathology and cache, longest length, times as it is."""
-    names = dict.fromkeys(job["pathology"] for job in found.of_kind("score"))
-    plain = {row.name: row for row in found.rows()}  # the longest length wins
+    names = dict.fromkeys(job["pathology"] for job in results.of_kind("score"))
+    plain = {row.name: row for row in results.rows()}  # the longest length wins
     if len(names) < 2 or not plain:
         return [], []
     table = []
-    for sick in names:
-        rows = {row.name: row for row in found.rows(sick)}
-        line = [sick or "as it is"]
+    for transform in names:
+        rows = {row.name: row for row in results.rows(transform)}
+        line = [transform or "as it is"]
         for name in plain:
             row = rows.get(name)
             times = row.kld / max(plain[name].kld, 1e-12) if row else 0
@@ -84,61 +89,61 @@ def pathology_cells(found: Evaluation) -> tuple[list[str], Cells]:
     return ["pathology", *plain], table
 
 
-def as_text(found: Evaluation) -> str:
+def as_text(results: Evaluation) -> str:
     """Everything as tables on paper."""
-    about = found.about
+    about = results.about
     lines = [
         f"{about['model']} on {about['text']}; MLX {about['mlx']}, {about['device']}, "
         f"{about['machine']}",
         "KLD in nats per token against the uncompressed cache; bits are all stored "
         "bits per element at that length",
         "",
-        *_columns([list(_HEAD), *cells(found)]),
+        _text(_HEAD, cells(results)),
     ]
-    head, rows = pathology_cells(found)
+    head, rows = pathology_cells(results)
     if rows:
         lines += ["", "KLD under transforms that leave the output as it is", ""]
-        lines += _columns([head, *rows])
+        lines.append(_text(head, rows))
     return "\n".join(lines)
 
 
-def write(found: Evaluation, folder: Path) -> list[Path]:
+def write(results: Evaluation, folder: Path) -> list[Path]:
     """Write ``table.txt``, ``report.html`` and the plots; returns what was written."""
     from . import plots
 
-    images = plots.write(found, folder)
+    images = plots.write(results, folder)
     paths = [folder / "table.txt", folder / "report.html"]
-    write_beside(paths[0], as_text(found) + "\n")
-    write_beside(paths[1], _page(found, images))
+    contents = (as_text(results) + "\n", _page(results, images))
+    for path, content in zip(paths, contents, strict=True):
+        with replacing(path) as file:
+            file.write_text(content, encoding="utf-8")
     return [*paths, *images]
 
 
-def _columns(rows: Cells) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            text.ljust(width) if not at else text.rjust(width)
-            for at, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+def _text(head: Sequence[str], rows: Cells) -> str:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table_text(table, width=_UNCUT)
 
 
-def _megabytes(found: Evaluation, row: Row) -> float:
-    held: list[int] = [
+def _megabytes(results: Evaluation, row: Row) -> float:
+    sizes: list[int] = [
         span["nbytes"]
-        for job in found.of_kind("score")
+        for job in results.of_kind("score")
         if (job["name"], job["pathology"]) == (row.name, "")
         for span in job["spans"]
         if span["length"] == row.length
     ]
-    return max(held) / 1e6
+    return max(sizes) / 1e6
 
 
-def _needles(found: Evaluation, name: str) -> str:
+def _needles(results: Evaluation, name: str) -> str:
     answers = [
         answer
-        for job in found.of_kind("needle")
+        for job in results.of_kind("needle")
         if job["name"] == name
         for answer in job["answers"]
     ]
@@ -147,15 +152,15 @@ def _needles(found: Evaluation, name: str) -> str:
     return f"{sum(a['found'] for a in answers)}/{len(answers)}"
 
 
-def _greedy(found: Evaluation, name: str) -> str:
-    same = sorted(j["same"] for j in found.of_kind("greedy") if j["name"] == name)
+def _greedy(results: Evaluation, name: str) -> str:
+    same = sorted(j["same"] for j in results.of_kind("greedy") if j["name"] == name)
     if not same:
         return ""
-    return f"{same[len(same) // 2]}/{found.about['plan']['greedy']}"
+    return f"{same[len(same) // 2]}/{results.about['plan']['greedy']}"
 
 
-def _page(found: Evaluation, images: list[Path]) -> str:
-    head, rows = pathology_cells(found)
+def _page(results: Evaluation, images: list[Path]) -> str:
+    head, rows = pathology_cells(results)
     pictures = "".join(
         f'<figure><img alt="{path.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}"></figure>'
@@ -163,9 +168,9 @@ def _page(found: Evaluation, images: list[Path]) -> str:
     )
     about = "".join(
         f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
-        for key, value in found.about.items()
+        for key, value in results.about.items()
     )
-    sick = f"<h2>Hard caches</h2>{_table(head, rows)}" if rows else ""
+    pathologies = f"<h2>Hard caches</h2>{_html(head, rows)}" if rows else ""
     return (
         "<!doctype html><meta charset=utf-8><title>KV-cache quality</title><style>"
         "body{font:15px/1.5 system-ui;margin:2rem auto;max-width:75rem}"
@@ -173,12 +178,12 @@ def _page(found: Evaluation, images: list[Path]) -> str:
         "td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #ddd}"
         "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
         "dt{float:left;clear:left;width:6rem;color:#666}</style>"
-        f"<h1>KV-cache quality: {html.escape(found.about['model'])}</h1>"
-        f"{_table(list(_HEAD), cells(found))}{pictures}{sick}<dl>{about}</dl>\n"
+        f"<h1>KV-cache quality: {html.escape(results.about['model'])}</h1>"
+        f"{_html(list(_HEAD), cells(results))}{pictures}{pathologies}<dl>{about}</dl>\n"
     )
 
 
-def _table(head: list[str], rows: Cells) -> str:
+def _html(head: list[str], rows: Cells) -> str:
     def line(tag: str, row: list[Any]) -> str:
         inner = "".join(f"<{tag}>{html.escape(str(x))}</{tag}>" for x in row)
         return f"<tr>{inner}</tr>"

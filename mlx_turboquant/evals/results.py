@@ -1,6 +1,6 @@
 """`Evaluation`: what was measured, its summary, and the file it lives in.
 
-Owns the JSON form and the statistics. Intervals are 95% percentile bootstraps over
+Intervals are 95% percentile bootstraps over
 blocks of scored tokens (windows differ more than tokens of one window, but there are
 few of them; a block is what one chunk scores).
 """
@@ -8,13 +8,13 @@ few of them; a block is what one chunk scores).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..atomic import replacing
 from ..errors import FormatError, SpecError
 
 _RESAMPLES = 2000
@@ -27,18 +27,18 @@ class Row:
     """One cache at one length; see `Evaluation.rows`.
 
     Attributes:
-        name: Of the cache.
+        name: The cache's name.
         length: Tokens of context.
         mode: ``chunked``, ``stepped`` (token by token) or ``all``.
         bits: All stored bits per element at that length.
         kld: Mean KL divergence from the uncompressed cache, nats per token.
         low: Lower end of its 95% interval.
-        high: Upper end of it.
-        p99: Of the tokens' divergences.
-        worst: The largest of them.
+        high: Upper end of that interval.
+        p99: 99th percentile of the tokens' divergences.
+        worst: The largest divergence of a token.
         top1: Share of tokens whose most likely successor is the same.
-        perplexity: Of the text.
-        tokens: How many were scored.
+        perplexity: The text's perplexity under this cache.
+        tokens: How many tokens were scored.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Evaluation:
 
     Attributes:
         about: Model, plan, machine and versions.
-        jobs: Per job key, what it found, as plain JSON values.
+        jobs: Per job key, what it measured, as plain JSON values.
     """
 
     about: dict[str, Any]
@@ -75,21 +75,20 @@ class Evaluation:
             FormatError: if it is another kind of file, or damaged.
         """
         try:
-            found = json.loads(path.read_text())
+            saved = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise FormatError(
                 f"cannot read an evaluation from {path}: {error}"
             ) from error
-        if not isinstance(found, dict) or found.get("format") != _MAGIC:
+        if not isinstance(saved, dict) or saved.get("format") != _MAGIC:
             raise FormatError(f"{path} is not an evaluation of this version")
-        return cls(found["about"], found["jobs"])
+        return cls(saved["about"], saved["jobs"])
 
     def save(self, path: Path) -> None:
         """Write all of it as JSON, or leave the older file."""
-        write_beside(
-            path,
-            json.dumps({"format": _MAGIC, "about": self.about, "jobs": self.jobs}),
-        )
+        whole = {"format": _MAGIC, "about": self.about, "jobs": self.jobs}
+        with replacing(path) as file:
+            file.write_text(json.dumps(whole), encoding="utf-8")
 
     def check_same(self, about: dict[str, Any], path: Path) -> None:
         """Make sure ``about`` can continue this.
@@ -106,12 +105,12 @@ class Evaluation:
 
     def names(self, pathology: str = "") -> list[str]:
         """Caches that were scored, in order."""
-        found = (
+        names = (
             job["name"]
             for job in self.of_kind("score")
             if job["pathology"] == pathology
         )
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(names))
 
     def rows(self, pathology: str = "", mode: str = "all") -> list[Row]:
         """Scores by cache and length, all windows together."""
@@ -125,8 +124,8 @@ class Evaluation:
                 if mode in ("all", span["mode"])
             ]
             for length in dict.fromkeys(span["length"] for span in spans):
-                some = [span for span in spans if span["length"] == length]
-                rows.append(_row(name, length, mode, some))
+                own = [span for span in spans if span["length"] == length]
+                rows.append(_row(name, length, mode, own))
         return rows
 
     def of_kind(self, kind: str) -> list[Job]:
@@ -170,10 +169,3 @@ def interval(
     means = np.array(sums)[pick].sum(1) / np.array(counts)[pick].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Write a text file whole, or leave the older one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)

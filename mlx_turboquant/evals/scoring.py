@@ -1,6 +1,6 @@
 """Teacher-forced scores of a cache: what it does to the next token's distribution.
 
-Owns the reading order: long chunks up to a length, then short chunks and single tokens
+A window is read in long chunks up to a length, then in short chunks and single tokens
 that are scored, at every length in turn, all through one cache.
 """
 
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .caches import MakeCache, stored_bits
+from .caches import CacheFactory, stored_bits
 from .grid import EvalPlan
 
 
@@ -45,12 +45,12 @@ def spans(plan: EvalPlan, prefill: int) -> Iterator[Span]:
 def read(
     model: nn.Module,
     tokens: list[int],
-    make: MakeCache,
+    factory: CacheFactory,
     plan: EvalPlan,
     prefill: int | None = None,
 ) -> Iterator[tuple[Span, mx.array, list[Any]]]:
     """Log-probabilities (tokens, vocabulary) float32 of every scored span."""
-    cache = make()
+    cache = factory()
     ids = mx.array(tokens)[None]
     for span in spans(plan, prefill or plan.prefill):
         rows = []
@@ -69,18 +69,18 @@ def read(
 
 
 def reference(
-    model: nn.Module, tokens: list[int], make: MakeCache, plan: EvalPlan
+    model: nn.Module, tokens: list[int], factory: CacheFactory, plan: EvalPlan
 ) -> list[mx.array]:
     """What `score` compares with: the log-probabilities of each scored span."""
-    return [rows for _, rows, _ in read(model, tokens, make, plan)]
+    return [rows for _, rows, _ in read(model, tokens, factory, plan)]
 
 
 def score(
     model: nn.Module,
     tokens: list[int],
-    make: MakeCache,
+    factory: CacheFactory,
     plan: EvalPlan,
-    base: list[mx.array],
+    reference_rows: list[mx.array],
     prefill: int | None = None,
 ) -> list[dict[str, Any]]:
     """One entry per scored span, as JSON values.
@@ -91,29 +91,29 @@ def score(
     Args:
         model: The model.
         tokens: The window, at least the plan's longest length.
-        make: Makes the cache to score.
+        factory: Makes the cache to score.
         plan: What to score.
-        base: From `reference`, of the same window.
+        reference_rows: From `reference`, of the same window.
         prefill: Tokens at a time between lengths, if not the plan's.
     """
-    found = []
-    spans_read = read(model, tokens, make, plan, prefill)
-    for (span, got, cache), want in zip(spans_read, base, strict=True):
-        kld = mx.sum(mx.exp(want) * (want - got), axis=-1)
-        same = mx.sum(mx.argmax(want, axis=-1) == mx.argmax(got, axis=-1))
+    scores = []
+    spans_read = read(model, tokens, factory, plan, prefill)
+    for (span, rows, cache), exact in zip(spans_read, reference_rows, strict=True):
+        kld = mx.sum(mx.exp(exact) * (exact - rows), axis=-1)
+        same = mx.sum(mx.argmax(exact, axis=-1) == mx.argmax(rows, axis=-1))
         truth = mx.array(tokens[span.start + 1 : span.stop + 1])[:, None]
-        nll = -mx.take_along_axis(got[: truth.shape[0]], truth, axis=-1)
+        nll = -mx.take_along_axis(rows[: truth.shape[0]], truth, axis=-1)
         bits, elements = stored_bits(cache)
-        found.append(
+        scores.append(
             {
                 "length": span.length,
                 "mode": "stepped" if span.step == 1 else "chunked",
                 "kld": [float(f"{x:.4g}") for x in np.array(kld)],
-                "same": int(np.array(same)),
+                "same": cast(int, same.item()),
                 "nll": [round(float(x), 5) for x in np.array(nll)[:, 0]],
                 "bits": round(bits),
                 "elements": elements,
                 "nbytes": sum(layer.nbytes for layer in cache),
             }
         )
-    return found
+    return scores

@@ -1,6 +1,6 @@
 """Text to measure on: the bundled held-out books, or any file.
 
-Owns where windows are cut. The bundled books (Project Gutenberg, public domain) were
+The bundled books (Project Gutenberg, public domain) were
 kept out of the bundled model's training; for other models they are just English.
 """
 
@@ -43,7 +43,7 @@ def windows(
     Raises:
         SpecError: if the texts are too short for that.
     """
-    found = []
+    stretches = []
     for index in range(count):
         text = texts[index % len(texts)]
         turn = index // len(texts)
@@ -55,8 +55,8 @@ def windows(
                 f"text {index % len(texts)} gives {len(ids)} tokens, not {length}; "
                 "give a longer text or shorter lengths"
             )
-        found.append(ids)
-    return found
+        stretches.append(ids)
+    return stretches
 
 
 def _encode(tokenizer: Any, text: str, length: int) -> list[int]:

@@ -1,7 +1,6 @@
 """`Conversation`: a long chat whose cache goes along with its text.
 
-Owns the messages, the tokens the cache holds, and making the one follow the other: a
-turn reads only what the cache has not seen, whatever a chat template rewrites. Asking
+A turn reads only what the cache has not seen, whatever a chat template rewrites. Asking
 and showing is the command line's.
 """
 
@@ -19,9 +18,9 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..errors import FormatError
 from ..explanation import Explanation, explain
-from .factory import length_of
 from .loading import check_context, context_length
 from .prompt_files import load_prompt_cache, save_prompt_cache
+from .stock import length_of
 
 _KIND = "mlx_turboquant chat"
 
@@ -58,13 +57,14 @@ class Conversation:
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
         self.cache = self._make_cache()
-        self._held: list[int] = []  # the tokens that the cache has seen
-        self._all: list[int] = []  # and those that it has not: the last of an answer
+        self._text_tokens: list[int] = []
+        # The cache has seen all of them but, usually, the last one of an answer.
+        self._cached_tokens: list[int] = []
 
     @property
     def tokens(self) -> int:
         """Tokens the cache holds."""
-        return len(self._held)
+        return len(self._cached_tokens)
 
     @property
     def context(self) -> int | None:
@@ -89,11 +89,11 @@ class Conversation:
                 turn is not kept then.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        tokens = self._encoded(messages, text)
+        tokens = self._encode(messages, text)
         check_context(
             self.network, len(tokens), "the chat would have", "/reset starts over"
         )
-        rest = tokens[self._follow(tokens) :]
+        rest = tokens[self._rewind_to(tokens) :]
         answer, generated = "", []
         try:
             for response in stream_generate(
@@ -104,11 +104,11 @@ class Conversation:
                 yield response
         finally:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
-            self._all = [*tokens, *generated]
+            self._text_tokens = [*tokens, *generated]
             seen = length_of(self.cache)
-            self._held = self._all[: len(self._all) - 1 if seen is None else seen]
+            self._cached_tokens = self._text_tokens[: -1 if seen is None else seen]
 
-    def _encoded(self, messages: list[dict[str, str]], text: str) -> list[int]:
+    def _encode(self, messages: list[dict[str, str]], text: str) -> list[int]:
         if self.tokenizer.has_chat_template:
             options = {"add_generation_prompt": True, "tokenize": True}
             return list(
@@ -116,27 +116,27 @@ class Conversation:
                     messages, **{**options, **self._template}
                 )
             )
-        if not self._all and len(messages) > 1:
+        if not self._text_tokens and len(messages) > 1:
             text = f"{messages[0]['content']}\n{text}"
-        first = not self._all
+        first = not self._text_tokens
         new = self.tokenizer.encode(text, add_special_tokens=first)
-        return [*self._all, *new]
+        return [*self._text_tokens, *new]
 
-    def _follow(self, tokens: list[int]) -> int:
+    def _rewind_to(self, tokens: list[int]) -> int:
         """Make the cache hold a prefix of ``tokens``; returns its length."""
-        same = 0
-        for ours, theirs in zip(self._held, tokens[:-1], strict=False):
-            if ours != theirs:
+        shared = 0
+        for cached, token in zip(self._cached_tokens, tokens[:-1], strict=False):
+            if cached != token:
                 break
-            same += 1
-        extra = len(self._held) - same
+            shared += 1
+        extra = len(self._cached_tokens) - shared
         if extra and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, extra)
         elif extra:  # a state that cannot go back
             self.cache = self._make_cache()
-            same = 0
-        self._held = self._held[:same]
-        return same
+            shared = 0
+        self._cached_tokens = self._cached_tokens[:shared]
+        return shared
 
     def save(self, path: str | Path) -> None:
         """Write messages and cache to a prompt-cache file."""
@@ -148,8 +148,8 @@ class Conversation:
                 "kind": _KIND,
                 "model": self.name,
                 "messages": json.dumps(self.messages),
-                "held": json.dumps(self._held),
-                "tokens": json.dumps(self._all),
+                "held": json.dumps(self._cached_tokens),
+                "tokens": json.dumps(self._text_tokens),
             },
         )
 
@@ -172,6 +172,6 @@ class Conversation:
                 "start mlx_tq.chat with that model"
             )
         self.messages = json.loads(metadata["messages"])
-        self._held = json.loads(metadata["held"])
-        self._all = json.loads(metadata["tokens"])
+        self._cached_tokens = json.loads(metadata["held"])
+        self._text_tokens = json.loads(metadata["tokens"])
         self.cache = cache

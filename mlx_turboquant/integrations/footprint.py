@@ -1,7 +1,7 @@
 """A model's `Footprint` from its config alone: of weights, only their sizes are read.
 
-Owns building a model without weights, asking its stock caches for their shapes after
-a few tokens that nothing evaluates, and estimating what its parameters take.
+The model is built without weights; the shapes of its caches come from the same dry run
+(`probe`) that decides what they can store.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from mlx_lm.utils import _get_classes as classes_of
 from mlx_lm.utils import load_config
 
 from ..errors import UnsupportedModelError
-from ..memory import Footprint, Layer
-from .factory import leaves, slots_or_none, stock_caches
+from ..memory import Footprint
+from . import probe
 from .loading import context_length
+from .stock import stock_caches
 
 _INDEX = "model.safetensors.index.json"
-_UNIT = 2  # bytes of an unquantized weight
-#: What configs call the number of experts a token is sent to.
-_CHOSEN = (
+_FP16_BYTES = 2
+#: What configs call the number of experts that a token is sent to.
+_EXPERTS_PER_TOKEN = (
     *("num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
     *("moe_topk", "moe_top_k", "moe_k"),
 )
@@ -47,7 +48,7 @@ def footprint(model: str) -> Footprint:
         UnsupportedModelError: if there is no such config, or mlx-lm has no such model.
     """
     try:
-        folder = Path(model) if Path(model).is_dir() else _fetched(model)
+        folder = Path(model) if Path(model).is_dir() else _download(model)
         config = load_config(folder)
         model_class, args_class = classes_of(config)
         network = model_class(args_class.from_dict(config))
@@ -58,10 +59,10 @@ def footprint(model: str) -> Footprint:
             "give a folder with config.json, or a hub id such as "
             "'mlx-community/Llama-3.2-3B-Instruct-4bit'",
         ) from error
-    weights, active = _weights(network, config)
-    stored = _stored(folder)
-    if stored:
-        weights, active = stored, round(active * stored / weights)
+    weights, active = _weight_bytes(network, config)
+    on_disk = _bytes_on_disk(folder)
+    if on_disk:
+        weights, active = on_disk, round(active * on_disk / weights)
     return of_network(network, weights, active)
 
 
@@ -72,34 +73,33 @@ def of_network(
 
     Args:
         network: Any model of mlx-lm's.
-        weights: Bytes of its weights, where its parameters would mislead.
-        active: Bytes of those that one token reads.
+        weights: Bytes of all weights, where the parameters in memory would mislead.
+        active: Bytes of the weights that one token reads; given with ``weights``.
     """
     if weights is None or active is None:
-        weights, active = _weights(network, {})
-    caches = stock_caches(network)
-    network(mx.array([[0, 1]]), cache=caches)  # for its shapes; nothing evaluates it
-    layers, fixed = [], 0
-    for cache, slot in zip(leaves(caches), slots_or_none(network), strict=True):
-        keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
-        if keys is None or values is None:
-            fixed += int(getattr(cache, "nbytes", 0))
-            continue
-        window = getattr(cache, "max_size", getattr(cache, "chunk_size", None))
-        packs = slot is not None and not slot.stock
-        dims = (keys.shape[1], keys.shape[3], values.shape[3])
-        layers.append(Layer(*dims, window=window, packed=packs))
-    return Footprint(tuple(layers), weights, active, fixed, context_length(network))
+        weights, active = _weight_bytes(network, {})
+    stock = stock_caches(network)
+    try:
+        entries = probe.entries_of(network, stock)
+    except UnsupportedModelError as error:  # it may still run on mlx-lm's caches
+        entries = probe.uncompressed_entries(network, stock, error.reason)
+    return Footprint(
+        layers=tuple(entry for entry in entries if entry.shape is not None),
+        weights=weights,
+        active=active,
+        fixed=sum(entry.state_bytes for entry in entries),
+        context=context_length(network),
+    )
 
 
-def _fetched(model: str) -> Path:
+def _download(model: str) -> Path:
     config = hf_hub_download(model, "config.json")
     with contextlib.suppress(EntryNotFoundError):
         hf_hub_download(model, _INDEX)
     return Path(config).parent
 
 
-def _stored(folder: Path) -> int:
+def _bytes_on_disk(folder: Path) -> int:
     """Bytes of the weights on disk, or as their index says; 0 if unknown."""
     files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if files or not (folder / _INDEX).exists():
@@ -108,14 +108,14 @@ def _stored(folder: Path) -> int:
     return int(index.get("metadata", {}).get("total_size", 0))
 
 
-def _weights(network: nn.Module, config: dict[str, Any]) -> tuple[int, int]:
+def _weight_bytes(network: nn.Module, config: dict[str, Any]) -> tuple[int, int]:
     """Bytes of all weights, and of those that one token reads."""
     quantization = config.get("quantization") or {}
-    bits = 8.0 * _UNIT
+    bits = 8.0 * _FP16_BYTES
     if "bits" in quantization:  # and a scale and a bias, 16 bits each, for every group
         bits = quantization["bits"] + 32 / quantization.get("group_size", 64)
     text = {**config, **(config.get("text_config") or {})}
-    chosen = next((text[name] for name in _CHOSEN if text.get(name)), None)
+    per_token = next((text[n] for n in _EXPERTS_PER_TOKEN if text.get(n)), None)
     untied = any("lm_head" in name for name, _ in network.named_modules())
     whole, active = 0.0, 0.0
     for _, module in network.named_modules():
@@ -127,12 +127,13 @@ def _weights(network: nn.Module, config: dict[str, Any]) -> tuple[int, int]:
             elif name == "weight" and hasattr(module, "to_quantized"):
                 size += array.size * bits / 8
             else:
-                size += array.size * _UNIT
+                size += array.size * _FP16_BYTES
         whole += size
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and untied:
             continue  # one row of it
         experts = getattr(module, "num_experts", None)
-        if chosen and experts and own and next(iter(own.values())).ndim == 3:
-            size *= min(1.0, chosen / experts)
+        # Experts are stacked: their weights have an axis more than others.
+        if per_token and experts and own and next(iter(own.values())).ndim == 3:
+            size *= min(1.0, per_token / experts)
         active += size
     return round(whole), round(active)

@@ -1,6 +1,6 @@
 """The attention hook: lets a model's own attention call read compressed caches.
 
-Owns which functions are rebound, and putting them back. The hook rebinds
+The hook rebinds
 ``scaled_dot_product_attention`` in the globals of the functions that make up one
 model's layers, which is where mlx-lm's models (and a user's own model file) look it up.
 It looks at the type of the keys it is given, never at the cache, because some models
@@ -39,8 +39,11 @@ def attend_or_stock(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
+    """mlx-lm's attention function, for compressed keys and values too."""
     if isinstance(keys, CompressedKV):
         out = attend(queries, keys, values, scale, mask, sinks)
+        # A cache chooses gains and bits by the queries of its first page. Attention
+        # only reads caches, so the hook hands them over.
         if keys.observer is not None:
             keys.observe_queries(queries, scale)
         return out

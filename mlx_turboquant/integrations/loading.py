@@ -1,7 +1,6 @@
 """Loading a model and its tokenizer for the machine at hand.
 
-Owns the choice of dtype on the CPU and the wording of failed loads. The loading
-itself is mlx-lm's.
+The loading itself is mlx-lm's; the dtype on a CPU and the words for a failure are ours.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ def load(model: str, **options: Any) -> tuple[nn.Module, Any]:
             "give a folder with config.json and safetensors, or a hub id such as "
             "'mlx-community/Llama-3.2-3B-Instruct-4bit'",
         ) from e
-    for_this_machine(network)
+    cast_for_device(network)
     return network, tokenizer
 
 
-def for_this_machine(network: nn.Module) -> None:
+def cast_for_device(network: nn.Module) -> None:
     """On MLX's CPU device, make the weights float32."""
     if mx.default_device().type == mx.DeviceType.cpu:
         dequantize_model(network)
@@ -75,7 +74,7 @@ def check_context(
 
     Args:
         network: The model.
-        tokens: Of the whole text.
+        tokens: How many the whole text has.
         subject: What has so many, for the error.
         remedy: What to do about it, for the error.
 

@@ -1,59 +1,138 @@
-"""What each of a model's layers does with what its cache returns, found by trying.
+"""A dry run of a model: what each of its layers does with what its cache returns.
 
-Owns the dry run: the model builds the graph of a few tokens, which nothing evaluates,
-so no weight is read. A layer that hands its keys to mlx-lm's attention gets handles on
-packed codes; one that computes on them gets decoded arrays; one whose vectors cannot be
-encoded keeps its stock cache.
+The model builds the graph of a few tokens, which nothing evaluates, so no weight is
+read. A layer that hands its keys to mlx-lm's attention gets handles on packed codes;
+one that computes on them gets decoded arrays; one whose vectors cannot be encoded keeps
+its stock cache. The same run tells the shapes of keys and values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import copy
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..cache import TurboQuantCache
+from ..entries import CacheEntry, kind_reason, nbytes_of
 from ..errors import UnsupportedError, UnsupportedModelError
+from ..segments import CompressedTokens
+from . import hook
+from .stock import REPLACEABLE, labelled_leaves, replace_leaves
 
-#: Token ids of the dry run: a prompt's chunk, then a decode step.
+#: Token ids of the dry run: a prompt's chunk, then a decode step, as models have code
+#: of their own for either.
 _CALLS = ((0, 1), (1,))
 
 #: Entries, counted back from a failure, that may have caused it.
-_BLAMED = 4
+_SUSPECTS = 4
 
-MakeSlot = Callable[[int], Any]
+_NOT_READ = "its keys choose tokens, nothing attends to them"
+_FAILS_DECODED = "the model's own code fails on what it decodes to"
 
 
-@dataclass(frozen=True)
-class Slot:
-    """What one cache entry can be.
+#: By id of the model: its fingerprint when it was run, and what the run said.
+_known: dict[int, tuple[tuple[Any, ...], Sequence[CacheEntry]]] = {}
 
-    Attributes:
-        returns_arrays: The layer wants arrays.
-        stock: Why it keeps mlx-lm's cache; "" if it does not.
+
+def entries_of(model: nn.Module, stock: Sequence[Any]) -> Sequence[CacheEntry]:
+    """A record for each leaf of a model's prompt cache, from one dry run.
+
+    The run is repeated only if the shapes of the weights or the kinds of caches have
+    changed since, as when a model is split over machines. Hooks the model's attention.
+
+    Args:
+        model: A model of mlx-lm's.
+        stock: Its caches as `stock_caches` makes them; they stay empty.
+
+    Raises:
+        UnsupportedModelError: if the model fails whatever its caches are.
     """
+    entries = _described(stock)
+    shapes = (
+        value.shape
+        for module in model.modules()
+        for name, value in module.items()
+        if isinstance(value, mx.array) and not name.startswith("_")
+    )
+    fingerprint = (*entries, *shapes)
+    known = _known.get(id(model))
+    if known is not None and known[0] == fingerprint:
+        return known[1]
+    hook.install(model)
+    entries = _dry_run(model, stock, entries)
+    _known[id(model)] = (fingerprint, entries)
+    weakref.finalize(model, _known.pop, id(model), None)
+    return entries
 
-    returns_arrays: bool = False
-    stock: str = ""
+
+def uncompressed_entries(
+    model: nn.Module, stock: Sequence[Any], reason: str
+) -> Sequence[CacheEntry]:
+    """As `entries_of`, for a model whose caches all stay mlx-lm's, for ``reason``."""
+    entries = [entry.left_alone(reason) for entry in _described(stock)]
+    return _dry_run(model, stock, entries)
 
 
-_NOT_READ = Slot(stock="its keys choose tokens, nothing attends to them")
+def forget() -> None:
+    """Let every model be run anew."""
+    _known.clear()
+
+
+def _described(stock: Sequence[Any]) -> list[CacheEntry]:
+    """What the caches themselves say, before any run."""
+    entries = []
+    for label, leaf in labelled_leaves(stock):
+        entry = CacheEntry(
+            label,
+            type(leaf).__name__,
+            sliding_window=getattr(leaf, "max_size", getattr(leaf, "chunk_size", None)),
+            keep=getattr(leaf, "keep", 0),
+        )
+        if type(leaf) not in REPLACEABLE:
+            entry = entry.left_alone(kind_reason(entry.kind))
+        entries.append(entry)
+    return entries
+
+
+def _dry_run(
+    model: nn.Module, stock: Sequence[Any], entries: Sequence[CacheEntry]
+) -> list[CacheEntry]:
+    run = _try(model, stock, entries)
+    while run.error is not None:
+        entries, run = _next_fallback(model, stock, entries, run)
+    return [
+        _completed(entry, leaf, index in run.attended)
+        for index, (entry, leaf) in enumerate(zip(entries, run.leaves, strict=True))
+    ]
+
+
+def _completed(entry: CacheEntry, leaf: Any, is_attended: bool) -> CacheEntry:
+    """The entry with what its cache held after the run."""
+    if entry.decision == "handles" and not is_attended:
+        entry = entry.left_alone(_NOT_READ)
+    keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array):
+        return replace(entry, shape=(keys.shape[1], keys.shape[3], values.shape[3]))
+    return replace(entry, state_bytes=nbytes_of(leaf))
 
 
 @dataclass
-class _Log:
-    """What one dry run did: which entries were fetched, in order, and attended to."""
+class _Run:
+    """One run: its caches, which of them were fetched, in order, and attended to."""
 
+    leaves: list[Any]
     calls: int = 0
     fetched: list[int] = field(default_factory=list)
     attended: set[int] = field(default_factory=set)
     error: Exception | None = None
 
-    def beyond(self, other: _Log, index: int) -> bool:
-        """Whether it got further than ``other``, which failed at entry ``index``."""
+    def got_further_than(self, other: _Run, index: int) -> bool:
+        """Whether it outlasted ``other``, which failed at entry ``index``."""
         if self.error is None or self.calls > other.calls:
             return True
         if index in self.fetched:
@@ -61,87 +140,69 @@ class _Log:
         return max(self.fetched, default=-1) > index
 
 
-class _Watched(TurboQuantCache):
-    """Notes whenever its tokens are fetched or attended to."""
+class ProbeCache(TurboQuantCache):
+    """Notes in a `_Run` whenever its tokens are fetched or attended to."""
 
-    def __init__(self, index: int, returns_arrays: bool, log: _Log) -> None:
+    def __init__(self, index: int, returns_arrays: bool, run: _Run) -> None:
         super().__init__("8,window=0,sink=0,page=32", returns_arrays=returns_arrays)
-        self._index, self._log = index, log
+        self._index, self._run = index, run
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        self._log.fetched.append(self._index)
+        """As a `TurboQuantCache`; it was fetched, even if this fails."""
+        self._run.fetched.append(self._index)
         return super().update_and_fetch(keys, values)
 
-    def compressed(self):
-        self._log.fetched.append(self._index)
-        keys, values = super().compressed()
-        keys.observer = self
-        return keys, values
+    def compressed(self) -> tuple[CompressedTokens, CompressedTokens]:
+        """As a `TurboQuantCache`; a layer that shares it asks for this alone."""
+        self._run.fetched.append(self._index)
+        return super().compressed()
 
     def observe_queries(self, q: mx.array, scale: float) -> None:
-        self._log.attended.add(self._index)
+        """Only attention has queries to show: it was attended to."""
+        self._run.attended.add(self._index)
 
 
-def probe(
-    model: nn.Module, build: Callable[[MakeSlot], list[Any]], count: int
-) -> list[Slot]:
-    """What each of ``count`` cache entries can be.
+def _try(model: nn.Module, stock: Sequence[Any], entries: Sequence[CacheEntry]) -> _Run:
+    run = _Run([])
 
-    Args:
-        model: Its attention is hooked already.
-        build: Makes the model's prompt cache; asks its argument for each entry, or
-            keeps the stock one where that returns None.
-        count: Entries that `build` asks for.
+    def probed(leaf: Any) -> Any:
+        index = len(run.leaves)
+        entry = entries[index]
+        if entry.is_compressed:
+            leaf = ProbeCache(index, entry.decision == "returns_arrays", run)
+        run.leaves.append(leaf)
+        return leaf
 
-    Raises:
-        UnsupportedModelError: if the model fails for another reason.
-    """
-    slots = [Slot()] * count
-    log = _try(model, build, slots)
-    while log.error is not None:
-        slots, log = _demoted(model, build, slots, log)
-    return [
-        slot
-        if slot.returns_arrays or slot.stock or index in log.attended
-        else _NOT_READ
-        for index, slot in enumerate(slots)
-    ]
-
-
-def _try(
-    model: nn.Module, build: Callable[[MakeSlot], list[Any]], slots: list[Slot]
-) -> _Log:
-    log = _Log()
-
-    def make(index: int) -> Any:
-        slot = slots[index]
-        return None if slot.stock else _Watched(index, slot.returns_arrays, log)
-
+    # Copies: the run fills its caches, and may have to start over.
+    caches = replace_leaves(copy.deepcopy(list(stock)), probed)
     try:
-        caches = build(make)
         for ids in _CALLS:
             model(mx.array([ids]), cache=caches)
-            log.calls += 1
-            log.fetched.clear()
+            run.calls += 1
+            run.fetched.clear()
     except Exception as error:  # whatever a model's code makes of a handle
-        log.error = error
-    return log
+        run.error = error
+    return run
 
 
-def _demoted(
+def _next_fallback(
     model: nn.Module,
-    build: Callable[[MakeSlot], list[Any]],
-    slots: list[Slot],
-    failed: _Log,
-) -> tuple[list[Slot], _Log]:
-    """The smallest change that gets further: to one of the last entries fetched."""
+    stock: Sequence[Any],
+    entries: Sequence[CacheEntry],
+    failed: _Run,
+) -> tuple[Sequence[CacheEntry], _Run]:
+    """The smallest change that gets further: to one of the last entries fetched.
+
+    A model's code may fail some lines after it fetched the keys it cannot use, or in
+    the next layer, so the latest entries are tried one by one.
+    """
     error = failed.error
-    for index in list(dict.fromkeys(reversed(failed.fetched)))[:_BLAMED]:
-        for worse in _worse(slots[index], error):
-            trial = [*slots[:index], worse, *slots[index + 1 :]]
-            log = _try(model, build, trial)
-            if log.beyond(failed, index):
-                return trial, log
+    for index in list(dict.fromkeys(reversed(failed.fetched)))[:_SUSPECTS]:
+        for fallback in _fallbacks(entries[index], error):
+            trial = [*entries[:index], fallback, *entries[index + 1 :]]
+            run = _try(model, stock, trial)
+            if run.got_further_than(failed, index):
+                return trial, run
     first = (str(error) or type(error).__name__).splitlines()[0]
     raise UnsupportedModelError(
         f"the model fails on a few tokens with a compressed cache ({first})",
@@ -149,9 +210,11 @@ def _demoted(
     ) from error
 
 
-def _worse(slot: Slot, error: Exception | None) -> list[Slot]:
+def _fallbacks(entry: CacheEntry, error: Exception | None) -> list[CacheEntry]:
     """What to try after a failure, the better first."""
     if type(error) is UnsupportedError:
-        return [Slot(stock=error.reason)]  # of these dims, not of this use
-    failing = Slot(stock="the model's own code fails on what it decodes to")
-    return [failing] if slot.returns_arrays else [Slot(returns_arrays=True), failing]
+        return [entry.left_alone(error.reason)]  # of these dims, not of this use
+    stock = entry.left_alone(_FAILS_DECODED)
+    if entry.decision == "returns_arrays":
+        return [stock]
+    return [replace(entry, decision="returns_arrays"), stock]

@@ -1,14 +1,11 @@
 """Prompt-cache files: mlx-lm's format, whole or absent, and checked.
 
-Owns the writing beside and renaming, the checksum, and the wording of failed reads.
 What a layer's state holds is its cache's own (``cache/state.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,11 @@ import mlx.nn as nn
 import mlx_lm.models.cache as host_cache
 from mlx.utils import tree_flatten
 
+from ..atomic import replacing
 from ..errors import FormatError, UnsupportedModelError
 from ..explanation import explain
 from . import hook
-from .factory import stock_caches
+from .stock import stock_caches
 
 #: Where the checksum stands among the file's metadata.
 _CHECKSUM = "mlx_turboquant_checksum"
@@ -36,16 +34,9 @@ def save_prompt_cache(
         cache: Any prompt cache of mlx-lm or of ours.
         metadata: Text to keep beside it, as in mlx-lm.
     """
-    target = _named(path)
-    handle, beside = tempfile.mkstemp(dir=target.parent, suffix=".safetensors")
-    os.close(handle)
-    try:
-        checked = {**(metadata or {}), _CHECKSUM: _checksum(cache)}
-        host_cache.save_prompt_cache(beside, cache, checked)
-        os.replace(beside, target)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    checked = {**(metadata or {}), _CHECKSUM: _checksum(cache)}
+    with replacing(_with_suffix(path)) as file:
+        host_cache.save_prompt_cache(str(file), cache, checked)
 
 
 def load_prompt_cache(
@@ -64,13 +55,13 @@ def load_prompt_cache(
         UnsupportedModelError: if the model has another number of caches.
     """
     hook.register()
-    path = path if Path(path).is_file() else _named(path)
+    path = path if Path(path).is_file() else _with_suffix(path)
     try:
         if not Path(path).is_file():
             raise FileNotFoundError("there is no such file")
         cache, metadata = host_cache.load_prompt_cache(str(path), return_metadata=True)
-        wanted = metadata.pop(_CHECKSUM, None)  # mlx-lm's own files have none
-        damaged = wanted is not None and wanted != _checksum(cache)
+        checksum = metadata.pop(_CHECKSUM, None)  # mlx-lm's own files have none
+        is_damaged = checksum is not None and checksum != _checksum(cache)
     except FormatError:
         raise
     except (
@@ -87,7 +78,7 @@ def load_prompt_cache(
             f"cannot read a prompt cache from {path} ({first}); "
             "make it again with tq.save_prompt_cache"
         ) from error
-    if damaged:
+    if is_damaged:
         raise FormatError(
             f"{path} is damaged: its checksum is not that of what it holds; "
             "make it again with tq.save_prompt_cache"
@@ -103,17 +94,17 @@ def check_cache(model: nn.Module, cache: list[Any], name: str) -> None:
     Raises:
         UnsupportedModelError: if the model has another number of caches.
     """
-    wanted = len(stock_caches(model))
-    if wanted != len(cache):
+    count = len(stock_caches(model))
+    if count != len(cache):
         raise UnsupportedModelError(
-            f"{name} holds {len(cache)} layer caches, the model has {wanted}",
+            f"{name} holds {len(cache)} layer caches, the model has {count}",
             "use the model that made it",
         )
     if explain(cache).packed_layers:
         hook.install(model)
 
 
-def _named(path: str | Path) -> Path:
+def _with_suffix(path: str | Path) -> Path:
     """With the suffix that MLX knows the format by."""
     path = Path(path)
     if path.suffix == ".safetensors":

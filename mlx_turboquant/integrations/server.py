@@ -1,8 +1,9 @@
 """mlx-lm's OpenAI-compatible server, with compressed caches.
 
-Owns what differs: models get our caches when they are loaded, so that continuous
-batching stays on; the prompt cache keeps to its byte budget in every path; requests
-that cannot be served are refused in words. Routing, batching and streaming are its own.
+What differs: models get our caches when they are loaded, so that continuous batching
+stays on; the store of prompts' caches keeps to its byte budget in every path; requests
+that cannot be served are refused in words. Routing, batching and streaming are
+mlx-lm's.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from mlx_lm.models.cache import (
     can_trim_prompt_cache,
     make_prompt_cache,
 )
+from rich.filesize import decimal
 
 from ..errors import TurboQuantError, UnsupportedError
-from ..explanation import size_text
 from ..spec import CacheSpec
-from .factory import apply, length_of
-from .loading import check_context, for_this_machine
+from .factory import apply
+from .loading import cast_for_device, check_context
 from .speculation import check_rewinds, check_split
+from .stock import length_of
 
 #: A request's body at most: some 16 million tokens of text.
 MAX_BODY_BYTES = 64 << 20
+_UNBOUNDED = 1 << 63
 
 
 class Provider(host_server.ModelProvider):  # type: ignore[misc]
@@ -62,12 +65,12 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
     ) -> None:
         super()._load(model_path, adapter_path, draft_model_path)
         try:
-            for_this_machine(self.model)
+            cast_for_device(self.model)
             if self.spec is not None:
                 explanation = apply(self.model, self.spec, self.max_kv_size)
                 logging.info(f"KV cache: {explanation.summary()}")
             if self.draft_model is not None:
-                for_this_machine(self.draft_model)
+                cast_for_device(self.draft_model)
                 if self.draft_spec is not None:
                     apply(self.draft_model, self.draft_spec)
             caches = make_prompt_cache(self.model)
@@ -83,7 +86,7 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
             raise
 
 
-class PromptCache(LRUPromptCache):  # type: ignore[misc]
+class PromptStore(LRUPromptCache):  # type: ignore[misc]
     """mlx-lm's store of texts' caches, that keeps tokens and caches in step.
 
     Speculative decoding ends with caches that have not seen the last token, or of two
@@ -116,21 +119,22 @@ class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        found = super()._tokenize(tokenizer, request, args)
-        if not found[0]:
+        tokenized = super()._tokenize(tokenizer, request, args)
+        prompt = tokenized[0]
+        if not prompt:
             raise UnsupportedError("the prompt has no tokens", "send some text")
         check_context(
             self.model_provider.model,
-            len(found[0]),
+            len(prompt),
             remedy="shorten it or choose a model with a longer context",
         )
-        return found
+        return tokenized
 
     def _log_cache_stats(self) -> None:
-        held = self.prompt_cache
-        budget = held.max_bytes
-        of = f" of {size_text(budget)}" if budget < 1 << 62 else ""
-        logging.info(f"Prompt cache: {len(held)} texts, {size_text(held.nbytes)}{of}")
+        store = self.prompt_cache
+        budget = store.max_bytes
+        of = f" of {decimal(budget)}" if budget < _UNBOUNDED else ""
+        logging.info(f"Prompt cache: {len(store)} texts, {decimal(store.nbytes)}{of}")
 
 
 class _ErrorObjects:
@@ -149,8 +153,9 @@ class _ErrorObjects:
         status = self._handler.status
         if status >= 400 and data.startswith(b'{"error": "'):
             kind = "invalid_request_error" if status < 500 else "server_error"
-            told = {"message": json.loads(data)["error"], "type": kind, "code": status}
-            data = json.dumps({"error": told}).encode()
+            message = json.loads(data)["error"]
+            error = {"message": message, "type": kind, "code": status}
+            data = json.dumps({"error": error}).encode()
         return self._file.write(data)
 
 
@@ -212,10 +217,10 @@ def serve(provider: Provider) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = provider.cli_args
     budget = options.prompt_cache_bytes
-    cache = PromptCache(
-        options.prompt_cache_size, (1 << 63) if budget is None else budget
+    store = PromptStore(
+        options.prompt_cache_size, _UNBOUNDED if budget is None else budget
     )
-    generator = Generator(provider, cache)
+    generator = Generator(provider, store)
     if mx.distributed.init().rank() == 0:
         host_server._run_http_server(
             options.host, options.port, generator, handler_class=Handler

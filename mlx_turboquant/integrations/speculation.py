@@ -1,6 +1,6 @@
 """Speculative decoding: two models' caches in one argument, and when it cannot work.
 
-Owns how mlx-lm is handed the caches of target and draft. The loop is mlx-lm's.
+The loop is mlx-lm's.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def check_rewinds(caches: list[Any], owner: str, tokens: int | None = None) -> N
     """Make sure that rejected drafts can be taken back.
 
     Args:
-        caches: Of one model, still empty or just loaded.
+        caches: The caches of one model, still empty or just loaded.
         owner: Whose they are, for the error.
-        tokens: Of prompt and answer; None if there is no telling.
+        tokens: How many prompt and answer have; None if there is no telling.
 
     Raises:
         UnsupportedModelError: if a cache cannot forget its last tokens, or will have
@@ -54,10 +54,10 @@ def check_rewinds(caches: list[Any], owner: str, tokens: int | None = None) -> N
             )
         window = getattr(cache, "max_size", None)
         if window is not None and (tokens is None or tokens > window):
-            said = "a text of any length" if tokens is None else f"{tokens} tokens"
+            text = "a text of any length" if tokens is None else f"{tokens} tokens"
             raise UnsupportedModelError(
                 f"the {owner} has windows of {window} tokens, which cannot take back "
-                f"what rejected tokens pushed out; that is less than {said}",
+                f"what rejected tokens pushed out; that is less than {text}",
                 "leave --draft-model out, or lower --max-tokens",
             )
 

@@ -1,17 +1,61 @@
+"""The kernels that move vectors in and out of codes: their buffers and arguments.
+
+Owns no arithmetic (``metal/encode_scalar.metal``, ``metal/encode_trellis.metal``,
+``metal/decode_codes.metal``) and no choice of launch sizes (`backends.gpu`). Each
+launch is for one side, keys or values.
+"""
+
+from __future__ import annotations
+
 from typing import NamedTuple
 
-ENCODE_SCALAR = ENCODE_TRELLIS = DECODE_CODES = None
+from .kernel import Kernel
 
 
 class EncodeArguments(NamedTuple):
+    """What the encoders are told of the vectors besides their templates."""
+
+    #: Tokens to encode.
     tokens: int
     kv_heads: int
     batch: int
+    #: The number of the first token, for the mean of its page.
     first: int
+    #: Tokens to a row of means.
     page: int
 
 
 class DecodeArguments(NamedTuple):
+    """What the decoder is told of the codes besides its template."""
+
+    #: Tokens to decode.
     tokens: int
     kv_heads: int
     batch: int
+
+
+_ENCODE_INPUTS = ("x", "signs", "means", "table", "arguments")
+#: Codes of coordinates, a simdgroup to a vector.
+ENCODE_SCALAR = Kernel(
+    name="encode_scalar",
+    file="encode_scalar.metal",
+    inputs=_ENCODE_INPUTS,
+    outputs=("words", "scales"),
+    arguments=EncodeArguments,
+)
+#: Trellis codes, a simdgroup to ``VECTORS`` vectors.
+ENCODE_TRELLIS = Kernel(
+    name="encode_trellis",
+    file="encode_trellis.metal",
+    inputs=_ENCODE_INPUTS,
+    outputs=("words", "scales"),
+    arguments=EncodeArguments,
+)
+#: Codes to vectors, a thread to a group of 16 elements.
+DECODE_CODES = Kernel(
+    name="decode_codes",
+    file="decode_codes.metal",
+    inputs=("words", "scales", "params", "arguments"),
+    outputs=("out",),
+    arguments=DecodeArguments,
+)

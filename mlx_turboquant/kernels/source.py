@@ -1,23 +1,41 @@
 """Kernel sources: finding ``metal/``, inlining includes, spelling them for CUDA.
 
-Owns text only. The files are legal Metal Shading Language; a dialect puts its compat
-header in front, and CUDA loses the address-space words that it does not have.
+A source is Metal Shading Language but for three words of ours:
+
+    #include "compat/base.h"    ``compat/metal/base.h`` or ``compat/cuda/base.h``
+    #include "arguments.h"      the kernel's argument struct (`kernels.arguments`)
+    TQ_ENTRY(name) {            at the end of a ``.metal`` file: the body of a kernel,
+      ...                       in which the names of its `Kernel`'s inputs, outputs
+    }                           and template arguments are declared
+
+MLX writes an entry's signature: its body is what ``mx.fast.metal_kernel`` takes as
+``source``, the rest of its file the ``header``. An entry declares threadgroup memory,
+finds this threadgroup's part of the buffers and makes one call. An input's
+``<name>_strides`` have to stand in the body: MLX passes those that it finds there, and
+does not look at headers.
+
+Both texts lose comments and indentation, since MLX reads them through on every launch,
+which at 20 kB was seen to cost 9 us. So a source includes only what it uses.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from .arguments import struct_text
 
 Dialect = Literal["metal", "cuda"]
 
 _INCLUDE = re.compile(r'^#include "([\w./]+)"\n', re.MULTILINE)
+_ENTRY = re.compile(r"^TQ_ENTRY\((\w+)\) \{\n(.*?)^\}\n", re.MULTILINE | re.DOTALL)
 _SHARED = re.compile(r"\bthreadgroup (\w+) (\w+\[)")
-_NOISE = re.compile(r"[ \t]*//[^\n]*|^[ \t]+|\n(?=\s*\n)", re.MULTILINE)
 _ADDRESS_SPACES = re.compile(r"\b(device|constant|threadgroup|thread)\s+(?=[\w])")
+_COMMENTS_AND_INDENTATION = re.compile(
+    r"[ \t]*//[^\n]*|^[ \t]+|\n(?=\s*\n)", re.MULTILINE
+)
 
 
 def metal_folder() -> Path:
@@ -27,28 +45,43 @@ def metal_folder() -> Path:
     return shipped if shipped.is_dir() else package.parent / "metal"
 
 
-@functools.cache
-def header(name: str, dialect: Dialect) -> str:
-    """The text of one source with everything it includes, once each, compat first.
+def header(
+    file: str,
+    dialect: Dialect,
+    arguments: type[NamedTuple],
+    omitted: frozenset[str] = frozenset(),
+) -> str:
+    """All of a source but its entries, and what it includes, once each.
 
-    Without comments and indentation: MLX reads it through on every launch, which at
-    20 kB was seen to cost 9 us.
+    ``omitted`` files are left out.
     """
-    compat = (metal_folder() / "compat" / f"{dialect}.h").read_text()
-    text = compat + spell(_inline(name, set()), dialect)
-    return _NOISE.sub("", text).lstrip()
+    text = _inline(file, dialect, arguments, set(omitted))
+    return _spell(_ENTRY.sub("", text), dialect)
 
 
-def _inline(name: str, seen: set[str]) -> str:
-    if name in seen:
+def body(file: str, name: str, dialect: Dialect) -> str:
+    """What is between the braces of the entry ``name``."""
+    entries: dict[str, str] = dict(_ENTRY.findall((metal_folder() / file).read_text()))
+    return _spell(entries[name], dialect)
+
+
+def _inline(
+    file: str, dialect: Dialect, arguments: type[NamedTuple], included: set[str]
+) -> str:
+    if file in included:
         return ""
-    seen.add(name)
-    text = (metal_folder() / name).read_text()
-    return _INCLUDE.sub(lambda match: _inline(match[1], seen), text)
+    included.add(file)
+    if file == "arguments.h":
+        return struct_text(arguments)
+    text = (metal_folder() / file.replace("compat/", f"compat/{dialect}/")).read_text()
+    return _INCLUDE.sub(
+        lambda match: _inline(match[1], dialect, arguments, included), text
+    )
 
 
-def spell(text: str, dialect: Dialect) -> str:
-    """Metal text in a dialect; Metal itself is left as it is."""
-    if dialect == "metal":
-        return text
-    return _ADDRESS_SPACES.sub("", _SHARED.sub(r"__shared__ \1 \2", text))
+def _spell(text: str, dialect: Dialect) -> str:
+    """A source's text in a dialect, without what only readers need."""
+    text = _COMMENTS_AND_INDENTATION.sub("", text).lstrip()
+    if dialect == "cuda":
+        text = _ADDRESS_SPACES.sub("", _SHARED.sub(r"__shared__ \1 \2", text))
+    return text

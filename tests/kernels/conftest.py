@@ -4,50 +4,43 @@ skips; with ``--kernels cuda`` or ``metal``, this machine's GPU."""
 import os
 import platform
 import sys
-from dataclasses import dataclass
 
 import metalsim
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.kernels import source
 from mlx_turboquant.kernels.kernel import MlxLauncher
 
 
-@dataclass(frozen=True)
 class Simulator:
     """A `Launcher` that runs the real Metal sources on this CPU."""
 
     name = "simulator"
 
-    def __call__(
-        self,
-        kernel,
-        inputs,
-        template,
-        grid,
-        threadgroup,
-        output_shapes,
-        output_dtypes,
-    ):
+    def __init__(self):
+        self._built = {}
+
+    def __call__(self, launch, inputs):
+        kernel, template, grid, threadgroup, output_shapes, output_dtypes = launch
         assert all(g % t == 0 for g, t in zip(grid, threadgroup, strict=True))
         assert all(array.size >= 8 for array in inputs), "would be constant memory"
-        run = metalsim.metal_kernel(
-            name=kernel.name,
-            input_names=list(kernel.inputs),
-            output_names=list(kernel.outputs),
-            source=kernel.entry,
-            header=source.header(kernel.file, "metal"),
-            ensure_row_contiguous=False,
-        )
+        if kernel not in self._built:
+            self._built[kernel] = metalsim.metal_kernel(
+                name=kernel.name,
+                input_names=list(kernel.inputs),
+                output_names=list(kernel.outputs),
+                source=kernel.body("metal"),
+                header=kernel.header("metal"),
+                ensure_row_contiguous=False,
+            )
         mx.eval(inputs)
-        return run(
-            inputs=list(inputs),
-            template=list(template.items()),
+        return self._built[kernel](
+            inputs=inputs,
+            template=template,
             grid=grid,
             threadgroup=threadgroup,
-            output_shapes=list(output_shapes),
-            output_dtypes=list(output_dtypes),
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
         )
 
 
@@ -71,7 +64,7 @@ def _clang(lane):
         pytest.skip(f"KERNELS NOT TESTED: {error}")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def launcher(lane):
     """What runs the kernels under test."""
     return Simulator() if lane == "simulator" else MlxLauncher(lane)

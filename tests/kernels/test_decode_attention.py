@@ -9,7 +9,10 @@ import pytest
 from helpers import relative_error, softmax_attention
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import gpu, reference, select
+from mlx_turboquant.backends import select
+from mlx_turboquant.backends.call import AttendCall
+from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.errors import BackendUnavailableError
 
 TOLERANCE = 4e-3
@@ -93,30 +96,32 @@ def test_agrees_with_the_reference(case, launcher, mode):
     q = mx.random.normal((1, heads * group, steps, dims[0]))
     mask = mask_of(kind, heads * group, steps, length)
     sinks = mx.random.normal((heads * group,)) if learned else None
-    assert gpu.refuse(keys, values) is None
-    args = (q, keys, values, dims[0] ** -0.5, mask, sinks)
-    got = gpu.Gpu(launcher, simdgroups=6).attend(*args)
-    assert relative_error(got, reference.attend(*args)) < TOLERANCE
+    backend = Gpu(launcher, simdgroups=6)
+    assert backend.refuse(keys.quantizer, values.quantizer) is None
+    call = AttendCall(q, keys, values, dims[0] ** -0.5, mask, sinks)
+    assert relative_error(backend.attend(call), Reference().attend(call)) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_models_and_batches(launcher, dtype):
     keys, values = filled("k4v4", 300, 2, 64, 64, dtype, batch=2)
     q = mx.random.normal((2, 4, 2, 64)).astype(dtype)
-    args = (q, keys, values, 0.125, "causal")
-    got = gpu.Gpu(launcher).attend(*args)
+    call = AttendCall(q, keys, values, 0.125, "causal")
+    got = Gpu(launcher).attend(call)
     assert got.dtype == dtype
-    wide = reference.attend(q.astype(mx.float32), *args[1:])
+    wide = Reference().attend(call._replace(q=q.astype(mx.float32)))
     floor = 0.004 if dtype == mx.bfloat16 else 0
     assert relative_error(got.astype(mx.float32), wide) < TOLERANCE + floor
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5, 64])
-def test_the_number_of_blocks_changes_nothing(launcher, blocks):
+@pytest.mark.parametrize("simdgroups", [1, 2, 5, 64])
+def test_the_number_of_splits_changes_nothing(launcher, simdgroups):
     keys, values = filled("k4v4", 500, 1, 64, 64)
     q = mx.random.normal((1, 2, 1, 64))
-    one = gpu.Gpu(launcher, simdgroups=6).attend(q, keys, values, 0.125)
-    other = gpu.Gpu(launcher, simdgroups=blocks).attend(q, keys, values, 0.125)
+    keys.prepared.clear()
+    one = Gpu(launcher, simdgroups=6).attend(AttendCall(q, keys, values, 0.125))
+    keys.prepared.clear()
+    other = Gpu(launcher, simdgroups).attend(AttendCall(q, keys, values, 0.125))
     assert relative_error(other, one) < 2e-3
 
 
@@ -129,51 +134,98 @@ def test_error_falls_with_every_bit(launcher):
         cache.update_and_fetch(k[:, :, :290], v[:, :, :290])
         keys, values = cache.update_and_fetch(k[:, :, 290:], v[:, :, 290:])
         q = mx.random.normal((1, 2, 1, 64))
-        got = gpu.Gpu(launcher).attend(q, keys, values, 0.2)
+        got = Gpu(launcher).attend(AttendCall(q, keys, values, 0.2))
         errors.append(relative_error(got, softmax_attention(q, k, v, 0.2)))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
 
 
-def test_refusals_are_words():
-    keys, values = filled("k16v3", 200, 1, 64, 64)
-    assert "identity:16 has no kernel" in gpu.refuse(keys, values)
-    keys, values = filled("k3v3", 200, 1, 576, 64)
-    assert "head_dim 576 is over 512" in gpu.refuse(keys, values)
-    keys, values = filled("k3v3,page=48", 200, 1, 64, 64)
-    assert "page 48 is not a multiple of 32" in gpu.refuse(keys, values)
-    cache = tq.TurboQuantCache("3")
-    cache.update_and_fetch(mx.ones((1, 1, 5, 64)), mx.ones((1, 1, 5, 64)))
-    assert "nothing is packed" in gpu.refuse(*cache.keys_and_values())
+def test_one_prepared_step_serves_until_the_next_page(launcher):
+    """Recent tokens come and go; each step still agrees with the reference."""
+    mx.random.seed(3)
+    k, v = (mx.random.normal((1, 2, 420, 64)) for _ in range(2))
+    cache, backend = tq.TurboQuantCache("k4v4"), Gpu(launcher, simdgroups=6)
+    cache.update_and_fetch(k[:, :, :300], v[:, :, :300])
+    prepared = set()
+    for at in (300, 301, 302, 419):
+        if at == 302:
+            cache.trim(2)
+            at = 300
+        part = slice(at, at + 1)
+        keys, values = cache.update_and_fetch(k[:, :, part], v[:, :, part])
+        if at == 419:  # the next page is due
+            part = slice(301, 420)
+            cache.update_and_fetch(k[:, :, part], v[:, :, part])
+            keys, values = cache.compressed()
+        q = mx.random.normal((1, 4, 1, 64))
+        call = AttendCall(q, keys, values, 0.125)
+        got, want = backend.attend(call), Reference().attend(call)
+        assert relative_error(got, want) < TOLERANCE
+        assert len(keys.prepared) == 1
+        prepared.add(id(keys.prepared))
+    assert len(prepared) == 2
 
 
-def test_choice_of_backend_is_shown_and_can_be_forced(launcher, monkeypatch):
-    monkeypatch.setattr(select, "gpu_backend", lambda: None)
-    cache = tq.TurboQuantCache("k4v4")
+def test_refusals_are_words(launcher):
+    backend = Gpu(launcher)
+
+    def refusal(spec, k_dim):
+        sides = filled(spec, 200, 1, k_dim, 64)
+        return backend.refuse(*(side.quantizer for side in sides))
+
+    assert "identity:16 has no kernel" in refusal("k16v3", 64)
+    assert "head_dim 576 is over 512" in refusal("k3v3", 576)
+
+
+@pytest.fixture
+def asked_again():
+    """The environment is read once a process; these tests are many processes' worth."""
+    select.requested.cache_clear()
+    yield
+    select.requested.cache_clear()
+
+
+def test_choice_of_backend_is_shown_and_can_be_forced(
+    launcher, monkeypatch, asked_again
+):
     kv = mx.random.normal((1, 2, 300, 64))
-    cache.update_and_fetch(kv, kv)
-    sides = cache.update_and_fetch(kv[:, :, :1], kv[:, :, :1])
     q = mx.random.normal((1, 4, 1, 64))
-    on_cpu = tq.attend(q, *sides, 0.125)
-    assert tq.explain(cache).layers[0].backend == "cpu"
-    monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(launcher))
-    monkeypatch.setattr(select, "TRUSTED", ())
-    plain = tq.attend(q, *sides, 0.125)
+
+    def run(spec, gpu, variable=None, default_on=(launcher.name,)):
+        """What a new cache's attention says, and which backend it took."""
+        monkeypatch.setattr(select, "gpu_backend", lambda: gpu)
+        monkeypatch.setattr(select, "DEFAULT_ON", default_on)
+        if variable is None:
+            monkeypatch.delenv(select.VARIABLE, raising=False)
+        else:
+            monkeypatch.setenv(select.VARIABLE, variable)
+        select.requested.cache_clear()
+        cache = tq.TurboQuantCache(spec)
+        # Encoded on the CPU whatever attends, so that all attend to the same codes.
+        cache.update_and_fetch(kv, kv)
+        sides = cache.update_and_fetch(kv[:, :, :1], kv[:, :, :1])
+        return tq.attend(q, *sides, 0.125), tq.explain(cache).layers[0].backend
+
+    backend = Gpu(launcher)
+    on_cpu, name = run("k4v4", None)
+    assert name == "cpu"
+    plain, name = run("k4v4", backend, default_on=())
     assert relative_error(on_cpu, plain) < 1e-6
-    assert "try MLX_TQ_BACKEND=gpu" in tq.explain(cache).layers[0].backend
-    monkeypatch.setattr(select, "TRUSTED", (launcher.name,))
-    assert tq.explain(cache).layers[0].backend == launcher.name
-    fused = tq.attend(q, *sides, 0.125)
+    assert name.startswith("reference: ")
+    assert "try MLX_TQ_BACKEND=gpu" in name
+    fused, name = run("k4v4", backend)
+    assert name == launcher.name
     assert 0 < relative_error(fused, plain) < TOLERANCE
-    monkeypatch.setenv(select.VARIABLE, "reference")
-    assert mx.array_equal(tq.attend(q, *sides, 0.125), plain).item()
-    monkeypatch.setenv(select.VARIABLE, "gpu")
-    assert mx.array_equal(tq.attend(q, *sides, 0.125), fused).item()
-    identity = tq.TurboQuantCache("k16v4")
-    identity.update_and_fetch(kv, kv)
-    identity.update_and_fetch(kv[:, :, :1], kv[:, :, :1])
+    forced, name = run("k4v4", backend, "reference")
+    assert mx.array_equal(forced, plain).item()
+    assert name == "reference: MLX_TQ_BACKEND is set"
+    forced, name = run("k4v4", backend, "gpu", default_on=())
+    assert mx.array_equal(forced, fused).item()
+    _, name = run("k16v4", backend)
+    assert name == "reference: codec identity:16 has no kernel"
     with pytest.raises(BackendUnavailableError, match=r"identity.* has no kernel"):
-        tq.attend(q, *identity.keys_and_values(), 0.125)
-    monkeypatch.setenv(select.VARIABLE, "cuda")
+        run("k16v4", backend, "gpu")
+    with pytest.raises(BackendUnavailableError, match="runs on the CPU"):
+        run("k4v4", None, "gpu")
     with pytest.raises(ValueError, match="'cuda' is unknown"):
-        tq.attend(q, *sides, 0.125)
+        run("k4v4", backend, "cuda")

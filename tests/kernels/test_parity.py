@@ -6,7 +6,6 @@ reference in float16: what a GPU does for half-precision models anyway.
 """
 
 import itertools
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -14,11 +13,14 @@ import pytest
 from helpers import relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import gpu, reference
+from mlx_turboquant.backends.call import AttendCall
+from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import codec_for
+from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
 from mlx_turboquant.tokens import TokenArrays
-from mlx_turboquant.transform import ChannelTransform, PageMeans
+from mlx_turboquant.transform import ChannelTransform
 
 AXES = {
     "spec": (
@@ -84,15 +86,18 @@ def made_up(spec, dim, length, dtype):
     for side in ("keys", "values"):
         codec = codec_for(getattr(parsed, side), dim, side, 0)
         x = mx.random.normal((2, 1, length, dim))
-        ends = [mx.random.normal((2, 1, n, dim)).astype(dtype) for n in (3, 20)]
-        basis = ChannelTransform(
-            codec.rotation, mx.exp(mx.random.normal((2, 1, 1, dim)) / 2)
-        )
+        sink = mx.random.normal((2, 1, 3, dim)).astype(dtype)
+        recent = mx.random.normal((2, 1, 29, dim)).astype(dtype)  # nine are spare
+        gains = mx.exp(mx.random.normal((2, 1, 1, dim)) / 2)
+        transform = ChannelTransform(codec.rotation, gains)
+        means = None
+        if side == "keys":
+            means = PageMeans(PAGE)
+            means.append(mx.random.normal((2, 1, -(-length // PAGE), dim)))
         codes = TokenArrays(codec.encode(x).arrays, length)
-        sides.append(CompressedTokens(codec, basis, ends[0], codes, ends[1]))
-    pages = -(-length // PAGE)
-    rows = mx.random.normal((2, 1, pages + 1, dim)).astype(mx.float16)
-    return replace(sides[0], means=PageMeans(rows, PAGE, pages)), sides[1]
+        quantizer = Quantizer(codec, transform, means)
+        sides.append(CompressedTokens(quantizer, sink, codes, recent, 20))
+    return sides
 
 
 def mask_of(kind, heads, steps, total):
@@ -117,16 +122,16 @@ def test_error_is_at_most_twice_the_references(number, launcher, lane, mode):
     keys, values = made_up(spec, dim, length, dtype)
     q = mx.random.normal((2, group, steps, dim)).astype(dtype)
     mask = mask_of(mask, group, steps, length + 23)
-    args = (q, keys, values, dim**-0.5, mask)
     wide = q.astype(mx.float32)
     sides = (stored(keys), stored(values))
     truth = softmax_attention(wide, *sides, dim**-0.5, mask)
-    got = gpu.Gpu(launcher, simdgroups=8).attend(*args)
+    call = AttendCall(q, keys, values, dim**-0.5, mask)
+    got = Gpu(launcher, simdgroups=8).attend(call)
     assert got.dtype == dtype
     error = relative_error(got.astype(mx.float32), truth)
     half = mx.float16 if dtype == mx.float32 else dtype
     if mask is not None and not isinstance(mask, str) and mask.dtype != mx.bool_:
         mask = mask.astype(half)
-    plain = reference.attend(q.astype(half), keys, values, dim**-0.5, mask)
+    plain = Reference().attend(call._replace(q=q.astype(half), mask=mask))
     floor = relative_error(plain.astype(mx.float32), truth)
     assert error < 2 * floor, f"{case}: {error:.1e} against {floor:.1e}"

@@ -8,14 +8,16 @@ float32. At 7 and 8 bits that happens to some percent of vectors, below to hardl
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import attend, relative_error
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import gpu, reference, select
+from mlx_turboquant.backends import select
+from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.codecs import codec_for
+from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
 from mlx_turboquant.tokens import TokenArrays
-from mlx_turboquant.transform import ChannelTransform, PageMeans
+from mlx_turboquant.transform import ChannelTransform
 
 #: spec, dims, heads, tokens
 CASES = {
@@ -54,14 +56,18 @@ def vectors(heads, count, dims, dtype=mx.float32):
     return k[:, :, 5 : 5 + count], 3 * v[:, :, 4 : 4 + count]
 
 
-def surroundings(codecs, heads, pages, page):
-    """Bases of unlike channels, and means (2, heads, pages, D) of pages of keys."""
-    bases = [
-        ChannelTransform(c.rotation, mx.exp(mx.random.normal((2, heads, 1, c.dim)) / 2))
-        for c in codecs
-    ]
-    rows = mx.random.normal((2, heads, pages, codecs[0].dim)).astype(mx.float16)
-    return bases, PageMeans(rows, page, pages)
+def quantizers_of(codecs, heads, tokens=0, page=16, gains=True):
+    """Quantizers of unlike channels; of the keys with means of random pages, if any."""
+    quantizers = []
+    for index, codec in enumerate(codecs):
+        scales = mx.exp(mx.random.normal((2, heads, 1, codec.dim)) / 2)
+        transform = ChannelTransform(codec.rotation, scales if gains else None)
+        means = None
+        if index == 0 and tokens:
+            means = PageMeans(page)
+            means.append(mx.random.normal((2, heads, -(-tokens // page), codec.dim)))
+        quantizers.append(Quantizer(codec, transform, means))
+    return quantizers
 
 
 @pytest.mark.parametrize("centered", [True, False])
@@ -70,13 +76,11 @@ def test_encode_is_the_definition(case, centered, launcher, mode):
     """Tokens 11 and on of two pages and a part of a third."""
     spec, dims, heads, count = CASES[case]
     codecs = codecs_of(spec, dims)
-    keys, values = vectors(heads, count, dims)
-    bases, means = surroundings(codecs, heads, -(-(11 + count) // 16), 16)
-    args = (keys, values, means if centered else None, 11, bases, codecs)
-    check_encode(launcher, args)
+    sides = vectors(heads, count, dims)
+    quantizers = quantizers_of(codecs, heads, 11 + count if centered else 0)
+    check_encode(launcher, quantizers, sides, 11)
     if not centered:
-        bases = [ChannelTransform(codec.rotation) for codec in codecs]
-        check_encode(launcher, (keys, values, None, 0, bases, codecs))
+        check_encode(launcher, quantizers_of(codecs, heads, gains=False), sides, 0)
 
 
 @pytest.mark.parametrize("case", TRELLISES)
@@ -88,31 +92,54 @@ def test_encode_of_a_trellis_in_every_mode(launcher, mode):
     check_trellis(launcher, "k3v2.5,codec=trellis", (64, 32), 1, 9)
 
 
+def test_means_are_added_as_pages_begin(launcher):
+    """A first encoding of whole pages makes their means; a cut page keeps its own."""
+    (codec, _) = codecs_of("k4v4", (64, 64))
+    x = mx.random.normal((2, 1, 96, 64)) + 3
+    transform = ChannelTransform(codec.rotation)
+    want = Quantizer(codec, transform, PageMeans(32))
+    got = Quantizer(codec, transform, PageMeans(32))
+    backend = Gpu(launcher)
+    for first, stop in ((0, 64), (40, 96)):  # as after a trim to 40 tokens
+        for quantizer in (want, got):
+            quantizer.means.keep(first)
+        a = backend.encode(got, x[:, :, first:stop], first)
+        b = want.encode(x[:, :, first:stop], first)
+        assert got.means.count == want.means.count == stop // 32
+        assert_same_choice(codec, centred(want, x[:, :, first:stop], first), a, b)
+    with pytest.raises(ValueError, match="do not end where a page of 32 does"):
+        backend.encode(got, x[:, :, :50], 96)
+
+
+def centred(quantizer, x, first):
+    """What the codec is given."""
+    x_rot = quantizer.transform.encode(x)
+    if quantizer.means is None:
+        return x_rot
+    return x_rot - quantizer.means.of_tokens(first, x.shape[2])
+
+
 def check_trellis(launcher, spec, dims, heads, count):
     codecs = codecs_of(spec, dims)
-    keys, values = vectors(heads, count, dims)
-    bases, means = surroundings(codecs, heads, -(-(11 + count) // 16), 16)
-    args = (keys, values, means, 11, bases, codecs)
-    got, want = gpu.Gpu(launcher).encode(*args), reference.encode(*args)
-    x = [b.encode(x) for b, x in zip(bases, (keys, values), strict=True)]
-    x[0] = x[0] - means.of_tokens(11, count)
-    for codec, a, b, y in zip(codecs, got, want, x, strict=True):
-        differ = mx.any(a.arrays["words"] != b.arrays["words"], axis=-1)
+    sides = vectors(heads, count, dims)
+    for quantizer, x in zip(
+        quantizers_of(codecs, heads, 11 + count), sides, strict=True
+    ):
+        codec, y = quantizer.codec, centred(quantizer, x, 11)
+        got = Gpu(launcher).encode(quantizer, x, 11)
+        want = quantizer.encode(x, 11)
+        differ = mx.any(got.arrays["words"] != want.arrays["words"], axis=-1)
         # A target may round the other way, where the sums before it were rounded.
         assert mx.sum(differ).item() <= 0.0002 * y.size
-        errors = [relative_error(codec.decode(c, mx.float32), y) for c in (a, b)]
+        errors = [relative_error(codec.decode(c, mx.float32), y) for c in (got, want)]
         assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
-def check_encode(launcher, args):
-    keys, values, means, first, bases, codecs = args
-    got = gpu.Gpu(launcher).encode(*args)
-    want = reference.encode(*args)
-    inputs = [b.encode(x) for b, x in zip(bases, (keys, values), strict=True)]
-    if means is not None:
-        inputs[0] = inputs[0] - means.of_tokens(first, keys.shape[2])
-    for codec, x, a, b in zip(codecs, inputs, got, want, strict=True):
-        assert_same_choice(codec, x, a, b)
+def check_encode(launcher, quantizers, sides, first):
+    for quantizer, x in zip(quantizers, sides, strict=True):
+        got = Gpu(launcher).encode(quantizer, x, first)
+        want = quantizer.encode(x, first)
+        assert_same_choice(quantizer.codec, centred(quantizer, x, first), got, want)
 
 
 def assert_same_choice(codec, x, a, b):
@@ -136,21 +163,20 @@ def cosine(x, y):
 def test_encode_of_zeros_and_of_huge_vectors(launcher):
     codecs = codecs_of("k3v3", (64, 64))
     keys, values = vectors(1, 16, (64, 64))
-    bases = [ChannelTransform(codec.rotation) for codec in codecs]
-    args = (keys * 0, values * 1e6, None, 0, bases, codecs)
-    k, v = gpu.Gpu(launcher).encode(*args)
+    k_quantizer, v_quantizer = quantizers_of(codecs, 1, gains=False)
+    k = Gpu(launcher).encode(k_quantizer, keys * 0, 0)
+    v = Gpu(launcher).encode(v_quantizer, values * 1e6, 0)
     assert not np.array(k.arrays["scales"]).any()
     assert np.array(v.arrays["scales"]).max() == 65504
-    want = reference.encode(*args)[0]
+    want = k_quantizer.encode(keys * 0)
     assert mx.array_equal(k.arrays["words"], want.arrays["words"]).item()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_encode_of_model_dtypes(launcher, dtype):
     codecs = codecs_of("k4v4", (64, 64))
-    keys, values = vectors(2, 32, (64, 64), dtype)
-    bases, means = surroundings(codecs, 2, 1, 64)
-    check_encode(launcher, (keys, values, means, 0, bases, codecs))
+    sides = vectors(2, 32, (64, 64), dtype)
+    check_encode(launcher, quantizers_of(codecs, 2, 64, page=64), sides, 0)
 
 
 TABLES = {
@@ -177,9 +203,10 @@ def test_decode_is_the_definition(spec, dim, launcher):
     x = mx.random.normal((2, 3, 16, dim))
     whole = codec.encode(x)
     codes = TokenArrays(whole.arrays, 13)
-    side = CompressedTokens(codec, ChannelTransform(codec.rotation), None, codes, x)
+    quantizer = Quantizer(codec, ChannelTransform(codec.rotation))
+    side = CompressedTokens(quantizer, None, codes, x, 16)
     for heads in (slice(0, 3), slice(1, 2)):
-        got = gpu.Gpu(launcher).decode(side, heads, mx.float32)
+        got = Gpu(launcher).decode_rot(side, mx.float32, heads)
         want = codec.decode(codes, mx.float32, heads)
         assert got.shape == want.shape == (2, heads.stop - heads.start, 13, dim)
         assert relative_error(got, want) < 2e-6
@@ -188,9 +215,9 @@ def test_decode_is_the_definition(spec, dim, launcher):
 def test_decode_in_every_mode(launcher, mode):
     codec = codec_for(tq.CacheSpec.parse("k3v3").values, 128, "values", 0)
     codes = codec.encode(mx.random.normal((1, 2, 40, 128)))
-    basis = ChannelTransform(codec.rotation)
-    side = CompressedTokens(codec, basis, None, codes, mx.zeros((1, 2, 1, 128)))
-    got = gpu.Gpu(launcher).decode(side, slice(0, 2), mx.float16)
+    quantizer = Quantizer(codec, ChannelTransform(codec.rotation))
+    side = CompressedTokens(quantizer, None, codes, mx.zeros((1, 2, 1, 128)), 1)
+    got = Gpu(launcher).decode_rot(side, mx.float16, slice(0, 2))
     want = codec.decode(codes, mx.float16)
     assert relative_error(got.astype(mx.float32), want.astype(mx.float32)) < 1e-3
 
@@ -204,15 +231,15 @@ def test_a_whole_cache_through_the_kernels_is_the_same(launcher, monkeypatch):
     monkeypatch.setattr(select, "gpu_backend", lambda: None)
     for kernels in (False, True):
         if kernels:
-            monkeypatch.setattr(select, "gpu_backend", lambda: gpu.Gpu(launcher))
-            monkeypatch.setattr(select, "TRUSTED", (launcher.name,))
+            monkeypatch.setattr(select, "gpu_backend", lambda: Gpu(launcher))
+            monkeypatch.setattr(select, "DEFAULT_ON", (launcher.name,))
         cache = tq.TurboQuantCache("k3v4")
         got = []
         for start, stop in ((0, 200), (200, 301), (301, 302), (302, 306), (306, 330)):
             part = slice(start, stop)
             sides = cache.update_and_fetch(k[:, :, part], v[:, :, part])
             mask = "causal" if stop - start > 1 else None
-            got.append(tq.attend(q[:, :, part], *sides, 0.125, mask))
+            got.append(attend(q[:, :, part], *sides, 0.125, mask))
         caches.append(cache)
         outputs.append(mx.concatenate(got, axis=2))
     assert relative_error(outputs[1], outputs[0]) < 2e-3

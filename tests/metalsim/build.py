@@ -1,7 +1,9 @@
 """Compilers, caches, the runtime library."""
 
 import ctypes
+import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -51,7 +53,6 @@ class Config:
     max_tgmem = 32768
     max_threads = 1024
     march = "x86-64-v3"
-    mlx_include = ""  # root that holds mlx/backend/metal/kernels; "" finds the wheel's
     cache = os.path.join(os.path.expanduser("~"), ".cache", "metalsim")
     allow_exit_barrier = False
     allow_partial = True  # collectives among the threads still alive
@@ -64,31 +65,27 @@ config = Config()
 
 
 def find_clang():
-    env = None
-    cands = [env] if env else [f"clang-{v}" for v in range(30, 16, -1)] + ["clang"]
-    prefer = ["clang-19", "clang-20", "clang-18", "clang-17"]
-    if not env:
-        cands = prefer + [c for c in cands if c not in prefer]
-    for c in cands:
-        p = shutil.which(c) if c else None
-        if p:
-            v = subprocess.run([p, "--version"], capture_output=True, text=True).stdout
-            m = re.search(r"version (\d+)", v)
-            if m and int(m.group(1)) >= 17:
-                return p, int(m.group(1))
+    """(path, major version) of the clang to compile with.
+
+    Raises:
+        MetalSimError: if there is none from 17 on.
+    """
+    versions = [19, 20, 18, 17, *range(30, 20, -1)]
+    for name in [*(f"clang-{version}" for version in versions), "clang"]:
+        path = shutil.which(name)
+        if not path:
+            continue
+        out = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        match = re.search(r"version (\d+)", out)
+        if match and int(match[1]) >= 17:
+            return path, int(match[1])
     raise MetalSimError(
-        "metalsim needs clang 17 or newer (C++ for OpenCL and __bf16 arithmetic); set METALSIM_CLANG"
+        "metalsim needs clang 17 or newer (C++ for OpenCL and __bf16 arithmetic); "
+        "on Debian and Ubuntu: apt-get install clang-19"
     )
 
 
-_clang = None
-
-
-def clang():
-    global _clang
-    if _clang is None:
-        _clang = find_clang()
-    return _clang
+clang = functools.cache(find_clang)
 
 
 def _sha(*parts):
@@ -106,20 +103,16 @@ def _run(cmd, what):
     return r.stderr
 
 
-_shim_hash = None
-
-
+@functools.cache
 def shim_hash():
-    global _shim_hash
-    if _shim_hash is None:
-        parts = []
-        for sub in ("include", "runtime"):
-            for f in sorted(os.listdir(os.path.join(HERE, sub))):
-                parts.append(_text(os.path.join(HERE, sub, f)))
-        parts.append(_text(os.path.join(HERE, "rewrite.py")))
-        parts.append(str(clang()))
-        _shim_hash = _sha(*parts)
-    return _shim_hash
+    """Of all that a compiled kernel depends on besides its own text."""
+    parts = []
+    for sub in ("include", "runtime"):
+        for f in sorted(os.listdir(os.path.join(HERE, sub))):
+            parts.append(_text(os.path.join(HERE, sub, f)))
+    parts.append(_text(os.path.join(HERE, "rewrite.py")))
+    parts.append(str(clang()))
+    return _sha(*parts)
 
 
 _rt = None
@@ -170,57 +163,40 @@ def runtime():
 
 
 def mlx_include_root():
-    if config.mlx_include:
-        return config.mlx_include
-    try:
-        import importlib.util
-
-        spec = importlib.util.find_spec("mlx")
-        for base in list(spec.submodule_search_locations):
-            if os.path.exists(
-                os.path.join(
-                    base, "include", "mlx", "backend", "metal", "kernels", "utils.h"
-                )
-            ):
-                return os.path.join(base, "include")
-    except Exception:
-        pass
-    raise MetalSimError("MLX's Metal headers not found: set METALSIM_MLX_INCLUDE")
+    """The include folder of the installed mlx, which has its Metal kernels' headers."""
+    for base in importlib.util.find_spec("mlx").submodule_search_locations:
+        root = os.path.join(base, "include")
+        if os.path.exists(os.path.join(root, "mlx/backend/metal/kernels/utils.h")):
+            return root
+    raise MetalSimError("the installed mlx has no Metal headers in its include folder")
 
 
-_rewritten = {}
-
-
-def rewritten_includes(root=None, extra_ext=()):
+@functools.cache
+def rewritten_includes():
     """MLX's kernel headers after the source rewriter, in the cache."""
-    root = root or mlx_include_root()
-    with _lock:
-        if root in _rewritten:
-            return _rewritten[root]
-        files = []
-        base = os.path.join(root, "mlx", "backend", "metal", "kernels")
-        for d, _, fs in os.walk(base):
-            for f in sorted(fs):
-                if f.endswith((".h", ".metal")):
-                    files.append(os.path.join(d, f))
-        files.sort()
-        h = hashlib.sha256(_text(os.path.join(HERE, "rewrite.py")).encode())
-        for f in files:
-            h.update(f.encode())
-            h.update(_text(f).encode())
-        dst = os.path.join(config.cache, "mlx-" + h.hexdigest()[:24])
-        if not os.path.exists(dst):
-            tmp = f"{dst}.{os.getpid()}"
-            for f in files:
-                q = os.path.join(tmp, os.path.relpath(f, root))
-                os.makedirs(os.path.dirname(q), exist_ok=True)
-                _write(q, _rw.rewrite(_text(f), lenient=True))
-            try:
-                os.rename(tmp, dst)
-            except OSError:
-                shutil.rmtree(tmp, ignore_errors=True)
-        _rewritten[root] = dst
-        return dst
+    root = mlx_include_root()
+    base = os.path.join(root, "mlx", "backend", "metal", "kernels")
+    files = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(base)
+        for name in names
+        if name.endswith((".h", ".metal"))
+    )
+    parts = [_text(os.path.join(HERE, "rewrite.py"))]
+    for path in files:
+        parts += [path, _text(path)]
+    target = os.path.join(config.cache, "mlx-" + _sha(*parts))
+    if not os.path.exists(target):
+        tmp = f"{target}.{os.getpid()}"
+        for path in files:
+            copy = os.path.join(tmp, os.path.relpath(path, root))
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            _write(copy, _rw.rewrite(_text(path), lenient=True))
+        try:
+            os.rename(tmp, target)
+        except OSError:
+            shutil.rmtree(tmp, ignore_errors=True)
+    return target
 
 
 EXTS = "-cl-ext=-all,+cl_khr_fp16,+__opencl_c_generic_address_space,+__opencl_c_program_scope_global_variables,+__cl_clang_function_pointers"
@@ -255,18 +231,14 @@ def base_flags():
     ]
 
 
-def mode_flags(debug, fast=False):
+def mode_flags(debug):
     f = [f"-ffp-contract={config.fp_contract}"]
-    if fast:
-        f += [
-            "-ffast-math"
-        ]  # reassociation, no NaN or infinity, reciprocals: a plausible "fast" math mode
     if config.fuzz_ulp:
         f.append(f"-DMSIM_FUZZ={config.fuzz_ulp}")
     if debug:
         f += [
             "-O1",
-            "-g",
+            "-gline-tables-only",  # for the place of a fault
             "-fsanitize=thread,array-bounds,integer-divide-by-zero,alignment",
             "-fsanitize-trap=array-bounds,integer-divide-by-zero,alignment",
             *(
@@ -281,18 +253,18 @@ def mode_flags(debug, fast=False):
             "-ftrivial-auto-var-init=pattern",
         ]
     else:
-        f += ["-O2"]
+        f += ["-O1"]  # compiles in two thirds of the time that -O2 takes
     return f
 
 
 PRELUDE = '#include "msim.h"\n#define MLX_METAL_JIT 1\n#include "mlx/backend/metal/kernels/utils.h"\n'
 
 
-def prelude_pch(debug=False, fast=False):
+def prelude_pch(debug=False):
     """metal_stdlib and MLX's utils.h, parsed once."""
     cc, _ = clang()
     inc = rewritten_includes()
-    flags = base_flags() + mode_flags(debug, fast) + ["-I", inc]
+    flags = base_flags() + mode_flags(debug) + ["-I", inc]
     key = _sha(PRELUDE, " ".join(flags), shim_hash())
     pch = os.path.join(config.cache, f"prelude-{key}.pch")
     with _lock:
@@ -322,13 +294,11 @@ def prelude_pch(debug=False, fast=False):
     return pch, [*flags, "-include-pch", pch]
 
 
-def compile_tu(text, debug=False, includes=(), pch=False, name="kernel", fast=False):
+def compile_tu(text, debug=False, includes=(), pch=False, name="kernel"):
     """TU text (already C++ for OpenCL) -> path of a shared object."""
     cc, _ = clang()
     runtime()
-    flags = (
-        prelude_pch(debug, fast)[1] if pch else base_flags() + mode_flags(debug, fast)
-    )
+    flags = prelude_pch(debug)[1] if pch else base_flags() + mode_flags(debug)
     for i in includes:
         flags += ["-I", i]
     key = _sha(text, " ".join(flags), shim_hash())

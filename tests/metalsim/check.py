@@ -4,6 +4,7 @@ The type system proper (address spaces, const, vector conversions, no double, no
 exceptions, ...) is checked by compiling as C++ for OpenCL.  Here: the rest, on
 clang's AST and on the tokens."""
 
+import functools
 import re
 import subprocess
 
@@ -83,7 +84,9 @@ WORDS_64 = {
 }
 
 
+@functools.cache
 def lint_tokens(text, label):
+    """Errors and warnings of a header or a source; one header serves many kernels."""
     err, warn = [], []
     toks = [t for t in tokenize(text) if t.k not in ("ws", "nl")]
     for i, t in enumerate(toks):

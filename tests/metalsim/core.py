@@ -5,17 +5,13 @@ import os
 import re
 import subprocess
 
+import mlx.core as mx
 import numpy as np
 
 from . import build
 from . import check as _check
 from .build import CompileError, LaunchError, config
 from .rewrite import rewrite
-
-try:
-    import mlx.core as mx
-except Exception:  # numpy only
-    mx = None
 
 # ---------------------------------------------------------------- dtypes
 # name -> (MSL type string as MLX's get_type_string, numpy storage)
@@ -38,7 +34,7 @@ DTYPES = {
 
 
 def dtype_name(d):
-    if mx is not None and isinstance(d, mx.Dtype):
+    if isinstance(d, mx.Dtype):
         s = str(d).split(".")[-1]
         return "bool" if s == "bool_" else s
     if isinstance(d, str):
@@ -59,7 +55,7 @@ class Arr:
 
 
 def to_arr(x):
-    if mx is not None and isinstance(x, mx.array):
+    if isinstance(x, mx.array):
         dt = dtype_name(x.dtype)
         if dt == "bfloat16":
             # keeps the strides: the buffer protocol of bfloat16 is not numpy's
@@ -77,15 +73,6 @@ def to_arr(x):
     if x.dtype.name == "bfloat16":
         return Arr(x.view(np.uint16), "bfloat16")
     return Arr(x, x.dtype.name)
-
-
-def f32_to_bf16(v):
-    u = np.asarray(v, np.float32).view(np.uint32).astype(np.uint64)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def bf16_to_f32(u):
-    return (np.asarray(u, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 # ---------------------------------------------------------------- launching
@@ -170,14 +157,13 @@ def load(so):
         lib = ctypes.CDLL(so)
         lo = {}
         ranges = []
+        own, runtime = os.path.basename(so), os.path.basename(build.runtime().path)
         with open("/proc/self/maps") as f:
             for line in f:
-                if line.rstrip().endswith(
-                    os.path.basename(so)
-                ) or line.rstrip().endswith(os.path.basename(build.runtime().path)):
+                if line.rstrip().endswith((own, runtime)):
                     a, b = (int(v, 16) for v in line.split()[0].split("-"))
                     ranges.append((a, b))
-                    if line.rstrip().endswith(os.path.basename(so)):
+                    if line.rstrip().endswith(own):
                         lo.setdefault("base", a)
         # .bss can be an anonymous mapping right behind the file's
         ranges = [(a, b + 65536) for a, b in ranges]
@@ -427,7 +413,6 @@ def generate(
     template,
     inputs,
     output_dtypes,
-    atomic_outputs,
 ):
     """The same text as MLX's write_signature; also the argument list and the body's offset."""
     shape_infos = [
@@ -489,8 +474,6 @@ def generate(
                     idx += 1
     for n, d in zip(output_names, output_dtypes, strict=False):
         ty = DTYPES[d][0]
-        if atomic_outputs:
-            ty = f"atomic<{ty}>"
         s += f"  device {ty}* {n} [[buffer({idx})]]"
         s += (
             ",\n"
@@ -508,7 +491,7 @@ def generate(
         s += (
             f'\ntemplate [[host_name("{kname}")]] [[kernel]] decltype({full}) {full};\n'
         )
-    return s, kname, kname + tdef, args, attributes, shape_infos, off
+    return s, kname + tdef, args, attributes, shape_infos, off
 
 
 def make_tu(
@@ -550,36 +533,15 @@ class CustomKernel:
         source,
         header="",
         ensure_row_contiguous=True,
-        atomic_outputs=False,
-        compile_options=None,
     ):
         if not output_names:
             raise ValueError("[metal_kernel] Must specify at least one output.")
-        if compile_options is not None:
-            if not isinstance(compile_options, dict):
-                raise ValueError(
-                    "[metal_kernel] Expected `compile_options` to be a dict."
-                )
-            for k, v in compile_options.items():
-                if k != "math_mode":
-                    raise ValueError(f"[metal_kernel] Unknown compile option `{k}`.")
-                if v not in ("safe", "relaxed", "fast"):
-                    raise ValueError(
-                        "[metal_kernel] Expected math_mode to be 'safe', 'relaxed', or 'fast'."
-                    )
-        self.name, self.input_names, self.output_names = (
-            name,
-            list(input_names),
-            list(output_names),
-        )
+        self.name = name
+        self.input_names, self.output_names = list(input_names), list(output_names)
         self.source, self.header = source, header
-        self.ensure_row_contiguous, self.atomic_outputs = (
-            ensure_row_contiguous,
-            atomic_outputs,
-        )
-        self.fast = (compile_options or {}).get("math_mode", "safe") == "fast"
+        self.ensure_row_contiguous = ensure_row_contiguous
         self.warnings = []
-        self._cache = {}
+        self._units, self._compiled = {}, {}
 
     def __call__(
         self,
@@ -590,9 +552,6 @@ class CustomKernel:
         grid,
         threadgroup,
         template=None,
-        init_value=None,
-        verbose=False,
-        stream=None,
     ):
         def size(actual, expected, what):
             if actual != expected:
@@ -605,18 +564,10 @@ class CustomKernel:
         size(len(output_dtypes), len(self.output_names), "output_dtypes")
         template = list(template or [])
         for _, v in template:
-            if not (
-                isinstance(v, (bool, int))
-                or (mx is not None and isinstance(v, mx.Dtype))
-                or isinstance(v, (str, type, np.dtype))
-            ):
+            if not (isinstance(v, (bool, int, mx.Dtype, str, type, np.dtype))):
                 raise ValueError(
                     "[metal_kernel] Invalid template argument. Must be `mlx.core.Dtype`, `int` or `bool`."
                 )
-        want_mx = mx is not None and (
-            any(isinstance(x, mx.array) for x in inputs)
-            or any(isinstance(d, mx.Dtype) for d in output_dtypes)
-        )
         ins = [to_arr(x) for x in inputs]
         if self.ensure_row_contiguous:
             ins = [
@@ -624,7 +575,7 @@ class CustomKernel:
                 for x in ins
             ]
         odt = [dtype_name(d) for d in output_dtypes]
-        src, kname, full, args, attrs, infos, off = generate(
+        src, full, args, attrs, infos, off = generate(
             self.name,
             self.input_names,
             self.output_names,
@@ -633,12 +584,9 @@ class CustomKernel:
             template,
             ins,
             odt,
-            self.atomic_outputs,
         )
-        if verbose:
-            print(f"Generated source code for `{self.name}`:\n```\n{src}\n```")
         debug = config.debug
-        so = self._compile(src, kname, full, args, attrs, off, debug)
+        so = self._compile(src, full, args, attrs, off, debug)
 
         grid = tuple(int(g) for g in grid)
         tg = tuple(int(g) for g in threadgroup)
@@ -681,85 +629,49 @@ class CustomKernel:
             shape = (shape,) if isinstance(shape, int) else tuple(shape)
             st = DTYPES[d][1]
             o = aligned(shape, st)
-            if init_value is not None:
-                o.fill(f32_to_bf16(init_value) if d == "bfloat16" else init_value)
+            if o.ndim and d != "bool":
+                o.view(np.uint8).fill(0xFF)  # nobody can mistake it for a result
             else:
-                o.view(np.uint8).fill(0xFF) if o.ndim and d != "bool" else o.fill(
-                    np.frombuffer(b"\x01" if d == "bool" else b"\xff" * o.itemsize, st)[
-                        0
-                    ]
-                )
+                fill = b"\x01" if d == "bool" else b"\xff" * o.itemsize
+                o.fill(np.frombuffer(fill, st)[0])
             outs.append(o)
-            bufs.append(
-                Buffer(
-                    name, o if o.size else np.zeros(1, st), True, init_value is not None
-                )
-            )
+            bufs.append(Buffer(name, o if o.size else np.zeros(1, st), True, False))
         launch(so, "msim_entry", bufs, grid, tg, debug=debug, name=self.name)
         if any(g % t for g, t in zip(grid, tg, strict=False)):
             self.warnings.append(
                 f"grid {grid} is no multiple of the threadgroup {tg}: edge threadgroups are smaller (CUDA would run full ones)"
             )
-        res = []
-        for o, d in zip(outs, odt, strict=False):
-            if want_mx:
-                r = mx.array(o)
-                res.append(r.view(mx.bfloat16) if d == "bfloat16" else r)
-            else:
-                res.append(o)
-        return res
+        arrays = [mx.array(o) for o in outs]
+        return [
+            a.view(mx.bfloat16) if d == "bfloat16" else a
+            for a, d in zip(arrays, odt, strict=True)
+        ]
 
-    def _compile(self, src, kname, full, args, attrs, off, debug):
+    def _compile(self, src, full, args, attrs, off, debug):
+        """The shared object; a unit is checked once, whatever the modes it runs in."""
         key = (src, debug, config.fp_contract, config.fuzz_ulp, config.march)
-        if key not in self._cache:
+        if key in self._compiled:
+            return self._compiled[key]
+        if src not in self._units:
             label = re.sub(r"\W", "_", self.name)
-            tu, issues = make_tu(src, full, args, attrs, off, len(self.header), label)
+            unit, issues = make_tu(src, full, args, attrs, off, len(self.header), label)
             for _line, msg in issues:
                 raise CompileError(f"{self.name}: {msg}")
             if config.check:
-                _, flags = build.prelude_pch(debug, self.fast)
                 self.warnings += _check.check(
-                    tu,
+                    unit,
                     self.header,
                     self.source,
                     label,
-                    flags,
+                    build.prelude_pch()[1],
                     nbuffers=len(args),
                     name=self.name,
                 )
-            self._cache[key] = build.compile_tu(
-                tu, debug, pch=True, name=self.name, fast=self.fast
-            )
-        return self._cache[key]
+            self._units[src] = unit
+        unit = self._units[src]
+        so = build.compile_tu(unit, debug, pch=True, name=self.name)
+        self._compiled[key] = so
+        return so
 
 
-def metal_kernel(
-    name,
-    input_names,
-    output_names,
-    source,
-    header="",
-    ensure_row_contiguous=True,
-    atomic_outputs=False,
-    compile_options=None,
-):
-    return CustomKernel(
-        name,
-        input_names,
-        output_names,
-        source,
-        header,
-        ensure_row_contiguous,
-        atomic_outputs,
-        compile_options,
-    )
-
-
-def install(pretend_metal=True):
-    """mx.fast.metal_kernel -> the simulator, for code imported afterwards.
-
-    pretend_metal: also answer mx.metal.is_available() with True, which most
-    packages ask before they build their kernels."""
-    mx.fast.metal_kernel = metal_kernel
-    if pretend_metal:
-        mx.metal.is_available = lambda: True
+metal_kernel = CustomKernel

@@ -79,7 +79,7 @@ class MLXKernel:
 
     def __init__(self, headers, function, arguments=(), prelude=""):
         root = build.mlx_include_root()
-        self.includes = [build.rewritten_includes(root)]
+        self.includes = [build.rewritten_includes()]
         folder = Path(root) / "mlx" / "backend" / "metal" / "kernels"
         text = (folder / headers[-1]).read_text()
         template, parameters = parse_kernel(text, function)

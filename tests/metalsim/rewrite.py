@@ -7,6 +7,8 @@
 4. function constants           -> settable globals
 5. explicit kernel instantiations, `kernel` keyword -> dropped
 6. bfloat literals (1.0bf)      -> bfloat(1.0f)
+7. demands to unroll a loop     -> dropped: with them clang takes four to ten times as long (for
+   head_dim 512 in debug mode 26 s instead of 0.4), and they change no result
 """
 
 import re
@@ -62,6 +64,11 @@ def tokenize(src):
 
 
 SKIP = ("ws", "nl", "comment")
+UNROLL = re.compile(
+    r'_Pragma\s*\(\s*"(?:clang loop )?unroll[^"]*"\s*\)'
+    r"|^[ \t]*#[ \t]*pragma[ \t]+(?:clang[ \t]+loop[ \t]+)?unroll[^\n]*",
+    re.M,
+)
 
 
 def vector_aliases(src):
@@ -84,16 +91,11 @@ def vector_aliases(src):
     return names
 
 
-class Issue(Exception):
-    pass
-
-
-def rewrite(
-    src, issues=None, extra_aliases=(), instantiate=False, lenient=False, type_params=()
-):
+def rewrite(src, issues=None, lenient=False, type_params=()):
     """Returns the rewritten text; appends (line, message) to issues."""
     issues = issues if issues is not None else []
-    vecs = vector_aliases(src) | set(extra_aliases)
+    src = UNROLL.sub("", src)
+    vecs = vector_aliases(src)
     # template type parameters: X(..) may build a vector, or convert half <-> bfloat
     tparams = set() if lenient else set(type_params)
     if not lenient:
@@ -234,9 +236,9 @@ def rewrite(
             j = nxt(i)
             if j < n and t[j].s == "[[":
                 e = j
-                while e < n and t[e].s != ("decltype" if instantiate else ";"):
+                while e < n and t[e].s != ";":
                     e += 1
-                kill(j if instantiate else i, e)
+                kill(i, e)
                 i = e + 1
                 continue
         if k.s == "kernel":
@@ -440,10 +442,9 @@ def rewrite(
             "class",
             "typename",
             "&",
-            "*"[:0],
         ):
             q = nxt(i)
-            if q < n and t[q].s == "(" and not _declares(t, p, q, nxt, n):
+            if q < n and t[q].s == "(":
                 if ps == "::":  # metal::float4( -> drop the qualifier
                     pp = prv(p)
                     if pp >= 0 and t[pp].s == "metal":
@@ -527,12 +528,6 @@ def rewrite(
             continue
         i += 1
     return "".join(x.s for x in t)
-
-
-def _declares(t, p, q, nxt, n):
-    """`float4(` that starts a declarator such as `float4 (*p)[2]` or a parameter list."""
-    r = nxt(q)
-    return r < n and t[r].s in ("*", "&") and False
 
 
 def _tgvar(t, i, n, nxt, match, text):

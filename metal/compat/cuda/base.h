@@ -82,34 +82,3 @@ TQ_FUNC uint tq_and_or(uint x, uint mask, uint bits) {
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
   return result;
 }
-
-
-// Fragments of m16n8k16 products, two 8x8 blocks to an operand; compat/metal.h says what
-// each function is.
-__device__ constexpr int TQ_MAJOR_STEPS[3] = {4, 8, 16};
-TQ_FUNC uint tq_major(uint lane) { return lane / 4u; }
-TQ_FUNC uint tq_minor(uint lane) { return lane % 4u; }
-TQ_FUNC uint tq_query_row(uint lane, int) { return tq_major(lane); }
-TQ_FUNC uint tq_query_owner(uint lane) { return tq_minor(lane); }
-TQ_FUNC int tq_query_element(uint, int e, int p) { return 2 * p + e; }
-
-TQ_FUNC void tq_product(float* c, half2 a0, half2 a1, half2 a2, half2 a3, half2 b0, half2 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(tq_bits(a0)), "r"(tq_bits(a1)), "r"(tq_bits(a2)), "r"(tq_bits(a3)),
-        "r"(tq_bits(b0)), "r"(tq_bits(b1)));
-}
-TQ_FUNC void tq_logits_product(
-    float* logits, half2 q0, half2 q1, half2 close0, half2 close1, half2 far0, half2 far1) {
-  tq_product(logits, close0, far0, close1, far1, q0, q1);
-}
-TQ_FUNC half2 tq_weights(half2 weights) {
-  uint bits = tq_bits(weights);
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(bits));
-  return tq_half2(bits);
-}
-TQ_FUNC void tq_values_product(
-    float* sums, half2 even0, half2 odd0, half2 even1, half2 odd1, half2 w0, half2 w1) {
-  tq_product(sums, even0, odd0, even1, odd1, w0, w1);
-}

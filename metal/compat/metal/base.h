@@ -1,0 +1,34 @@
+// Spellings that differ between Metal and CUDA: the Metal side. A source that includes
+// "compat/base.h" gets compat/metal/base.h or compat/cuda/base.h (kernels/source.py).
+#define TQ_FUNC inline __attribute__((__always_inline__))
+#define TQ_UNROLL _Pragma("clang loop unroll(full)")
+
+TQ_FUNC half2 tq_half2(uint bits) { return as_type<half2>(bits); }
+TQ_FUNC uint tq_bits(half2 pair) { return as_type<uint>(pair); }
+TQ_FUNC half2 tq_half2(float a, float b) { return half2(half(a), half(b)); }
+TQ_FUNC half2 tq_fma(half2 a, half2 b, half2 c) { return metal::fma(a, b, c); }
+TQ_FUNC half2 tq_splat(float a) { return half2(half(a), half(a)); }
+TQ_FUNC float tq_exp2(float a) { return metal::fast::exp2(a); }
+TQ_FUNC float tq_max(float a, float b) { return metal::max(a, b); }
+TQ_FUNC float tq_rsqrt(float a) { return metal::precise::rsqrt(a); }
+TQ_FUNC float tq_sqrt(float a) { return metal::precise::sqrt(a); }
+TQ_FUNC float tq_min(float a, float b) { return metal::min(a, b); }
+TQ_FUNC uint tq_float_bits(float a) { return as_type<uint>(a); }
+TQ_FUNC float tq_float(uint bits) { return as_type<float>(bits); }
+TQ_FUNC float tq_round(float a) { return metal::rint(a); }
+// Four floats from an address that is a multiple of 16 bytes.
+TQ_FUNC void tq_load4(const threadgroup float* from, thread float* four) {
+  float4 loaded = *reinterpret_cast<const threadgroup float4*>(from);
+  four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
+}
+TQ_FUNC uint tq_min(uint a, uint b) { return metal::min(a, b); }
+TQ_FUNC uint tq_low_halves(uint a, uint b) { return (a & 0xFFFFu) | (b << 16); }
+TQ_FUNC uint tq_outer_halves(uint a, uint b) { return (a & 0xFFFFu) | (b & 0xFFFF0000u); }
+TQ_FUNC uint tq_high_halves(uint a, uint b) { return (a >> 16) | (b & 0xFFFF0000u); }
+
+// The 32 bits from bit `shift` < 32 of low on, which high follows.
+TQ_FUNC uint tq_funnel(uint low, uint high, uint shift) {
+  return (low >> shift) | ((high << 1) << (31u - shift));
+}
+// (x & mask) | bits
+TQ_FUNC uint tq_and_or(uint x, uint mask, uint bits) { return (x & mask) | bits; }

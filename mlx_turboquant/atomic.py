@@ -1,0 +1,25 @@
+"""Writing a file whole, or leaving the older one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` at the end.
+
+    It has the same name, in a folder of its own beside ``path``. If the block fails,
+    nothing of it stays.
+
+    Args:
+        path: The file to write or to replace; its folder must exist.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        yield written
+        os.replace(written, path)

@@ -1,0 +1,175 @@
+"""The jobs of an evaluation: what each measures, and in which order.
+
+Jobs that compare with the same scores of the uncompressed cache stand together, so that
+these are computed once and only one set of them is in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..integrations.stock import stock_caches
+from . import needles, pathologies, scoring, text
+from .caches import CacheFactory, cache_factory, uses_seed
+from .grid import EvalPlan
+from .results import Job
+
+#: A job's key, and what does it.
+KeyedJob = tuple[str, Callable[[], Job]]
+
+
+@dataclass
+class JobRunner:
+    """The model and texts of a run, and the reference scores last used.
+
+    Attributes:
+        model: Loaded by mlx-lm.
+        tokenizer: Its tokenizer.
+        plan: What to measure.
+        texts: What to read.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    plan: EvalPlan
+    texts: list[str]
+    _greedy_texts: dict[int, list[int]] = field(default_factory=dict, init=False)
+    _reference: tuple[tuple[int, str], list[int], list[mx.array]] | None = field(
+        default=None, init=False
+    )
+
+    def jobs(
+        self, caches: Sequence[str], transforms: Sequence[str]
+    ) -> Iterator[KeyedJob]:
+        """Every job of the plan.
+
+        Args:
+            caches: Names, as `evals.caches` reads them.
+            transforms: Names from `evals.pathologies`.
+        """
+        plan = self.plan
+        for transform in ("", *transforms):
+            for window in range(plan.windows):
+                for cache in caches:
+                    yield self._score(cache, window, transform)
+        if plan.layers:
+            layers = len(stock_caches(self.model))
+            for cache in caches:
+                if uses_seed(cache):
+                    for layer in range(layers):
+                        yield self._layer(cache, layer)
+        for length in plan.needles:
+            for cache in caches:
+                yield self._needle(cache, length)
+        if plan.greedy:
+            for window in range(plan.windows):
+                for cache in caches:
+                    yield self._greedy(cache, window)
+
+    def _window(self, index: int, length: int) -> list[int]:
+        count = max(self.plan.windows, index + 1)
+        return text.windows(self.texts, self.tokenizer, length, count)[index]
+
+    def _factory(self, cache: str, window: int) -> CacheFactory:
+        return cache_factory(cache, self.model, window % self.plan.seeds)
+
+    def _reference_of(
+        self, window: int, transform: str
+    ) -> tuple[list[int], list[mx.array]]:
+        """A window's tokens, and the uncompressed cache's scores of them."""
+        key = (window, transform)
+        if self._reference is None or self._reference[0] != key:
+            self._reference = None  # let the older one go first
+            tokens = self._window(window, self.plan.lengths[-1] + 1)
+            factory = self._factory("fp", 0)
+            logprobs = scoring.reference(self.model, tokens, factory, self.plan)
+            self._reference = (key, tokens, logprobs)
+        return self._reference[1:]
+
+    def _score(self, cache: str, window: int, transform: str) -> KeyedJob:
+        key = f"score {cache} window {window}"
+
+        def job() -> Job:
+            with _transformed(self.model, transform):
+                tokens, reference = self._reference_of(window, transform)
+                # The uncompressed cache is read in other chunks: its self-noise.
+                prefill = self.plan.prefill // 2 or 1 if cache == "fp" else None
+                spans = scoring.score(
+                    self.model,
+                    tokens,
+                    self._factory(cache, window),
+                    self.plan,
+                    reference,
+                    prefill,
+                )
+            return {
+                "kind": "score",
+                "name": cache,
+                "window": window,
+                "pathology": transform,
+                "spans": spans,
+            }
+
+        return f"{key} {transform}" if transform else key, job
+
+    def _layer(self, cache: str, layer: int) -> KeyedJob:
+        def job() -> Job:
+            tokens, reference = self._reference_of(0, "")
+            compressed, plain = self._factory(cache, 0), self._factory("fp", 0)
+
+            def one_compressed() -> list[Any]:
+                caches = plain()
+                caches[layer] = compressed()[layer]
+                return caches
+
+            spans = scoring.score(
+                self.model, tokens, one_compressed, self.plan, reference
+            )
+            return {"kind": "layer", "name": cache, "layer": layer, "spans": spans}
+
+        return f"layer {layer} {cache}", job
+
+    def _needle(self, cache: str, length: int) -> KeyedJob:
+        def job() -> Job:
+            answers = needles.retrieve(
+                self.model,
+                self.tokenizer,
+                self._window(0, length),
+                self._factory(cache, 0),
+                self.plan.depths,
+                self.plan.prefill,
+            )
+            return {"kind": "needle", "name": cache, "answers": answers}
+
+        return f"needle {cache} length {length}", job
+
+    def _greedy(self, cache: str, window: int) -> KeyedJob:
+        def job() -> Job:
+            if window not in self._greedy_texts:
+                self._greedy_texts[window] = self._write("fp", window)
+            tokens = self._write(cache, window)
+            same = needles.common_prefix(self._greedy_texts[window], tokens)
+            return {"kind": "greedy", "name": cache, "window": window, "same": same}
+
+        return f"greedy {cache} window {window}", job
+
+    def _write(self, cache: str, window: int) -> list[int]:
+        plan = self.plan
+        tokens = self._window(window, plan.lengths[0])
+        factory = self._factory(cache, window)
+        return needles.greedy(self.model, tokens, factory, plan.greedy, plan.prefill)
+
+
+@contextlib.contextmanager
+def _transformed(model: nn.Module, transform: str) -> Iterator[None]:
+    if not transform:
+        yield
+        return
+    with pathologies.injected(model, transform):
+        yield

@@ -12,7 +12,7 @@ import functools
 
 import mlx.core as mx
 
-from ..codecs.scalar import ScalarCodec
+from ..codecs.kernel_format import POLYNOMIAL, KernelFormat
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import PageMeans
@@ -47,8 +47,7 @@ class Cpu:
         rows = q.shape[1] // heads * steps
         with mx.stream(_side_stream()):  # beside the keys, on another core
             assert values.packed is not None
-            assert isinstance(values.codec, ScalarCodec)
-            planes = planes_of(values.codec, values.packed)
+            planes = planes_of(_format(values), values.codec.dim, values.packed)
         dtype, q = q.dtype, q.astype(mx.float32) * scale
         q_rot = keys.basis.encode_query(q).reshape(batch, heads, rows, -1)
         logits = _logits(q.reshape(batch, heads, rows, -1), q_rot, keys)
@@ -74,20 +73,26 @@ def refuse(keys: CompressedTokens, values: CompressedTokens) -> str | None:
     if keys.packed is None or values.packed is None:
         return "nothing is packed yet"
     for side in (keys, values):
-        if not isinstance(side.codec, ScalarCodec):
+        format = side.codec.kernel_format
+        if format is None or format.kind != POLYNOMIAL:
             return f"codec {side.codec.spec} has no planes"
     return None
+
+
+def _format(side: CompressedTokens) -> KernelFormat:
+    assert side.codec.kernel_format is not None
+    return side.codec.kernel_format
 
 
 def _logits(q: mx.array, q_rot: mx.array, keys: CompressedTokens) -> mx.array:
     """Of all tokens, (B, H, rows, T) float32, for both spellings of the queries."""
     assert keys.packed is not None
-    assert isinstance(keys.codec, ScalarCodec)
-    layout = layout_of(keys.codec.bits, keys.codec.dim)
+    format, dim = _format(keys), keys.codec.dim
+    layout = layout_of(format.bits, dim)
     padded = mx.pad(q_rot, [(0, 0)] * 3 + [(0, layout.padded - keys.codec.dim)])
     pieces = mx.split(padded[..., layout.order], layout.ends, axis=-1)
     packed: mx.array | None = None
-    for piece, plane in zip(pieces, planes_of(keys.codec, keys.packed), strict=True):
+    for piece, plane in zip(pieces, planes_of(format, dim, keys.packed), strict=True):
         packed = piece @ plane if packed is None else mx.addmm(packed, piece, plane)
     assert packed is not None
     packed = packed * _scales(keys.packed)
@@ -113,8 +118,7 @@ def _weigh_packed(
     """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
     first = values.sink_length
     assert values.packed is not None
-    assert isinstance(values.codec, ScalarCodec)
-    layout = layout_of(values.codec.bits, values.codec.dim)
+    layout = layout_of(_format(values).bits, values.codec.dim)
     scaled = weights[..., first : first + values.packed_length]
     scaled = scaled * _scales(values.packed)
     pieces = [scaled @ plane.swapaxes(-1, -2) for plane in planes]

@@ -19,7 +19,6 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform, PageMeans
 from . import gpu_codes, reference
-from .formats import Readable
 from .plan import (
     BLOCK_SIMDGROUPS,
     LOG2E,
@@ -83,7 +82,6 @@ class Gpu:
 
     def decode(self, side: CompressedTokens, heads: slice, dtype: mx.Dtype) -> mx.array:
         """As `reference.decode`, by a kernel."""
-        assert isinstance(side.codec, Readable)
         assert side.packed is not None
         return gpu_codes.decode(self.launcher, side.codec, side.packed, dtype, heads)
 
@@ -111,8 +109,6 @@ class Gpu:
         sinks: mx.array | None,
     ) -> mx.array:
         k_codec, v_codec = keys.codec, values.codec
-        assert isinstance(k_codec, Readable)
-        assert isinstance(v_codec, Readable)
         batch, heads, total, _ = keys.shape
         query_heads, steps = q.shape[1:3]
         counts = (batch, heads, query_heads)

@@ -7,27 +7,19 @@ Owns the launches of ``kernels/tokens.py``, each held to a definition in plain m
 from __future__ import annotations
 
 import functools
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 
 from ..codecs import Codec
-from ..codecs.scalar import ScalarCodec
-from ..codecs.scale import RULES
-from ..codecs.trellis import SHARPNESS, Trellis
-from ..codecs.turboangle import TurboAngle
-from ..codecs.turboquant import TurboQuant
+from ..codecs.kernel_format import EncodeFormat
 from ..kernels.kernel import Launcher
 from ..kernels.tokens import DECODE_TOKENS, ENCODE_TOKENS, ENCODE_TRELLIS
-from ..packing import words_per_vector
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform, PageMeans
 from . import reference
-from .formats import Readable, format_of, given_of
 from .plan import MAX_DIM, rotates, signs_of, sizes_array, zeros
 
-#: Angles that a kernel has a table of.
-MAX_ANGLES = 256
 _SIMDGROUPS = 4
 _DECODE_THREADS = 128
 #: Vectors that a simdgroup searches for: their ways back go side by side.
@@ -39,12 +31,10 @@ _SEARCH_BYTES = 24 << 10
 def refuse(*codecs: Codec) -> str | None:
     """Why the attention and decode kernels cannot take a codec, or None."""
     for codec in codecs:
-        if not isinstance(codec, Readable):
+        if codec.kernel_format is None:
             return f"codec {codec.spec} has no kernel"
         if codec.dim > MAX_DIM:
             return f"head_dim {codec.dim} is over {MAX_DIM}"
-        if isinstance(codec, TurboAngle) and codec.bins > MAX_ANGLES:
-            return f"{codec.bins} angles are over {MAX_ANGLES}"
     return None
 
 
@@ -66,9 +56,11 @@ def encode(
             _encode_side(launcher, keys, means, first, bases[0], codecs[0]),
             _encode_side(launcher, values, None, first, bases[1], codecs[1]),
         )
-    k_codec, v_codec = codecs
+    k_format, v_format = (codec.encode_format for codec in codecs)
+    assert k_format is not None
+    assert v_format is not None
     batch, heads, tokens, _ = keys.shape
-    tables = _tables(k_codec, v_codec)
+    tables = _tables(k_format, v_format)
     lead = (batch, heads, tokens)
     k_inside, v_inside = (rotates(basis.rotation) for basis in bases)
     k_words, k_scales, v_words, v_scales = launcher(
@@ -87,7 +79,7 @@ def encode(
             sizes_array((tokens, heads, batch, first, means.page if means else 1)),
         ],
         {
-            **_encode_template(k_codec, v_codec),
+            **_encode_template(k_format, v_format, codecs[0].dim, codecs[1].dim),
             "T": keys.dtype,
             "ROTATE_K": k_inside,
             "ROTATE_V": v_inside,
@@ -100,9 +92,9 @@ def encode(
         ),
         threadgroup=(32 * _SIMDGROUPS, 1, 1),
         output_shapes=[
-            (*lead, words_per_vector(k_codec.bits, k_codec.dim)),
+            (*lead, k_format.words),
             (*lead, 1),
-            (*lead, words_per_vector(v_codec.bits, v_codec.dim)),
+            (*lead, v_format.words),
             (*lead, 1),
         ],
         output_dtypes=[mx.uint32, mx.float16, mx.uint32, mx.float16],
@@ -113,15 +105,14 @@ def encode(
     )
 
 
-def _in_one_launch(
-    codecs: tuple[Codec, Codec], *dtypes: mx.Dtype
-) -> TypeGuard[tuple[TurboQuant, TurboQuant]]:
-    k_codec, v_codec = codecs
+def _in_one_launch(codecs: tuple[Codec, Codec], *dtypes: mx.Dtype) -> bool:
+    k_format, v_format = (codec.encode_format for codec in codecs)
     return (
-        isinstance(k_codec, TurboQuant)
-        and isinstance(v_codec, TurboQuant)
-        and k_codec.gains == v_codec.gains
-        and max(k_codec.dim, v_codec.dim) <= MAX_DIM
+        k_format is not None
+        and v_format is not None
+        and k_format.kernel == v_format.kernel == "scalar"
+        and k_format.template["GAINS"] == v_format.template["GAINS"]
+        and max(codec.dim for codec in codecs) <= MAX_DIM
         and len(set(dtypes)) == 1
     )
 
@@ -134,8 +125,9 @@ def _encode_side(
     basis: ChannelTransform,
     codec: Codec,
 ) -> TokenArrays:
-    if isinstance(codec, Trellis) and codec.dim <= MAX_DIM:
-        return _encode_trellis(launcher, x, means, first, basis, codec)
+    format = codec.encode_format
+    if format is not None and format.kernel == "trellis" and codec.dim <= MAX_DIM:
+        return _encode_trellis(launcher, x, means, first, basis, format)
     return reference.encode_side(x, means, first, basis, codec)
 
 
@@ -145,11 +137,11 @@ def _encode_trellis(
     means: PageMeans | None,
     first: int,
     basis: ChannelTransform,
-    codec: Trellis,
+    format: EncodeFormat,
 ) -> TokenArrays:
     batch, heads, tokens, dim = x.shape
     inside = rotates(basis.rotation)
-    count = 2 * codec.pairs.count
+    count = format.template["COUNT"]
     # Of each search: its steps and half a byte a branch; two buffers of 128 costs.
     vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
     simdgroups = max(
@@ -162,25 +154,22 @@ def _encode_trellis(
             x if inside else basis.encode(x).astype(x.dtype),
             signs_of(basis, batch * heads, out=False),
             means.rows if means else zeros(mx.float16),
-            _branch_levels(codec),
+            format.table,
             sizes_array((tokens, heads, batch, first, means.page if means else 1)),
         ],
         {
             "T": x.dtype,
             "DIM": dim,
-            "COUNT": count,
+            **format.template,
             "VECTORS": vectors,
-            "EVEN": codec.widths[0],
-            "ODD": codec.widths[-1],
             "ROTATE": inside,
             "CENTER": means is not None,
-            "RULE": RULES.index(codec.scale),
             "SIMDGROUPS": simdgroups,
         },
         grid=(32 * simdgroups * groups, 1, 1),
         threadgroup=(32 * simdgroups, 1, 1),
         output_shapes=[
-            (batch, heads, tokens, codec.pairs.words),
+            (batch, heads, tokens, format.words),
             (batch, heads, tokens, 1),
         ],
         output_dtypes=[mx.uint32, mx.float16],
@@ -190,7 +179,7 @@ def _encode_trellis(
 
 def decode(
     launcher: Launcher,
-    codec: Readable,
+    codec: Codec,
     codes: TokenArrays,
     dtype: mx.Dtype,
     heads: slice,
@@ -198,15 +187,12 @@ def decode(
     """As the codec's `decode`: (B, heads, length, dim), still rotated."""
     words, scales = codes.view("words", heads), codes.view("scales", heads)
     batch, count, tokens, _ = words.shape
-    format, dim = format_of(codec), codec.dim
+    format, dim = codec.kernel_format, codec.dim
+    assert format is not None
     threads = batch * count * tokens * -(-dim // 16)
-    if isinstance(codec, ScalarCodec):
-        given = _coefficients(codec.coefficients)
-    else:
-        given = given_of(codec)
     return launcher(
         DECODE_TOKENS,
-        [words, scales, given, sizes_array((tokens, count, batch))],
+        [words, scales, format.exact_params, sizes_array((tokens, count, batch))],
         {
             "T": dtype,
             "DIM": dim,
@@ -223,47 +209,33 @@ def decode(
 
 
 @functools.lru_cache(maxsize=64)
-def _encode_template(k_codec: TurboQuant, v_codec: TurboQuant) -> dict[str, Any]:
-    padded = -(-max(k_codec.dim, v_codec.dim) // 32) * 32
+def _encode_template(
+    k_format: EncodeFormat, v_format: EncodeFormat, k_dim: int, v_dim: int
+) -> dict[str, Any]:
+    k, v = k_format.template, v_format.template
     return {
-        "DK": k_codec.dim,
-        "DV": v_codec.dim,
-        "KB": k_codec.bits,
-        "VB": v_codec.bits,
-        "K_RULE": RULES.index(k_codec.scale),
-        "V_RULE": RULES.index(v_codec.scale),
-        "LEVELS": 2 ** max(k_codec.bits, v_codec.bits),
-        "CODES": padded * _SIMDGROUPS,
-        "GAINS": len(k_codec.gains),
+        "DK": k_dim,
+        "DV": v_dim,
+        "KB": k["BITS"],
+        "VB": v["BITS"],
+        "K_RULE": k["RULE"],
+        "V_RULE": v["RULE"],
+        "LEVELS": 2 ** max(k["BITS"], v["BITS"]),
+        "CODES": -(-max(k_dim, v_dim) // 32) * 32 * _SIMDGROUPS,
+        "GAINS": k["GAINS"],
         "SIMDGROUPS": _SIMDGROUPS,
     }
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(k_codec: TurboQuant, v_codec: TurboQuant) -> dict[str, mx.array]:
+def _tables(k_format: EncodeFormat, v_format: EncodeFormat) -> dict[str, mx.array]:
     """Constant buffers, each padded: fewer than 8 elements would be constant memory."""
-    tables = {"inverse_gains": mx.pad(mx.array([1 / g for g in k_codec.gains]), (0, 8))}
-    for side, codec in (("k", k_codec), ("v", v_codec)):
-        tables[f"{side}_levels"] = mx.pad(codec.book.levels, (0, 8))
-        tables[f"{side}_boundaries"] = mx.pad(codec.book.boundaries, (0, 8))
+    tables = {}
+    for side, format in (("k", k_format), ("v", v_format)):
+        count = 2 ** format.template["BITS"]
+        gains = 2 * count - 1
+        tables[f"{side}_levels"] = mx.pad(format.table[:count], (0, 8))
+        tables[f"{side}_boundaries"] = mx.pad(format.table[count:gains], (0, 8))
+        tables["inverse_gains"] = mx.pad(format.table[gains:], (0, 8))
     mx.eval(tables)
     return tables
-
-
-@functools.lru_cache(maxsize=64)
-def _branch_levels(codec: Trellis) -> mx.array:
-    """Levels of even elements by window, of odd ones, unit: (513,) float32.
-
-    As the search has them: in parts of a unit.
-    """
-    both = mx.concatenate([codec.levels[0], codec.levels[-1]]) * SHARPNESS
-    levels = mx.concatenate([both, mx.array([codec.unit / SHARPNESS])])
-    mx.eval(levels)
-    return levels
-
-
-@functools.cache
-def _coefficients(terms: tuple[float, ...]) -> mx.array:
-    array = mx.array([*terms, *[0.0] * 8])
-    mx.eval(array)
-    return array

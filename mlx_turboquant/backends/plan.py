@@ -13,9 +13,9 @@ from typing import Any, TypeGuard
 
 import mlx.core as mx
 
+from ..codecs import Codec
 from ..rotation import Rotation, SplitRotation
 from ..transform import ChannelTransform
-from .formats import Readable, format_of, given_of
 
 LOG2E = math.log2(math.e)
 #: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
@@ -56,8 +56,8 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def plan_for(
-    k_codec: Readable,
-    v_codec: Readable,
+    k_codec: Codec,
+    v_codec: Codec,
     dtype: mx.Dtype,
     heads: tuple[int, int, int],
     steps: int,
@@ -76,7 +76,10 @@ def plan_for(
         "DV": v_codec.dim,
         "MASKED": masked,
     }
-    formats = (format_of(k_codec), format_of(v_codec))
+    k_format, v_format = k_codec.kernel_format, v_codec.kernel_format
+    assert k_format is not None
+    assert v_format is not None
+    formats = (k_format, v_format)
     # One table serves both sides, if they have one and it is the same.
     same = k_codec.spec == v_codec.spec and formats[0].has_table
     block = {
@@ -109,7 +112,7 @@ def plan_for(
         rows=rows,
         block=block,
         merge=merge,
-        decoders=(given_of(k_codec), given_of(v_codec)),
+        decoders=(k_format.params, v_format.params),
         q_scales=(arrays["q_rot_scale"], arrays["q_scale"]),
     )
 

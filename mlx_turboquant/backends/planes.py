@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..codecs.scalar import ScalarCodec
+from ..codecs.kernel_format import KernelFormat
 from ..polynomial import levels_of
 from ..tokens import TokenArrays
 
@@ -116,9 +116,9 @@ def _index(numbers: list[int]) -> mx.array:
     return mx.array(numbers, dtype=mx.uint32)
 
 
-def planes_of(codec: ScalarCodec, codes: TokenArrays) -> list[mx.array]:
+def planes_of(format: KernelFormat, dim: int, codes: TokenArrays) -> list[mx.array]:
     """Levels (B, H, rows, T) float32 of every plane, in the order of `Layout`."""
-    bits, dim, terms = codec.bits, codec.dim, codec.coefficients
+    bits, terms = format.bits, format.coefficients
     layout = layout_of(bits, dim)
     halves = codes.arrays["words"].view(mx.uint16)[:, :, : codes.length]
     halves = mx.contiguous(halves.swapaxes(-1, -2))

@@ -123,14 +123,14 @@ class PageEncoder:
         centered = keys[:, :, page].astype(mx.float32)
         if spec.center != "off":
             centered = centered - mx.mean(centered, axis=2, keepdims=True)
-        if spec.equalize and self.codecs[0].equalized:
+        if spec.equalize and self.codecs[0].wants_equalizing:
             self._gains["keys"] = self.calibration.key_gains(centered)
-        if spec.equalize and self.codecs[1].equalized:
+        if spec.equalize and self.codecs[1].wants_equalizing:
             self._gains["values"] = self.calibration.value_gains(values[:, :, page])
         for side, codec, x in zip(
             ("keys", "values"), self.codecs, (centered, values[:, :, page]), strict=True
         ):
-            if codec.ordered:
+            if codec.wants_ordering:
                 self._gains[f"{side}_order"] = by_power(x)
         self.calibrated = True
         self._built = None
@@ -149,7 +149,7 @@ class PageEncoder:
     def _add_means(self, keys: mx.array, first: int) -> None:
         """Means of the pages that begin within ``keys``."""
         spec = self.spec
-        if spec.center == "off" or not self.codecs[0].centered:
+        if spec.center == "off" or not self.codecs[0].wants_centering:
             return
         if spec.center == "first":
             if self._means.length:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..errors import SpecError
-from ..spec import CENTERS, CODEC_NAMES, QUALITIES, CacheSpec
+from ..spec import CENTERS, QUALITIES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
@@ -100,7 +100,10 @@ KvQuality = Annotated[
         help=f"For --kv-bits auto: {', '.join(QUALITIES)} (default: balanced)."
     ),
 ]
-KvCodec = Annotated[str | None, typer.Option(help=f"Codec: {', '.join(CODEC_NAMES)}.")]
+KvCodec = Annotated[
+    str | None,
+    typer.Option(help="Codec: turboquant (default), trellis or rotated-int4."),
+]
 KvWindow = Annotated[
     int | None, typer.Option(help="Most recent tokens kept uncompressed.")
 ]

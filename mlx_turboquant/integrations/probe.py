@@ -66,7 +66,7 @@ class _Watched(TurboQuantCache):
     """Notes whenever its tokens are fetched or attended to."""
 
     def __init__(self, index: int, returns_arrays: bool, log: _Log) -> None:
-        super().__init__("8,window=0,sink=0,page=16", returns_arrays=returns_arrays)
+        super().__init__("8,window=0,sink=0,page=32", returns_arrays=returns_arrays)
         self._index, self._log = index, log
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:

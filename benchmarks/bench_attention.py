@@ -40,7 +40,7 @@ SPECS = (
     "k4v4",
     "k8v8",
     "k4v4,codec=rotated-int4",
-    "k3v3,codec=turboangle-fixed",
+    "k3v3,codec=research.turboangle-fixed",
     "k2v2,codec=trellis",
     "k3v3,codec=trellis",
     "k3.5v3.5,codec=trellis",

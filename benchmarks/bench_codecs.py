@@ -22,15 +22,13 @@ import json
 import time
 from pathlib import Path
 
-from mlx_turboquant.blas import prefer_openblas
+import mlx_turboquant as tq  # before MLX: on Linux it loads a faster BLAS
 
-prefer_openblas()
+# isort: split
+import mlx.core as mx
+import numpy as np
 
-import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
-
-import mlx_turboquant as tq  # noqa: E402
-from mlx_turboquant.codecs import codec_for  # noqa: E402
+from mlx_turboquant.codecs import codec_for
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "books-20m"
@@ -42,35 +40,35 @@ SPECS = (
     "k3v3",
     "k4v3",
     "k4v4",
-    "k2v2,codec=turboquant-plain",
-    "k3v3,codec=turboquant-plain",
-    "k4v3,codec=turboquant-plain",
-    "k4v4,codec=turboquant-plain",
-    "k3v3,codec=turboquant-eden",
-    "k3v3,codec=turboquant-drive",
-    "k3v3,codec=turboquant-prod",
-    "k4v4,codec=turboquant-prod",
-    "k2.25v2.25,codec=turboquant-outlier",
-    "k3.5v3.5,codec=turboquant-outlier",
+    "k2v2,codec=research.turboquant-plain",
+    "k3v3,codec=research.turboquant-plain",
+    "k4v3,codec=research.turboquant-plain",
+    "k4v4,codec=research.turboquant-plain",
+    "k3v3,codec=research.turboquant-eden",
+    "k3v3,codec=research.turboquant-drive",
+    "k3v3,codec=research.turboquant-prod",
+    "k4v4,codec=research.turboquant-prod",
+    "k2.25v2.25,codec=research.turboquant-outlier",
+    "k3.5v3.5,codec=research.turboquant-outlier",
     "k2v2,codec=trellis",
     "k2.5v2.5,codec=trellis",
     "k3v3,codec=trellis",
     "k3.5v3.5,codec=trellis",
     "k4v4,codec=trellis",
-    "k3.5v3,codec=turboangle",
-    "k2.5v2.5,codec=turboangle-fixed",
-    "k3v3,codec=turboangle-fixed",
-    "k4v4,codec=turboangle-fixed",
-    "k3.875v3.875,codec=polarquant",
+    "k3.5v3,codec=research.turboangle",
+    "k2.5v2.5,codec=research.turboangle-fixed",
+    "k3v3,codec=research.turboangle-fixed",
+    "k4v4,codec=research.turboangle-fixed",
+    "k3.875v3.875,codec=research.polarquant",
     "k4v4,codec=rotated-int4",
-    "k3v3,codec=hqmq",
-    "k3v3,codec=residual",
-    "k4v4,codec=residual",
-    "k3v3,codec=affine",
-    "k4v4,codec=affine",
-    "k3v3,codec=qjl",
-    "k8v3,codec=qjl",
-    "k8v3,codec=jl",
+    "k3v3,codec=research.hqmq",
+    "k3v3,codec=research.residual",
+    "k4v4,codec=research.residual",
+    "k3v3,codec=research.affine",
+    "k4v4,codec=research.affine",
+    "k3v3,codec=research.qjl",
+    "k8v3,codec=research.qjl",
+    "k8v3,codec=research.jl",
 )
 BARE = "window=0,sink=0,page=64"
 PATHOLOGIES = ("offset 10", "value tails")
@@ -162,7 +160,7 @@ def on_model(specs: tuple[str, ...], windows: int) -> dict[str, dict[str, float]
         needles=(),
         greedy=0,
     )
-    found = tq.evaluate(
+    report = tq.evaluate(
         model,
         tokenizer,
         names,
@@ -172,9 +170,9 @@ def on_model(specs: tuple[str, ...], windows: int) -> dict[str, dict[str, float]
     )
     rows: dict[str, dict[str, float]] = {}
     for kind in ("", *PATHOLOGIES):
-        for row, spec in zip(found.rows(kind), ("mlx-lm 4", *specs), strict=True):
-            held = rows.setdefault(spec, {"model_bits": row.bits})
-            held[kind or "as it is"] = row.kld
+        for row, spec in zip(report.rows(kind), ("mlx-lm 4", *specs), strict=True):
+            scores = rows.setdefault(spec, {"model_bits": row.bits})
+            scores[kind or "as it is"] = row.kld
     return rows
 
 
@@ -218,8 +216,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = {text: on_vectors(text) for text in options.specs}
     if not options.quick:
-        for text, found in on_model(tuple(options.specs), options.windows).items():
-            rows.setdefault(text, {}).update(found)
+        for text, scores in on_model(tuple(options.specs), options.windows).items():
+            rows.setdefault(text, {}).update(scores)
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     print(f"{'':36}" + "".join(f"{name:>15}" for name in columns))
     for text, row in rows.items():

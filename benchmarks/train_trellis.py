@@ -1,7 +1,7 @@
 """Train the trellis codec's tables and write ``mlx_turboquant/data/trellis.json``.
 
-    python benchmarks/train_trellis.py            # all rates, some 12 minutes on 2
-    cores python benchmarks/train_trellis.py --rates 3 --out /tmp/trellis.json
+    python benchmarks/train_trellis.py            # all rates, 12 minutes on 2 cores
+    python benchmarks/train_trellis.py --rates 3 --out /tmp/trellis.json
 
 Generalised Lloyd: search the best windows for fresh Gaussian vectors, move every level
 to the mean of what it stood for, again. Levels begin as a random order of Gaussian
@@ -20,11 +20,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_turboquant.codecs import viterbi
+from mlx_turboquant.codecs import codec_info, viterbi
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "mlx_turboquant" / "data" / "trellis.json"
-RATES = (1, 1.5, 2, 2.5, 3, 3.5, 4)
 WINDOW, DIM = 8, 128
 HALF = 1 << (WINDOW - 1)
 BEGINNINGS, SHORT, LONG = 24, (60, 384), (480, 1536)  # rounds, vectors in each
@@ -36,9 +35,9 @@ def widths_of(rate):
     return (low,) if rate == low else (low + 1, low)
 
 
-def trellis_of(rate, levels):
+def graph_of(rate, levels):
     both = np.concatenate([levels, -levels], axis=1).astype(np.float32)
-    return viterbi.Trellis(WINDOW, widths_of(rate)[::-1], both[::-1])
+    return viterbi.TrellisGraph(WINDOW, widths_of(rate)[::-1], both[::-1])
 
 
 def beginning(rate, seed):
@@ -53,7 +52,7 @@ def beginning(rate, seed):
 
 def search(rate, levels, x):
     """Windows of x (N, DIM), and the relative error with least-squares scales."""
-    windows = np.array(viterbi.best_windows(trellis_of(rate, levels), mx.array(x)))
+    windows = np.array(viterbi.best_windows(graph_of(rate, levels), mx.array(x)))
     both = np.concatenate([levels, -levels], axis=1)
     turns = len(levels)
     y = np.stack([both[i % turns][windows[:, i]] for i in range(DIM)], axis=1)
@@ -93,11 +92,11 @@ def table_of(rate):
     """The entry of one rate."""
     shake = 0.12 if rate <= 2 else 0.05
     check = on_sphere(800, 4242)
-    tried = []
+    beginnings = []
     for seed in range(BEGINNINGS):
         levels = train(rate, beginning(rate, seed), *SHORT, 50 + seed, shake)
-        tried.append((search(rate, levels, check)[1], seed, levels))
-    best = min(tried, key=lambda found: found[:2])[2]
+        beginnings.append((search(rate, levels, check)[1], seed, levels))
+    best = min(beginnings, key=lambda entry: entry[:2])[2]
     levels = train(rate, best, *LONG, 200, shake / 4)
     unit = float(f"{np.abs(levels).max() / 127:.6g}")
     whole = np.round(levels / unit).astype(int)
@@ -108,7 +107,9 @@ def table_of(rate):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rates", type=float, nargs="*", default=RATES)
+    parser.add_argument(
+        "--rates", type=float, nargs="*", default=codec_info("trellis").widths
+    )
     parser.add_argument("--out", type=Path, default=TABLE)
     args = parser.parse_args()
     mx.set_default_device(mx.cpu)

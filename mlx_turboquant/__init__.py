@@ -6,8 +6,8 @@
 >>> tq.apply(model, "k4v3")
 >>> generate(model, tokenizer, "hello")
 
-Owns the public names. They are imported when first used, so that ``mlx_tq --help`` is
-instant. Importing the package before MLX chooses MLX's BLAS on Linux, see `blas`.
+The public names are imported when first used, so that ``mlx_tq --help`` is instant. A
+BLAS for MLX's CPU backend is loaded at once, because it must come before MLX.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .blas import prefer_openblas
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import errors as errors
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from .cache import BatchTurboQuantCache as BatchTurboQuantCache
     from .cache import RotatingTurboQuantCache as RotatingTurboQuantCache
     from .cache import TurboQuantCache as TurboQuantCache
-    from .codebook import lloyd_max as lloyd_max
+    from .codecs import CodecInfo as CodecInfo
     from .codecs import codec_for as codec_for
+    from .codecs import register_codec as register_codec
     from .evals import EvalPlan as EvalPlan
     from .evals import evaluate as evaluate
     from .explanation import explain as explain
@@ -35,18 +37,16 @@ if TYPE_CHECKING:
     from .integrations.loading import load as load
     from .integrations.prompt_files import load_prompt_cache as load_prompt_cache
     from .integrations.prompt_files import save_prompt_cache as save_prompt_cache
-    from .rotation import rotation_for as rotation_for
     from .spec import CacheSpec as CacheSpec
     from .spec import CodecSpec as CodecSpec
     from .tokens import TokenArrays as TokenArrays
 
 prefer_openblas()
 
-__version__ = "0.1.0"
-
 _HOMES = {
     "BatchTurboQuantCache": "cache",
     "CacheSpec": "spec",
+    "CodecInfo": "codecs",
     "CodecSpec": "spec",
     "EvalPlan": "evals",
     "RotatingTurboQuantCache": "cache",
@@ -58,11 +58,10 @@ _HOMES = {
     "evaluate": "evals",
     "explain": "explanation",
     "footprint": "integrations.footprint",
-    "lloyd_max": "codebook",
     "load": "integrations.loading",
     "load_prompt_cache": "integrations.prompt_files",
     "make_prompt_cache": "integrations.factory",
-    "rotation_for": "rotation",
+    "register_codec": "codecs",
     "save_prompt_cache": "integrations.prompt_files",
     "uninstall": "integrations.factory",
 }

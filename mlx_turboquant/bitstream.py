@@ -1,8 +1,8 @@
 """Codes of any widths as a stream of bits: for codecs whose codes are no plain grid.
 
-Owns the layout: element i's own bits lie at `offset` bits from the front, low bits
-first in uint32 words, and the stream is a circle, so a window may begin near its end
-and go on at its front. `packing` has the layout that scalar kernels read.
+Code i's own bits follow those of code i - 1, low bits first in uint32 words. Reads past
+the end wrap to the start (tail-biting), so a read that is wider than a code's own bits
+goes on into the codes after it. `packing` has the layout that scalar kernels read.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _WORD = 32
 
 
 @dataclass(frozen=True)
-class Stream:
+class BitStream:
     """``count`` codes whose widths repeat a pattern, each at most 16 bits.
 
-    >>> Stream((3,), 64).words
+    >>> BitStream((3,), 64).words
     6
     """
 
@@ -31,25 +31,17 @@ class Stream:
     @property
     def words(self) -> int:
         """uint32 words of a vector; the last may hold spare bits."""
-        return -(-self._total // _WORD)
+        return -(-self._bits // _WORD)
 
     @property
-    def whole(self) -> bool:
-        """Whether there are no spare bits, as windows round the circle need."""
-        return self._total % _WORD == 0
+    def fills_words(self) -> bool:
+        """Whether there are no spare bits, as reads that wrap need."""
+        return self._bits % _WORD == 0
 
     @property
-    def _total(self) -> int:
-        whole, rest = divmod(self.count, len(self.pattern))
-        return whole * sum(self.pattern) + sum(self.pattern[:rest])
-
-    def offsets(self) -> list[int]:
-        """Where each code's own bits begin."""
-        places, at = [], 0
-        for i in range(self.count):
-            places.append(at)
-            at += self.pattern[i % len(self.pattern)]
-        return places
+    def _bits(self) -> int:
+        periods, rest = divmod(self.count, len(self.pattern))
+        return periods * sum(self.pattern) + sum(self.pattern[:rest])
 
     def pack(self, codes: mx.array) -> mx.array:
         """Codes (..., count), each below 2**width, to uint32 (..., words)."""
@@ -62,45 +54,45 @@ class Stream:
         words: list[mx.array | None] = [None] * period.words
         for i, offset in enumerate(period.offsets):
             code, (word, shift) = codes[..., i], divmod(offset, _WORD)
-            _put(words, word, code << shift if shift else code)
+            _or_into(words, word, code << shift if shift else code)
             if shift + period.widths[i] > _WORD:
-                _put(words, word + 1, code >> (_WORD - shift))
+                _or_into(words, word + 1, code >> (_WORD - shift))
         joined = mx.stack([w for w in words if w is not None], axis=-1)
         # Kernels count on words that lie together.
         return mx.contiguous(joined.reshape(*joined.shape[:-2], -1)[..., : self.words])
 
-    def windows(self, words: mx.array, width: int | None = None) -> mx.array:
-        """Bits (..., count) uint32 from each code's place on, ``width`` of each.
+    def read(self, words: mx.array, width: int | None = None) -> mx.array:
+        """The bits from each code's place on: (..., count) uint32.
 
         Args:
             words: (..., words) uint32.
-            width: At most 16; by default each code's own.
+            width: How many bits of each, at most 16; by default the code's own.
         """
         period = _period(self)
-        after = mx.roll(words, -1, -1) if self.whole else words
+        following = mx.roll(words, -1, -1) if self.fills_words else words
         tail = -words.shape[-1] % period.words
         if tail:
             pad = [(0, 0)] * (words.ndim - 1) + [(0, tail)]
-            words, after = mx.pad(words, pad), mx.pad(after, pad)
+            words, following = mx.pad(words, pad), mx.pad(following, pad)
         lead = words.shape[:-1]
         words = words.reshape(*lead, -1, period.words)
-        after = after.reshape(*lead, -1, period.words)
-        found = []
+        following = following.reshape(*lead, -1, period.words)
+        codes = []
         for i, offset in enumerate(period.offsets):
-            (word, shift), wide = divmod(offset, _WORD), width or period.widths[i]
+            (word, shift), taken = divmod(offset, _WORD), width or period.widths[i]
             bits = words[..., word] >> shift if shift else words[..., word]
-            if shift + wide > _WORD:
-                # The next word: of this period, or the one `after` the last.
+            if shift + taken > _WORD:
+                # The next word is in this period, or the one that follows its last.
                 inside = word + 1 < period.words
-                more = words[..., word + 1] if inside else after[..., word]
+                more = words[..., word + 1] if inside else following[..., word]
                 bits = bits | (more << (_WORD - shift))
-            found.append(bits & ((1 << wide) - 1))
-        joined = mx.stack(found, axis=-1)
+            codes.append(bits & ((1 << taken) - 1))
+        joined = mx.stack(codes, axis=-1)
         return joined.reshape(*lead, -1)[..., : self.count]
 
 
 class _Period(NamedTuple):
-    """The least number of elements that fills whole words."""
+    """The least number of elements that fills whole words, and where their bits are."""
 
     elements: int
     words: int
@@ -109,19 +101,19 @@ class _Period(NamedTuple):
 
 
 @functools.cache
-def _period(stream: Stream) -> _Period:
+def _period(stream: BitStream) -> _Period:
     widths: list[int] = []
     offsets: list[int] = []
-    at = 0
+    end = 0
     while True:
         for width in stream.pattern:
-            offsets.append(at)
+            offsets.append(end)
             widths.append(width)
-            at += width
-        if at % _WORD == 0 or len(widths) >= stream.count:
-            return _Period(len(widths), -(-at // _WORD), offsets, widths)
+            end += width
+        if end % _WORD == 0 or len(widths) >= stream.count:
+            return _Period(len(widths), -(-end // _WORD), offsets, widths)
 
 
-def _put(words: list[mx.array | None], index: int, bits: mx.array) -> None:
-    held = words[index]
-    words[index] = bits if held is None else held | bits
+def _or_into(words: list[mx.array | None], index: int, bits: mx.array) -> None:
+    present = words[index]
+    words[index] = bits if present is None else present | bits

@@ -4,10 +4,10 @@ The arithmetic goes from the records of cache entries and a spec to bytes, token
 fit and estimated time per token. ``integrations/footprint.py`` makes the records.
 
 Decoding a token reads every active weight and the whole cache once, so at best the
-time of a step is that of the bytes read, with codes counted `_CODE_COST` times: what
-decoding them was measured to cost over reading them (NVIDIA H200, one attention over
-131,072 tokens, dev/LOG.md; no Mac has been measured). Launches and host work are not in
-it.
+time of a step is that of the bytes read, with codes counted `CodecInfo.read_cost`
+times: what decoding them was measured to cost over reading them (NVIDIA H200, one
+attention over 131,072 tokens, dev/LOG.md; no Mac has been measured). Launches and host
+work are not in it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ import mlx.core as mx
 from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
-from .codecs import codec_for
+from .codecs import codec_for, codec_info
 from .entries import CacheEntry
 from .spec import CacheSpec
 
-#: By codec. Over fp16 an attention took 131 us for 268 MB; over codes 73 us for 56 MB
-#: (turboquant, 3 bits), 60 for 75 (rotated-int4), 122 for 56 (trellis, 3 bits).
-_CODE_COST = {"turboquant": 2.7, "rotated-int4": 1.6, "trellis": 4.5}
 #: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
 _TRANSIENT = SLICE_BYTES + (256 << 20)
 _FP16_BYTES = 2
@@ -77,7 +74,7 @@ class Footprint:
 
         None for codecs that have not been timed.
         """
-        costs = [_CODE_COST.get(side.name) for side in (spec.keys, spec.values)]
+        costs = [codec_info(side.name).read_cost for side in (spec.keys, spec.values)]
         timed = [cost for cost in costs if cost is not None]
         if len(timed) < len(costs):
             return None

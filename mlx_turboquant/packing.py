@@ -1,8 +1,5 @@
 """The bit layout of codes in uint32 words: the definition kernels are held to.
 
-Owns which bit of which word belongs to which element. Knows nothing of levels or
-scales.
-
 A word is two 16-bit halves. Even elements live in low halves, odd ones at the same
 place in high halves, so one shift and mask yields a pair of codes 16 bits apart,
 ready to become a half2. Sixteen elements, 8 pairs, are a *group*: what one GPU lane
@@ -15,10 +12,18 @@ elements, are a *chunk* of exactly b words:
 where group g's field in the shared word is bits [8g, 8g + 8) of each half. Within
 a group, pairs fill the fields in order, as many as fit whole into each (16 // b in
 an own half, 8 // b in a shared field), low bits first. The spare bits above them,
-in field order, low bits first, are the remaining pairs.
+in field order, low bits first, are the remaining pairs. A chunk of 3 bits, one half
+of each word (the other half holds the other elements of the pairs):
 
-For 3 bits: pairs 0-4 and one spare bit in the own word, pairs 5-6 and two spare
-bits in the shared field; the three spare bits are pair 7. A dim that is no multiple
+    bit                  15 | 14   12 | 11    9 | 8     6 | 5     3 | 2     0
+    own word, group 0    s0 | pair 4  | pair 3  | pair 2  | pair 1  | pair 0
+    own word, group 1    s0 | pair 4  | pair 3  | pair 2  | pair 1  | pair 0
+
+    bit                  15 14 | 13  11 | 10   8 | 7   6 | 5    3 | 2    0
+    shared word          s2 s1 | pair 6 | pair 5 | s2 s1 | pair 6 | pair 5
+                         of group 1              | of group 0
+
+where s0, s1, s2 of a group, low bits first, are its pair 7. A dim that is no multiple
 of 16 is padded with code 0; an odd number of groups ends in own words and a shared
 word used by one group only.
 """
@@ -34,8 +39,8 @@ _HALF = 16
 
 def words_per_vector(bits: int, dim: int) -> int:
     """Number of uint32 words that hold ``dim`` codes of ``bits`` bits each."""
-    chunks, alone = divmod(-(-dim // GROUP), 2)
-    return chunks * bits + alone * ((bits + 1) // 2)
+    chunks, single_groups = divmod(-(-dim // GROUP), 2)
+    return chunks * bits + single_groups * ((bits + 1) // 2)
 
 
 def _fields(bits: int) -> list[tuple[int, int]]:
@@ -63,38 +68,27 @@ def pack(codes: mx.array, bits: int) -> mx.array:
         codes = mx.pad(codes, [(0, 0)] * len(lead) + [(0, -dim % GROUP)])
     fields = _pack_fields(codes.reshape(*lead, -1, _PAIRS, 2), bits)
     groups = fields[0].shape[-2]
-    halves = _HALF // 2 if bits % 2 else 0
+    in_chunks = groups // 2 * 2
     parts = []
-    for start, count in ((0, groups // 2 * 2), (groups // 2 * 2, groups % 2)):
-        if not count:
-            continue
-        own = [f[..., start : start + count, :] for f in fields[: bits // 2]]
-        width = 2 if count > 1 else 1
-        chunks = [f.reshape(*lead, -1, width, 2) for f in own]
-        words = [chunk[..., g, :] for g in range(width) for chunk in chunks]
-        if halves:
-            shared = fields[-1][..., start : start + count, :]
-            shared = shared.reshape(*lead, -1, width, 2)
-            word = shared[..., 0, :]
-            words.append(word | (shared[..., 1, :] << halves) if width > 1 else word)
-        stacked = mx.stack(words, axis=-2)
-        joined = stacked[..., 0] | (stacked[..., 1] << _HALF)
-        parts.append(joined.reshape(*lead, -1))
+    if in_chunks:
+        parts.append(_pack_chunks([f[..., :in_chunks, :] for f in fields], bits, 2))
+    if groups % 2:
+        parts.append(_pack_chunks([f[..., in_chunks:, :] for f in fields], bits, 1))
     return mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     """The inverse of `pack`: words (..., W) uint32 to codes (..., dim) uint8."""
     lead = words.shape[:-1]
-    chunks, alone = divmod(-(-dim // GROUP), 2)
+    chunks, single_groups = divmod(-(-dim // GROUP), 2)
     halves = mx.stack([words & 0xFFFF, words >> _HALF], axis=-1)
     parts = []
     if chunks:
         whole = halves[..., : chunks * bits, :].reshape(*lead, chunks, bits, 2)
         parts.append(_unpack_chunks(whole, bits, 2).reshape(*lead, -1))
-    if alone:
-        rest = halves[..., None, chunks * bits :, :]
-        parts.append(_unpack_chunks(rest, bits, 1).reshape(*lead, -1))
+    if single_groups:
+        last = halves[..., None, chunks * bits :, :]
+        parts.append(_unpack_chunks(last, bits, 1).reshape(*lead, -1))
     codes = mx.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
     return codes[..., :dim]
 
@@ -102,16 +96,30 @@ def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
 def _pack_fields(pairs: mx.array, bits: int) -> list[mx.array]:
     """Groups (..., 8, 2) of codes to the fields (..., 2) of each."""
     shape = _fields(bits)
-    late = pairs[..., sum(count for count, _ in shape) :, :]
-    stream = mx.sum(late << _shifts(late.shape[-2], bits), axis=-2)
+    remaining = pairs[..., sum(count for count, _ in shape) :, :]
+    spare_bits = mx.sum(remaining << _shifts(remaining.shape[-2], bits), axis=-2)
     fields, first, taken = [], 0, 0
     for count, spare in shape:
-        direct = pairs[..., first : first + count, :]
-        field = mx.sum(direct << _shifts(count, bits), axis=-2)
-        extra = (stream >> taken) & ((1 << spare) - 1)
+        fitting = pairs[..., first : first + count, :]
+        field = mx.sum(fitting << _shifts(count, bits), axis=-2)
+        extra = (spare_bits >> taken) & ((1 << spare) - 1)
         fields.append(field | (extra << (count * bits)))
         first, taken = first + count, taken + spare
     return fields
+
+
+def _pack_chunks(fields: list[mx.array], bits: int, width: int) -> mx.array:
+    """Fields (..., groups, 2) of chunks of ``width`` groups to words (..., W)."""
+    lead = fields[0].shape[:-2]
+    by_chunk = [field.reshape(*lead, -1, width, 2) for field in fields]
+    words = [f[..., g, :] for g in range(width) for f in by_chunk[: bits // 2]]
+    if bits % 2:
+        shared = by_chunk[-1][..., 0, :]
+        if width == 2:
+            shared = shared | (by_chunk[-1][..., 1, :] << _HALF // 2)
+        words.append(shared)
+    halves = mx.stack(words, axis=-2)
+    return (halves[..., 0] | (halves[..., 1] << _HALF)).reshape(*lead, -1)
 
 
 def _unpack_chunks(halves: mx.array, bits: int, width: int) -> mx.array:
@@ -125,14 +133,15 @@ def _unpack_chunks(halves: mx.array, bits: int, width: int) -> mx.array:
             shared = halves[..., width * own, :]
             fields.append((shared >> (g * _HALF // 2)) & 0xFF)
         pairs, taken = [], 0
-        stream = mx.zeros_like(halves[..., 0, :])
+        spare_bits = mx.zeros_like(halves[..., 0, :])
         for field, (count, spare) in zip(fields, _fields(bits), strict=True):
-            direct = (field[..., None, :] >> _shifts(count, bits)) & mask
-            pairs.append(direct.astype(mx.uint8))
-            stream = stream | ((field >> (count * bits)) << taken)
+            fitting = (field[..., None, :] >> _shifts(count, bits)) & mask
+            pairs.append(fitting.astype(mx.uint8))
+            spare_bits = spare_bits | ((field >> (count * bits)) << taken)
             taken += spare
         if taken:
-            late = _shifts(taken // bits, bits)
-            pairs.append(((stream[..., None, :] >> late) & mask).astype(mx.uint8))
+            shifts = _shifts(taken // bits, bits)
+            remaining = (spare_bits[..., None, :] >> shifts) & mask
+            pairs.append(remaining.astype(mx.uint8))
         groups.append(mx.concatenate(pairs, axis=-2))
     return mx.stack(groups, axis=-3)

@@ -1,8 +1,8 @@
 """Random orthogonal rotations of the last axis, and their inverses.
 
-Owns the signs (part of the saved format: ``docs/format.md``) and the choice of
-transform for a dim. Every rotation is ``transform(signs * x)`` with an orthonormal
-transform, so norms and dot products are kept.
+Every rotation is ``transform(signs * x)`` with an orthonormal transform, so norms and
+dot products are kept. The signs of a seed are part of the saved format
+(``docs/format.md``).
 
 Source: TurboQuant (arXiv 2504.19874), Algorithm 1, line 1, with the randomized
 Hadamard transform in place of a dense Gaussian QR factor.
@@ -51,9 +51,9 @@ def rotation_signs(dim: int, seed: int) -> list[int]:
 
 
 def _kind(dim: int) -> Kind:
-    # Only where MLX's transform is safe and its own inverse. On the CPU it corrupts
-    # memory for 72, 144, 288 and 576; for m = 20 and 28 (dims 80, 112, 160) it is no
-    # involution. Every other dim takes the dense cosine transform.
+    # Hadamard only where MLX's transform is safe and its own inverse. On the CPU it
+    # corrupts memory for 72, 144, 288 and 576; for m = 20 and 28 (dims 80, 112, 160) it
+    # is no involution. Every other dim takes the dense cosine transform.
     if dim & (dim - 1) == 0 or dim in (96, 192, 384, 768):
         return "hadamard"
     return "dct"
@@ -103,7 +103,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class SplitRotation:
-    """Two rotations side by side: of the first ``part`` elements, and of the rest."""
+    """Two rotations side by side: of the first ``part`` elements and the others."""
 
     dim: int
     part: int
@@ -113,20 +113,20 @@ class SplitRotation:
     @property
     def halves(self) -> tuple[Rotation, Rotation]:
         """The two rotations."""
-        first, rest = self.part, self.dim - self.part
-        return rotation_for(first, self.seed), rotation_for(rest, self.seed)
+        second = self.dim - self.part
+        return rotation_for(self.part, self.seed), rotation_for(second, self.seed)
 
     def forward(self, x: mx.array) -> mx.array:
         """Rotate x (..., dim), any float dtype, into float32 ``x_rot``."""
-        first, rest = self.halves
-        parts = [first.forward(x[..., : self.part]), rest.forward(x[..., self.part :])]
-        return mx.concatenate(parts, axis=-1)
+        first, second = self.halves
+        low, high = x[..., : self.part], x[..., self.part :]
+        return mx.concatenate([first.forward(low), second.forward(high)], axis=-1)
 
     def inverse(self, x_rot: mx.array) -> mx.array:
         """Undo `forward`: ``x_rot`` (..., dim) to float32 (..., dim)."""
-        first, rest = self.halves
-        parts = [x_rot[..., : self.part], x_rot[..., self.part :]]
-        return mx.concatenate([first.inverse(parts[0]), rest.inverse(parts[1])], -1)
+        first, second = self.halves
+        low, high = x_rot[..., : self.part], x_rot[..., self.part :]
+        return mx.concatenate([first.inverse(low), second.inverse(high)], axis=-1)
 
 
 @functools.cache

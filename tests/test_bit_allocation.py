@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import mlx_turboquant as tq
 from mlx_turboquant.cache import bit_allocation
-from mlx_turboquant.cache.bit_allocation import TARGETS, WIDTHS, BitAllocator, LayerSlot
+from mlx_turboquant.cache.bit_allocation import TARGETS, BitAllocator, LayerSlot
 from mlx_turboquant.codecs import trellis
-from mlx_turboquant.polynomial import computable
+from mlx_turboquant.polynomial import polynomial_codebook
 
 DIMS = (64, 64)
 
@@ -34,7 +34,9 @@ def mean_bits(chosen):
 def cost(readings, chosen):
     return np.mean(
         [
-            reach * (a * computable(64, k).mse + computable(64, v).mse) / 2
+            reach
+            * (a * polynomial_codebook(64, k).mse + polynomial_codebook(64, v).mse)
+            / 2
             for (reach, a), (k, v) in zip(readings, chosen, strict=True)
         ]
     )
@@ -55,7 +57,7 @@ def test_a_budget_is_met_and_not_exceeded(readings, budget):
 @given(readings, st.sampled_from(sorted(TARGETS)))
 def test_a_quality_bounds_the_predicted_cost(readings, quality):
     chosen = choose(readings, DIMS, spec(quality=quality))
-    most = [(WIDTHS[-1], WIDTHS[-1])] * len(readings)
+    most = [(8, 8)] * len(readings)
     assert cost(readings, chosen) <= max(TARGETS[quality], cost(readings, most))
 
 
@@ -80,7 +82,10 @@ def test_with_the_trellis_the_predicted_cost_is_lower(readings, budget):
     assert mean_bits(bits) <= budget + 1e-9
 
     def predicted(pairs):
-        error = {"trellis": trellis.mse, "turboquant": lambda b: computable(64, b).mse}
+        error = {
+            "trellis": trellis.mse,
+            "turboquant": lambda b: polynomial_codebook(64, b).mse,
+        }
         return sum(
             reach * (a * error[k.name](k.bits) + error[v.name](v.bits))
             for (reach, a), (k, v) in zip(readings, pairs, strict=True)

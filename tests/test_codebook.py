@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from cases import each_bits
+from solve_codebooks import BITS, DIMS
 
-from mlx_turboquant.codebook import TABLE_BITS, TABLE_DIMS, lloyd_max, solve
+from mlx_turboquant.codebook import lloyd_max, solve_interval, solve_sphere
 
 # arXiv 2504.19874 gives the density; these are its exact Lloyd-Max distortions.
 DISTORTION = {
@@ -67,14 +68,14 @@ def test_levels_are_the_centroids_of_their_cells(bits):
 
 def test_shipped_table_is_what_the_solver_finds():
     for dim in (32, 128, 576):
-        assert dim in TABLE_DIMS
-        for bits in TABLE_BITS:
+        assert dim in DIMS
+        for bits in BITS:
             shipped = np.array(lloyd_max(dim, bits).levels)[2 ** (bits - 1) :]
-            assert np.allclose(shipped, solve(dim, bits), atol=2e-6)
+            assert np.allclose(shipped, solve_sphere(dim, bits), atol=2e-6)
 
 
 def test_dims_outside_the_table_are_solved():
-    assert 100 not in TABLE_DIMS
+    assert 100 not in DIMS
     assert lloyd_max(96, 3).mse < lloyd_max(100, 3).mse < lloyd_max(112, 3).mse
 
 
@@ -85,3 +86,10 @@ def test_nearest_is_nearest_and_ties_go_up(bits):
     brute = mx.argmin(mx.abs(x[:, None] - book.levels), axis=-1)
     assert mx.array_equal(book.nearest(x), brute).item()
     assert book.nearest(book.boundaries).tolist() == list(range(1, 2**bits))
+
+
+def test_levels_of_a_uniform_density_are_uniform():
+    levels, codebook = solve_interval(np.ones_like, 1.0, 4)
+    assert np.allclose(levels, [0.125, 0.375, 0.625, 0.875], atol=1e-6)
+    assert codebook.mse == pytest.approx(1 / 12 / 16, rel=1e-4)
+    assert codebook.nearest(mx.array([0.0, 0.3, 0.99])).tolist() == [0, 1, 3]

@@ -4,26 +4,14 @@ from itertools import pairwise
 import mlx.core as mx
 import pytest
 from cases import each_bits, each_dim
+from codec_tools import mse, vectors
 
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.spec import CodecSpec
 
 
-def vectors(dim, count=2000):
-    """Rotated vectors of very different norms, (1, 2, count, dim)."""
-    x = mx.random.normal((1, 2, count, dim))
-    return x * mx.exp(mx.random.normal((1, 2, count, 1)))
-
-
 def codec(bits, dim, side="values", **changes):
     return replace(codec_for(CodecSpec("turboquant", bits), dim, side), **changes)
-
-
-def mse(codec, x):
-    """Mean over vectors of the relative squared error."""
-    got = codec.decode(codec.encode(x), mx.float32)
-    error = mx.sum((x - got) ** 2, axis=-1) / mx.sum(x * x, axis=-1)
-    return mx.mean(error).item()
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -33,9 +21,9 @@ def test_plain_rule_has_the_papers_distortion(dim, bits):
     plain = codec(bits, dim)
     x = vectors(dim, 6000)
     rms = mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True))
-    got = plain.book.levels[plain.book.nearest(x / rms)] * rms
+    got = plain.codebook.levels[plain.codebook.nearest(x / rms)] * rms
     error = mx.mean(mx.sum((x - got) ** 2, -1) / mx.sum(x * x, -1)).item()
-    assert error == pytest.approx(plain.book.mse, rel=0.01)
+    assert error == pytest.approx(plain.codebook.mse, rel=0.01)
     assert mse(replace(plain, gains=(1.0,)), x) < error * 1.001
 
 
@@ -44,8 +32,8 @@ def test_plain_rule_has_the_papers_distortion(dim, bits):
     [(128, 2, 0.99), (128, 3, 0.94), (128, 4, 0.86), (64, 3, 0.90), (64, 4, 0.79)],
 )
 def test_scale_search_lowers_the_error(dim, bits, gain):
-    found = codec(bits, dim)
-    assert mse(found, vectors(dim, 6000)) < gain * found.book.mse
+    side = codec(bits, dim)
+    assert mse(side, vectors(dim, 6000)) < gain * side.codebook.mse
 
 
 @each_dim

@@ -17,6 +17,7 @@ EXAMPLES = ROOT / "examples"
         ("generate_text.py", ("48213", "k3v3 in 8 of 8 layers", "4+1536+")),
         ("save_and_resume.py", ("48213", "tokens saved in")),
         ("compare_codecs.py", ("3.125", "8.125")),
+        ("add_a_codec.py", ("48213", "k3v3,codec=uniform in 8 of 8 layers")),
     ],
 )
 def test_script(script, shows, tmp_path):

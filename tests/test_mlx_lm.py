@@ -14,7 +14,6 @@ from mlx_lm.models import llama, qwen3
 from test_batch import tiny_model
 
 import mlx_turboquant as tq
-from mlx_turboquant.codecs import turboangle
 from mlx_turboquant.errors import (
     FormatError,
     SpecError,
@@ -265,10 +264,10 @@ def test_speculative_decoding_runs_on_compressed_caches(books, hooked):
 
 
 def test_a_spec_for_every_layer(books, hooked):
-    """TurboAngle's early boost, and a list that does not fit."""
+    """Two layers with more bits than the others, and a list that does not fit."""
     model, _ = books
     count = len(model.layers)
-    specs = turboangle.paper_specs("Mistral-7B", count, "page=32")
+    specs = ["k4v3,page=32"] * 2 + ["k3v2,page=32"] * (count - 2)
     caches = tq.make_prompt_cache(model, specs)
     assert [str(c.spec) for c in caches] == [str(tq.CacheSpec.parse(s)) for s in specs]
     assert len({str(c.spec) for c in caches}) == 2

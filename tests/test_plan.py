@@ -90,7 +90,7 @@ def test_speed_at_best_grows_with_the_text_and_never_beats_the_bytes():
     assert 0.95 < speeds[0] < 1.05
     ratio = model.cache_bytes(10**6) / model.cache_bytes(10**6, parse("3"))
     assert speeds[-1] < ratio
-    assert model.speed(10**5, parse("4,codec=affine")) is None
+    assert model.speed(10**5, parse("4,codec=research.affine")) is None
 
 
 def test_of_experts_only_those_chosen_are_read():

@@ -7,9 +7,9 @@ from mlx_turboquant.codebook import lloyd_max
 from mlx_turboquant.polynomial import (
     TERMS,
     coefficients,
-    computable,
-    decoder_table,
+    kernel_coefficients,
     levels_of,
+    polynomial_codebook,
 )
 
 
@@ -17,7 +17,7 @@ from mlx_turboquant.polynomial import (
 def test_the_error_is_lloyd_max_and_what_is_said(dim):
     cost = {3: 0.0023, 4: 0.002, 5: 0.003, 6: 0.006, 7: 0.0101, 8: 0.041}
     for bits in range(1, 9):
-        extra = computable(dim, bits).mse / lloyd_max(dim, bits).mse - 1
+        extra = polynomial_codebook(dim, bits).mse / lloyd_max(dim, bits).mse - 1
         assert -1e-6 < extra < cost.get(bits, 1e-6)
 
 
@@ -25,10 +25,10 @@ def test_the_error_is_lloyd_max_and_what_is_said(dim):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_kernels_form_gives_the_levels_in_halves(dim, bits):
     """Half arithmetic adds little to the quantization error."""
-    book, terms = computable(dim, bits), TERMS[bits]
+    book, terms = polynomial_codebook(dim, bits), TERMS[bits]
     levels = np.array(book.levels, dtype=np.float64)
-    gain, *given = decoder_table(coefficients(dim, bits))
-    form = [np.float16(c) for c in given[: terms - 1]]
+    gain, *shape = kernel_coefficients(coefficients(dim, bits))
+    form = [np.float16(c) for c in shape[: terms - 1]]
     n = len(levels)
     u = ((np.arange(n) - (n - 1) / 2) / n).astype(np.float16)
     square = u * u
@@ -49,7 +49,7 @@ def test_the_kernels_form_gives_the_levels_in_halves(dim, bits):
 
 @each_bits
 def test_levels_of_codes_are_the_codebook(bits):
-    levels = computable(80, bits).levels
+    levels = polynomial_codebook(80, bits).levels
     got = levels_of(mx.arange(2**bits).astype(mx.uint8), bits, coefficients(80, bits))
     assert got.dtype == mx.float32
     assert mx.allclose(got, levels, rtol=1e-5, atol=1e-6).item()

@@ -95,7 +95,11 @@ def test_a_trellis_of_three_bits_beats_the_papers_rule_at_three_and_a_half(books
     plan = tq.EvalPlan(
         lengths=(512,), windows=2, seeds=1, scored=160, stepped=0, needles=(), greedy=0
     )
-    names = ("k3v3,codec=trellis", "k4v3,codec=turboquant-plain", "k3v3,codec=qjl")
+    names = (
+        "k3v3,codec=trellis",
+        "k4v3,codec=research.turboquant-plain",
+        "k3v3,codec=research.qjl",
+    )
     specs = [f"{name},{BARE}" for name in names]
     coded, plain, sketched = tq.evaluate(*books, specs, baselines=(), plan=plan).rows()
     print([(row.name, row.bits, row.kld) for row in (coded, plain, sketched)])

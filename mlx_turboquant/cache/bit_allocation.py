@@ -25,14 +25,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..codecs import trellis
-from ..polynomial import computable
+from ..codecs import codec_info
 from ..spec import CacheSpec, CodecSpec
 
-#: Widths that `turboquant` is given; few, because a GPU compiles a kernel per pair.
-WIDTHS = (2, 3, 4, 5, 6, 8)
-#: Widths that `trellis` is given; it has none above, where `turboquant`'s follow.
-TRELLIS_WIDTHS = (2, 2.5, 3, 3.5, 4)
 #: Predicted cost that each quality may have; "lossless" is what mlx-lm's 8 bits cost.
 TARGETS = {"lossless": 0.00004, "balanced": 0.0003, "small": 0.0015}
 #: (R, A) where no layer's queries were seen.
@@ -104,13 +99,11 @@ class LayerSlot:
     layer: int
 
 
-def candidates(codec: str, dim: int) -> list[tuple[CodecSpec, float]]:
+def candidates(codec: str, dim: int) -> Sequence[tuple[CodecSpec, float]]:
     """What a side can store, the coarsest first, with its relative squared error."""
-    scalar = [(CodecSpec("turboquant", b), computable(dim, b).mse) for b in WIDTHS]
-    if codec != "trellis":
-        return scalar
-    coded = [(CodecSpec.of("trellis", b), trellis.mse(b)) for b in TRELLIS_WIDTHS]
-    return coded + [step for step in scalar if step[0].bits > TRELLIS_WIDTHS[-1]]
+    choices = codec_info(codec).choices
+    assert choices is not None, "an adaptive spec has adaptive codecs"
+    return choices(dim)
 
 
 def choose(

@@ -12,10 +12,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..codecs import codec_for
+from ..codecs.registry import RESEARCH
 from ..errors import FormatError
 from ..quantizer import Side, Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tokens import TokenArrays
+from ..version import __version__
 
 #: Raised by any change to bit layout, levels, signs or array names.
 FORMAT_VERSION = 4
@@ -54,7 +56,7 @@ def to_state(
         groups: Its arrays.
         numbers: Whole numbers that are no part of the spec, by name.
     """
-    words = [_MAGIC, str(FORMAT_VERSION), spec.full]
+    words = [_MAGIC, _version_of(spec.full), spec.full]
     words += [f"{name}={number}" for name, number in numbers.items()]
     state: dict[str, Any] = {"header": " ".join(words)}
     for group, arrays in groups.items():
@@ -76,9 +78,10 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
             "this is not a mlx_turboquant prompt cache (no header); "
             "make it again with tq.save_prompt_cache"
         )
-    if words[1] != str(FORMAT_VERSION):
+    version = _version_of(words[2])
+    if words[1] != version:
         raise FormatError(
-            f"cache format {words[1]} is not {FORMAT_VERSION}, the one this version "
+            f"cache format {words[1]} is not {version}, the one this version "
             "reads; update mlx-turboquant or make the cache again"
         )
     try:
@@ -96,6 +99,16 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
             groups[group][name] = array
     _check(spec, groups)
     return spec, groups, numbers
+
+
+def _version_of(spec: str) -> str:
+    """The format's version; with a research codec, that of the package too.
+
+    What those store may change with any version.
+    """
+    return (
+        f"{FORMAT_VERSION}+{__version__}" if RESEARCH in spec else f"{FORMAT_VERSION}"
+    )
 
 
 def _check(spec: CacheSpec, groups: Groups) -> None:

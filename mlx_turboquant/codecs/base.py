@@ -1,114 +1,78 @@
-"""The `Codec` protocol and the one place that builds codecs from specs.
+"""`Codec`: what encodes and decodes the vectors of one side of a cache.
 
-Owns the registry. A codec works on vectors that are already rotated (and, for keys,
-centred); it never changes basis itself, it only says which rotation it wants.
+A codec works on vectors that are already rotated (and, for keys, centred); it never
+changes basis itself, it only says which rotation it wants.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import ClassVar, Literal, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import mlx.core as mx
 
 from ..rotation import Rotation, SplitRotation
-from ..spec import CodecSpec
 from ..tokens import TokenArrays
+from .kernel_format import EncodeFormat, KernelFormat
+
+if TYPE_CHECKING:
+    from ..spec import CodecSpec
 
 Side = Literal["keys", "values"]
 
 
-class Codec(Protocol):
-    """Encode and decode vectors of one dim, each token on its own."""
+@dataclass(frozen=True, eq=False)
+class Codec(ABC):
+    """Encodes and decodes vectors of one dim, each token on its own.
 
-    @property
-    def spec(self) -> CodecSpec:
-        """The options it was built from."""
-        ...
+    Args:
+        spec: The options it was built from.
+        dim: Elements per vector.
+        rotation: The rotation that `encode` expects and `decode` leaves in place.
 
-    @property
-    def dim(self) -> int:
-        """Elements per vector."""
-        ...
+    Attributes:
+        wants_centering: Whether a mean is to be subtracted from keys first.
+        wants_equalizing: Whether channels are to be divided by their gains first.
+        wants_ordering: Whether channels are to be sorted by power, strongest first.
+    """
 
-    @property
-    def rotation(self) -> Rotation | SplitRotation:
-        """ChannelTransform that `encode` expects and `decode` returns."""
-        ...
-
-    @property
-    def wants_centering(self) -> bool:
-        """Whether it gains from a mean subtracted first."""
-        ...
-
-    @property
-    def wants_equalizing(self) -> bool:
-        """Whether it gains from channels made alike first."""
-        ...
-
-    @property
-    def wants_ordering(self) -> bool:
-        """Whether channels shall come by power, the strongest first."""
-        ...
-
-    @property
-    def kernel_format(self): ...
-    @property
-    def encode_format(self): ...
-    @property
-    def arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that `encode` makes."""
-        ...
-
-    def encode(self, x_rot: mx.array) -> TokenArrays:
-        """Encode x_rot (B, H, T, dim), any float dtype.
-
-        A token's codes depend on that token alone, not on its neighbours or place.
-        """
-        ...
-
-    def decode(
-        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
-    ) -> mx.array:
-        """The used tokens as (B, heads, length, dim) in ``dtype``, still rotated."""
-        ...
-
-    @property
-    def bits_per_vector(self) -> int:
-        """Stored bits of one encoded vector: codes, padding and scales."""
-        ...
-
-
-class Traits:
-    """What most codecs are like, for the properties of `Codec` that say so."""
-
+    spec: CodecSpec
+    dim: int
+    rotation: Rotation | SplitRotation
     wants_centering: ClassVar[bool] = True
     wants_equalizing: ClassVar[bool] = True
     wants_ordering: ClassVar[bool] = False
-    kernel_format = None
-    encode_format = None
 
+    @property
+    @abstractmethod
+    def arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that `encode` makes, in their order."""
 
-Builder = Callable[[CodecSpec, int, Side, int], Codec]
-_BUILDERS: dict[str, Builder] = {}
+    @abstractmethod
+    def encode(self, x_rot: mx.array) -> TokenArrays:
+        """Codes of x_rot (B, H, T, dim), any float dtype: arrays (B, H, T, .).
 
+        A token's codes depend on that token alone, not on its neighbours or place.
+        """
 
-def register(name: str) -> Callable[[Builder], Builder]:
-    """Make ``name`` available to `codec_for`."""
+    @abstractmethod
+    def decode(
+        self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
+    ) -> mx.array:
+        """The tokens in use as (B, heads, length, dim) in ``dtype``, still rotated."""
 
-    def add(builder: Builder) -> Builder:
-        _BUILDERS[name] = builder
-        return builder
+    @property
+    @abstractmethod
+    def bits_per_vector(self) -> int:
+        """Stored bits of one encoded vector: codes, padding and scales."""
 
-    return add
+    @property
+    def kernel_format(self) -> KernelFormat | None:
+        """How attention and decode kernels read its codes; None if they cannot."""
+        return None
 
-
-@functools.cache
-def codec_for(spec: CodecSpec, dim: int, side: Side, seed: int = 0) -> Codec:
-    """The codec for one side of a cache, built once per process.
-
-    Raises:
-        UnsupportedError: if the rotation cannot do ``dim``.
-    """
-    return _BUILDERS[spec.name](spec, dim, side, seed)
+    @property
+    def encode_format(self) -> EncodeFormat | None:
+        """How a kernel makes its codes; None if plain MLX does."""
+        return None

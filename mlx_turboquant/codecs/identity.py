@@ -1,7 +1,7 @@
 """Vectors kept as they are: the ``k16`` in ``k16v3``.
 
-Owns nothing but the spelling of "no compression" as a `Codec`, so that one side of
-a cache can stay exact without a second kind of cache.
+It spells "no compression" as a `Codec`, so that one side of a cache can stay exact
+without a second kind of cache.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..rotation import Rotation, rotation_for
+from ..rotation import rotation_for
 from ..spec import CodecSpec
 from ..tokens import TokenArrays
-from .base import Side, Traits, register
+from .base import Codec, Side
+from .registry import IDENTITY, CodecInfo, register_codec
 
 
-@dataclass(frozen=True)
-class Identity(Traits):
-    """Stores the model's own vectors, unrotated; implements `codecs.base.Codec`."""
+@dataclass(frozen=True, eq=False)
+class Identity(Codec):
+    """Stores the model's own vectors, unrotated."""
 
-    spec: CodecSpec
-    dim: int
-    rotation: Rotation
     wants_centering = False
     wants_equalizing = False
     arrays = ("vectors",)
 
     def encode(self, x_rot: mx.array) -> TokenArrays:
         """Keep x_rot (B, H, T, dim) in its own dtype."""
-        return TokenArrays({"vectors": x_rot}, x_rot.shape[-2])
+        return TokenArrays({"vectors": x_rot})
 
     def decode(
         self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
@@ -43,6 +41,8 @@ class Identity(Traits):
         return 16 * self.dim
 
 
-@register("identity")
 def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> Identity:
     return Identity(spec, dim, rotation_for(dim, seed, "identity"))
+
+
+register_codec(CodecInfo(IDENTITY, (16,), _build))

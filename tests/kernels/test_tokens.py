@@ -27,8 +27,8 @@ CASES = {
     "five and six": ("k5v6", (72, 33), 1, 20),
     "seven": ("k7v3", (48, 256), 2, 17),
     "widest": ("k2v3", (512, 8), 1, 9),
-    "eden": ("k3v2,codec=turboquant-eden", (64, 64), 1, 20),
-    "plain": ("k3v2,codec=turboquant-plain", (64, 64), 1, 20),
+    "eden": ("k3v2,codec=research.turboquant-eden", (64, 64), 1, 20),
+    "plain": ("k3v2,codec=research.turboquant-plain", (64, 64), 1, 20),
 }
 #: Trellis searches are in whole numbers: the same words everywhere.
 TRELLISES = {
@@ -37,7 +37,7 @@ TRELLISES = {
     "low": ("k1v1.5,codec=trellis", (64, 80), 1, 12),
     "high": ("k4v2,codec=trellis", (72, 256), 1, 9),
     "widest": ("k2v1,codec=trellis", (512, 33), 1, 5),
-    "one side": ("k3v3,codec=trellis/affine", (64, 64), 1, 11),
+    "one side": ("k3v3,codec=trellis/research.affine", (64, 64), 1, 11),
 }
 
 
@@ -181,8 +181,8 @@ def test_encode_of_model_dtypes(launcher, dtype):
 
 TABLES = {
     "trellis": (1, 1.5, 2, 2.5, 3, 3.5, 4),
-    "turboangle-fixed": (2.5, 3, 3.5, 4),
-    "turboangle": (2.5, 3, 4),
+    "research.turboangle-fixed": (2.5, 3, 3.5, 4),
+    "research.turboangle": (2.5, 3, 4),
     "rotated-int4": (4,),
 }
 SPECS = [

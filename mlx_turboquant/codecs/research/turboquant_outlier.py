@@ -1,9 +1,9 @@
 """TurboQuant's outlier split: two instances, a bit more for the strongest channels.
 
-Owns the split. Channels come wants_ordering by their power on the first page (`ChannelTransform.order`)
-and not equalised; the first ``part`` of them get b + 1 bits, the rest b, each with a
+Channels come ordered by their power on the first page (`ChannelTransform`) and not
+equalised; the first ``part`` of them get b + 1 bits, the others b, each part with a
 rotation and a scale of its own. So 2.25 bits are a quarter of the channels at 3 and the
-rest at 2, which the paper calls 2.5 (32 * 3 + 96 * 2 over 128 is 2.25).
+others at 2, which the paper calls 2.5 (32 * 3 + 96 * 2 over 128 is 2.25).
 
 Source: TurboQuant (arXiv 2504.19874), section 4.3.
 """
@@ -15,26 +15,25 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..errors import UnsupportedError
-from ..rotation import MIN_DIM, SplitRotation
-from ..spec import CodecSpec
-from ..tokens import TokenArrays
-from .base import Side, Traits, register
-from .turboquant import SEARCH_GAINS, TurboQuant, turboquant, usual_scale
+from ...errors import UnsupportedError
+from ...rotation import MIN_DIM, SplitRotation
+from ...spec import CodecSpec
+from ...tokens import TokenArrays
+from ..base import Codec, Side
+from ..registry import CodecInfo, register_codec
+from ..scale_rules import default_scale_rule
+from ..turboquant import TurboQuant, turboquant
 
 
 @dataclass(frozen=True, eq=False)
-class TurboQuantOutlier(Traits):
-    """See the module's docstring; implements `codecs.base.Codec`.
+class TurboQuantOutlier(Codec):
+    """See the module's docstring.
 
     Args:
         strong: Codec of the first channels.
-        weak: Codec of the rest.
+        weak: Codec of the others.
     """
 
-    spec: CodecSpec
-    dim: int
-    rotation: SplitRotation
     strong: TurboQuant
     weak: TurboQuant
     wants_equalizing = False
@@ -48,12 +47,12 @@ class TurboQuantOutlier(Traits):
         weak = self.weak.encode(x_rot[..., part:])
         arrays = {f"strong_{k}": v for k, v in strong.arrays.items()}
         arrays |= {f"weak_{k}": v for k, v in weak.arrays.items()}
-        return TokenArrays(arrays, x_rot.shape[-2])
+        return TokenArrays(arrays)
 
     def decode(
         self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
-        """Both parts of every used token: (B, heads, length, dim), still rotated."""
+        """Both parts of every token in use: (B, heads, length, dim), still rotated."""
         parts = []
         for name, codec in (("strong", self.strong), ("weak", self.weak)):
             own = {k: codes.arrays[f"{name}_{k}"] for k in codec.arrays}
@@ -66,7 +65,6 @@ class TurboQuantOutlier(Traits):
         return self.strong.bits_per_vector + self.weak.bits_per_vector
 
 
-@register("turboquant-outlier")
 def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> TurboQuantOutlier:
     low = math.floor(spec.bits)
     part = round((spec.bits - low) * dim)
@@ -76,8 +74,12 @@ def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> TurboQuantOutlie
             f"{spec.bits:g} bits, and a rotation needs {MIN_DIM}",
             "use codec=turboquant",
         )
-    rotation, scale = SplitRotation(dim, part, seed), usual_scale(side)
-    halves = rotation.halves
-    strong = turboquant(spec, part, low + 1, halves[0], scale, SEARCH_GAINS)
-    weak = turboquant(spec, dim - part, low, halves[1], scale, SEARCH_GAINS)
+    rotation, rule = SplitRotation(dim, part, seed), default_scale_rule(side)
+    first, second = rotation.halves
+    strong = turboquant(spec, part, low + 1, first, rule)
+    weak = turboquant(spec, dim - part, low, second, rule)
     return TurboQuantOutlier(spec, dim, rotation, strong, weak)
+
+
+_WIDTHS = tuple(quarters / 4 for quarters in range(4, 29) if quarters % 4)
+register_codec(CodecInfo("research.turboquant-outlier", _WIDTHS, _build))

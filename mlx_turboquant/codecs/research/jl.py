@@ -1,8 +1,8 @@
 """JL: each key projected to fewer dims, kept in fp16. Keys only.
 
-Owns nothing but the codec. Rows of the projection are the first ones of a random
-rotation, times dim / rows so that inner products are unbiased over seeds; with ``bits``
-an element, dim * bits / 16 of them fit.
+Rows of the projection are the first ones of a random rotation, times dim / rows so that
+inner products are unbiased over seeds. With ``bits`` an element, dim * bits / 16 of
+them fit.
 
 Source: Johnson and Lindenstrauss, through Li, Hastie and Church, "Very sparse random
 projections"; a randomized Hadamard matrix in place of a Gaussian one has less noise.
@@ -14,30 +14,28 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..rotation import Rotation, rotation_for
-from ..spec import CodecSpec
-from ..tokens import TokenArrays
-from .base import Side, Traits, register
-from .scale import FP16_BITS, fp16
+from ...rotation import rotation_for
+from ...spec import CodecSpec
+from ...tokens import TokenArrays
+from ..base import Codec, Side
+from ..registry import CodecInfo, register_codec
+from ..scale_rules import FP16_BITS, clip_to_fp16
 
 
 @dataclass(frozen=True, eq=False)
-class Jl(Traits):
-    """See the module's docstring; implements `codecs.base.Codec`.
+class Jl(Codec):
+    """See the module's docstring.
 
     Args:
         rows: Projections kept.
     """
 
-    spec: CodecSpec
-    dim: int
-    rotation: Rotation
     rows: int
     arrays = ("vectors",)
 
     def encode(self, x_rot: mx.array) -> TokenArrays:
         """Rotated vectors (B, H, T, dim) to their first ``rows`` elements, fp16."""
-        return TokenArrays({"vectors": fp16(x_rot[..., : self.rows])}, x_rot.shape[-2])
+        return TokenArrays({"vectors": clip_to_fp16(x_rot[..., : self.rows])})
 
     def decode(
         self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
@@ -53,7 +51,9 @@ class Jl(Traits):
         return FP16_BITS * self.rows
 
 
-@register("jl")
 def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> Jl:
     rows = max(1, int(spec.bits) * dim // FP16_BITS)
     return Jl(spec, dim, rotation_for(dim, seed), rows)
+
+
+register_codec(CodecInfo("research.jl", tuple(range(1, 9)), _build, keys_only=True))

@@ -1,7 +1,7 @@
 """QJL: the signs of a random projection of each key, and its norm. Keys only.
 
-Owns nothing but the codec; the sketch is `sketch`. Inner products with queries are
-unbiased over seeds. ``bits`` projections are kept per element.
+Inner products with queries are unbiased over seeds. ``bits`` projections are kept per
+element. The projection and its inverse are `sketch`'s.
 
 Source: QJL (arXiv 2406.03482), equation 4. The paper keeps outlier channels apart and
 quantizes values otherwise; here values take another codec, `turboquant` by default.
@@ -13,27 +13,25 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..packing import words_per_vector
-from ..rotation import Rotation, rotation_for
-from ..spec import CodecSpec
-from ..tokens import TokenArrays
-from .base import Side, Traits, register
-from .scale import FP16_BITS
+from ...packing import words_per_vector
+from ...rotation import rotation_for
+from ...spec import CodecSpec
+from ...tokens import TokenArrays
+from ..base import Codec, Side
+from ..registry import CodecInfo, register_codec
+from ..scale_rules import FP16_BITS
 from .sketch import from_sketch, sketch_of
 
 
 @dataclass(frozen=True, eq=False)
-class Qjl(Traits):
-    """See the module's docstring; implements `codecs.base.Codec`.
+class Qjl(Codec):
+    """See the module's docstring.
 
     Args:
         rows: Projections, one bit each.
         seed: Of the projection.
     """
 
-    spec: CodecSpec
-    dim: int
-    rotation: Rotation
     rows: int
     seed: int
     arrays = ("words", "lengths")
@@ -41,7 +39,7 @@ class Qjl(Traits):
     def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to packed signs and fp16 lengths."""
         words, lengths = sketch_of(x_rot.astype(mx.float32), self.rows, self.seed)
-        return TokenArrays({"words": words, "lengths": lengths}, x_rot.shape[-2])
+        return TokenArrays({"words": words, "lengths": lengths})
 
     def decode(
         self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
@@ -57,7 +55,9 @@ class Qjl(Traits):
         return 32 * words_per_vector(1, self.rows) + FP16_BITS
 
 
-@register("qjl")
 def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> Qjl:
     rotation = rotation_for(dim, seed, "identity")
     return Qjl(spec, dim, rotation, int(spec.bits) * dim, seed)
+
+
+register_codec(CodecInfo("research.qjl", tuple(range(1, 9)), _build, keys_only=True))

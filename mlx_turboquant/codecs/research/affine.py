@@ -1,7 +1,7 @@
 """MLX's own group quantization, behind the protocol: for comparison.
 
-Owns nothing but the codec: groups along the channels with a scale and a bias each, as
-``mlx_lm --kv-bits``; nothing is rotated, centred or equalised.
+Groups along the channels have a scale and a bias each, as in ``mlx_lm --kv-bits``;
+nothing is rotated, centred or equalised.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..errors import UnsupportedError
-from ..rotation import Rotation, rotation_for
-from ..spec import CodecSpec
-from ..tokens import TokenArrays
-from .base import Side, Traits, register
-from .scale import FP16_BITS
+from ...errors import UnsupportedError
+from ...rotation import rotation_for
+from ...spec import CodecSpec
+from ...tokens import TokenArrays
+from ..base import Codec, Side
+from ..registry import CodecInfo, register_codec
+from ..scale_rules import FP16_BITS
 
 #: Group sizes that MLX has, the largest that divides a dim first.
 _GROUPS = (64, 32)
@@ -24,16 +25,13 @@ _LARGEST = 32000.0
 
 
 @dataclass(frozen=True, eq=False)
-class Affine(Traits):
-    """See the module's docstring; implements `codecs.base.Codec`.
+class Affine(Codec):
+    """See the module's docstring.
 
     Args:
         group: Elements that share a scale and a bias.
     """
 
-    spec: CodecSpec
-    dim: int
-    rotation: Rotation
     group: int
     wants_centering = False
     wants_equalizing = False
@@ -44,13 +42,12 @@ class Affine(Traits):
         bits = int(self.spec.bits)
         half = mx.clip(x_rot, -_LARGEST, _LARGEST).astype(mx.float16)
         words, scales, biases = mx.quantize(half, group_size=self.group, bits=bits)
-        arrays = {"words": words, "scales": scales, "biases": biases}
-        return TokenArrays(arrays, x_rot.shape[-2])
+        return TokenArrays({"words": words, "scales": scales, "biases": biases})
 
     def decode(
         self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
-        """Every used token: (B, heads, length, dim)."""
+        """Every token in use: (B, heads, length, dim)."""
         words, scales, biases = (codes.view(name, heads) for name in self.arrays)
         bits = int(self.spec.bits)
         x = mx.dequantize(words, scales, biases, group_size=self.group, bits=bits)
@@ -63,7 +60,6 @@ class Affine(Traits):
         return int(self.spec.bits) * self.dim + 2 * FP16_BITS * groups
 
 
-@register("affine")
 def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> Affine:
     group = next((size for size in _GROUPS if dim % size == 0), None)
     if group is None:
@@ -72,3 +68,6 @@ def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> Affine:
             "use codec=rotated-int4 or codec=turboquant",
         )
     return Affine(spec, dim, rotation_for(dim, seed, "identity"), group)
+
+
+register_codec(CodecInfo("research.affine", (2, 3, 4, 5, 6, 8), _build))

@@ -1,7 +1,7 @@
 """TurboQuant-prod: one bit less of TurboQuant, and a sign sketch of what it leaves.
 
-Owns the sum. Inner products with what is decoded are unbiased (over the sketch's seed),
-at the price of more noise: the residual's sketch adds pi / 2 - 1 times its square norm.
+Inner products with what is decoded are unbiased (over the sketch's seed), at the price
+of more noise: the residual's sketch adds pi / 2 - 1 times its square norm.
 
 Source: TurboQuant (arXiv 2504.19874), Algorithm 2 and Theorem 2.
 """
@@ -12,28 +12,27 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..packing import words_per_vector
-from ..rotation import Rotation, rotation_for
-from ..spec import CodecSpec
-from ..tokens import TokenArrays
-from .base import Side, Traits, register
-from .scale import FP16_BITS
+from ...packing import words_per_vector
+from ...rotation import rotation_for
+from ...spec import CodecSpec
+from ...tokens import TokenArrays
+from ..base import Codec, Side
+from ..registry import CodecInfo, register_codec
+from ..scale_rules import FP16_BITS
+from ..turboquant import TurboQuant, turboquant
 from .sketch import from_sketch, sketch_of
-from .turboquant import TurboQuant, turboquant
+from .turboquant_scales import PLAIN_GAINS
 
 
 @dataclass(frozen=True, eq=False)
-class TurboQuantProd(Traits):
-    """See the module's docstring; implements `codecs.base.Codec`.
+class TurboQuantProd(Codec):
+    """See the module's docstring.
 
     Args:
         base: Of one bit less, the paper's plain rule.
         seed: Of the sketch.
     """
 
-    spec: CodecSpec
-    dim: int
-    rotation: Rotation
     base: TurboQuant
     seed: int
     arrays = ("words", "scales", "signs", "lengths")
@@ -42,18 +41,17 @@ class TurboQuantProd(Traits):
         """Vectors (B, H, T, dim) to words, scales, signs (one bit each), lengths."""
         x_rot = x_rot.astype(mx.float32)
         codes = self.base.encode(x_rot)
-        rest = x_rot - self.base.decode(codes, mx.float32)
-        signs, lengths = sketch_of(rest, self.dim, self.seed)
-        arrays = {**codes.arrays, "signs": signs, "lengths": lengths}
-        return TokenArrays(arrays, x_rot.shape[-2])
+        remainder = x_rot - self.base.decode(codes, mx.float32)
+        signs, lengths = sketch_of(remainder, self.dim, self.seed)
+        return TokenArrays({**codes.arrays, "signs": signs, "lengths": lengths})
 
     def decode(
         self, codes: TokenArrays, dtype: mx.Dtype, heads: slice = slice(None)
     ) -> mx.array:
-        """Both parts of every used token: (B, heads, length, dim), still rotated."""
+        """Both parts of every token in use: (B, heads, length, dim), still rotated."""
         signs, lengths = codes.view("signs", heads), codes.view("lengths", heads)
-        rest = from_sketch(signs, lengths, self.dim, self.dim, self.seed)
-        return (self.base.decode(codes, mx.float32, heads) + rest).astype(dtype)
+        remainder = from_sketch(signs, lengths, self.dim, self.dim, self.seed)
+        return (self.base.decode(codes, mx.float32, heads) + remainder).astype(dtype)
 
     @property
     def bits_per_vector(self) -> int:
@@ -62,8 +60,10 @@ class TurboQuantProd(Traits):
         return self.base.bits_per_vector + sketch
 
 
-@register("turboquant-prod")
 def _build(spec: CodecSpec, dim: int, side: Side, seed: int) -> TurboQuantProd:
     rotation = rotation_for(dim, seed)
-    base = turboquant(spec, dim, int(spec.bits) - 1, rotation, "plain", (1.0,))
+    base = turboquant(spec, dim, int(spec.bits) - 1, rotation, "plain", PLAIN_GAINS)
     return TurboQuantProd(spec, dim, rotation, base, seed)
+
+
+register_codec(CodecInfo("research.turboquant-prod", tuple(range(2, 9)), _build))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .integrations.loading import load as load
     from .integrations.prompt_files import load_prompt_cache as load_prompt_cache
     from .integrations.prompt_files import save_prompt_cache as save_prompt_cache
+    from .quantizer import Quantizer as Quantizer
     from .spec import CacheSpec as CacheSpec
     from .spec import CodecSpec as CodecSpec
     from .tokens import TokenArrays as TokenArrays
@@ -49,6 +50,7 @@ _HOMES = {
     "CodecInfo": "codecs",
     "CodecSpec": "spec",
     "EvalPlan": "evals",
+    "Quantizer": "quantizer",
     "RotatingTurboQuantCache": "cache",
     "TokenArrays": "tokens",
     "TurboQuantCache": "cache",

@@ -15,7 +15,7 @@ from mlx_turboquant.errors import UnsupportedModelError
 
 FILE = ROOT / "docs" / "models.md"
 #: Small enough for a window of 56 tokens to be compressed.
-SPEC = "8,window=4,sink=2,page=16"
+SPEC = "8,window=4,sink=2,page=32"
 HEAD = """\
 # Models
 

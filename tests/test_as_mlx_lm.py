@@ -17,7 +17,7 @@ from mlx_turboquant.integrations.factory import caches_for
 from mlx_turboquant.integrations.server import PromptStore
 from mlx_turboquant.integrations.speculation import PairedCaches, check_rewinds
 
-SPEC = "8,window=8,page=16"
+SPEC = "8,window=8,page=32"
 PROMPT = mx.array([(7 * i) % 90 + 3 for i in range(100)])
 
 
@@ -42,7 +42,7 @@ def offsets(caches):
 # Prompt caches.
 
 
-@pytest.mark.parametrize("bound", [None, 64])
+@pytest.mark.parametrize("bound", [None, 80])
 def test_generation_goes_on_where_it_stopped(model, bound):
     whole = tq.make_prompt_cache(model, SPEC, bound)
     want = steps(model, PROMPT, 12, whole)
@@ -84,7 +84,7 @@ def test_mixed_caches_are_saved_and_resumed(hooked, tmp_path):
     """Recurrent state, windows and codes in one file."""
     for name in ("falcon_h1", "gemma3_text", "lfm2", "deepseek_v3"):
         model = tiny_models.build(name)
-        cache = tq.make_prompt_cache(model, "8,window=4,sink=2,page=16")
+        cache = tq.make_prompt_cache(model, "8,window=4,sink=2,page=32")
         steps(model, PROMPT, 0, cache, prefill_step_size=40)
         tq.save_prompt_cache(tmp_path / name, cache)
         again = tq.load_prompt_cache(tmp_path / name, model)
@@ -221,7 +221,7 @@ def test_caches_and_tokens_are_kept_in_step(model):
     found, rest = store.fetch_nearest_cache("m", text)
     assert offsets(found) == [97] * 4
     assert rest == text[97:]
-    windows = tq.make_prompt_cache(model, SPEC, 64)  # which cannot go back
+    windows = tq.make_prompt_cache(model, SPEC, 80)  # which cannot go back
     steps(model, PROMPT, 0, windows)
     store = PromptStore()
     store.insert_cache("m", text, windows + kept(model, text[:97]))
@@ -242,8 +242,8 @@ def test_a_budget_drops_the_oldest(model):
 # Speculation.
 
 
-@pytest.mark.parametrize("target", [None, "8", "3,window=8,page=16"])
-@pytest.mark.parametrize("draft", [None, "2,window=8,page=16"])
+@pytest.mark.parametrize("target", [None, "8", "3,window=8,page=32"])
+@pytest.mark.parametrize("draft", [None, "2,window=8,page=32"])
 def test_drafted_text_is_the_plain_text(books, target, draft, hooked):
     model, tokenizer = books
 
@@ -270,10 +270,10 @@ def test_drafted_text_is_the_plain_text(books, target, draft, hooked):
 def test_speculation_with_windows_is_refused_before_they_forget(model):
     from mlx_turboquant.errors import UnsupportedModelError
 
-    windows = tq.make_prompt_cache(model, SPEC, 64)
-    check_rewinds(windows, "model", tokens=64)
-    with pytest.raises(UnsupportedModelError, match=r"windows of 64 .* 65 tokens"):
-        check_rewinds(windows, "model", tokens=65)
+    windows = tq.make_prompt_cache(model, SPEC, 80)
+    check_rewinds(windows, "model", tokens=80)
+    with pytest.raises(UnsupportedModelError, match=r"windows of 80 .* 81 tokens"):
+        check_rewinds(windows, "model", tokens=81)
     hybrid = tiny_models.build("falcon_h1")
     with pytest.warns(UserWarning, match="recurrent"):
         caches = tq.make_prompt_cache(hybrid, SPEC)

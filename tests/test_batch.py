@@ -118,7 +118,7 @@ def tiny_model():
 
 def test_mlx_lm_batch_generate_equals_single_streams(books, hooked):
     model, (_, tokenizer) = tiny_model(), books
-    tq.apply(model, "k8v8,window=4,page=16")
+    tq.apply(model, "k8v8,window=4,page=32")
     prompts = [list(range(3, 3 + n)) for n in (80, 7, 41)]
     options = {"max_tokens": 30, "prefill_step_size": 32}
     got = batch_generate(

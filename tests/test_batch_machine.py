@@ -11,8 +11,8 @@ import mlx_turboquant as tq
 from mlx_turboquant.attention import dequantize
 
 VOCAB, HEADS, DIM = 40, 2, 32
-SPEC = "8,window=3,sink=2,page=16"
-WINDOW = 48
+SPEC = "8,window=3,sink=2,page=32"
+WINDOW = 72
 #: One vector for each token, head and side: storing tokens is storing these.
 TABLE = np.random.default_rng(5).normal(size=(2, HEADS, VOCAB, DIM)).astype(np.float32)
 

@@ -24,7 +24,7 @@ def make(books, hooked):
     """Makes a chat; with a template unless told otherwise."""
     model, _ = books
 
-    def made(spec="8,window=8,page=16", template=TEMPLATE, **options):
+    def made(spec="8,window=8,page=32", template=TEMPLATE, **options):
         config = {"chat_template": template} if template else {}
         tokenizer = tq.load(str(MODEL), tokenizer_config=config)[1]
 
@@ -43,7 +43,7 @@ def answer(talk, text, count=10):
     return "".join(r.text for r in responses), responses[-1].prompt_tokens
 
 
-@pytest.mark.parametrize("spec", [None, "8,window=8,page=16"])
+@pytest.mark.parametrize("spec", [None, "8,window=8,page=32"])
 def test_a_turn_reads_only_what_is_new(make, spec):
     talk = make(spec)
     _, first = answer(talk, STORY)
@@ -111,10 +111,10 @@ def test_a_cache_that_cannot_go_back_starts_over(make):
 
 
 def test_saved_and_loaded_it_goes_on_the_same(make, tmp_path):
-    talk = make("3,window=8,page=16")
+    talk = make("3,window=8,page=32")
     answer(talk, STORY)
     talk.save(tmp_path / "chat")
-    again = make("3,window=8,page=16")
+    again = make("3,window=8,page=32")
     again.load(tmp_path / "chat")
     assert again.messages == talk.messages
     assert again.tokens == talk.tokens

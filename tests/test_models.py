@@ -110,7 +110,7 @@ def test_batches_equal_single_streams(name, books, hooked):
 
 def test_short_windows_stay_stock_and_say_so(hooked):
     model = tiny_models.build("gpt_oss")
-    with pytest.warns(UserWarning, match=r"2 of 4 .* window of 56 tokens is too short"):
+    with pytest.warns(UserWarning, match=r"2 of 4 .* window of 80 tokens is too short"):
         caches = tq.make_prompt_cache(model, "3")
     assert [type(c) for c in caches[::2]] == [RotatingKVCache] * 2
 
@@ -118,7 +118,7 @@ def test_short_windows_stay_stock_and_say_so(hooked):
 def test_models_that_compute_attention_themselves_are_warned_of(hooked):
     model = tiny_models.build("gemma2")
     with pytest.warns(UserWarning, match=r"4 of 4 .* gemma2 computes attention itself"):
-        caches = tq.make_prompt_cache(model, "3,page=16,window=4")
+        caches = tq.make_prompt_cache(model, "3,page=32,window=4")
     tiny_models.logits(model, caches)
     assert all("decodes all" in row.backend for row in tq.explain(caches).layers)
 

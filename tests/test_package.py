@@ -10,12 +10,16 @@ import mlx.core as mx
 from helpers import ROOT, attend
 
 import mlx_turboquant as tq
+from mlx_turboquant.codebook import lloyd_max
+from mlx_turboquant.rotation import rotation_for
 
 PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("errors", "atomic", "blas", "tokens", "packing", "bitstream"),
+    ("version", "errors", "atomic", "blas", "tokens", "packing", "bitstream"),
+    ("codecs.registry",),
+    ("spec_text",),
     ("spec", "rotation", "codebook"),
     ("polynomial",),
     ("codecs", "transform"),
@@ -33,29 +37,44 @@ LAYERS = (
 )
 
 
+RANK = {name: row for row, names in enumerate(LAYERS) for name in names}
+
+
+def home_of(module):
+    """Which name of `LAYERS` a dotted module belongs to."""
+    return module if module in RANK else module.split(".")[0]
+
+
 def imports(path):
-    """Top-level names of this package that a file imports."""
+    """Names of `LAYERS` that a file imports when it runs, not for types only."""
     depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.ImportFrom):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        node
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in block.body
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or node in for_types:
             continue
         if node.level == depth:
             names = [node.module] if node.module else [a.name for a in node.names]
-            yield from (name.split(".")[0] for name in names)
+            yield from map(home_of, names)
         elif node.module and node.module.startswith("mlx_turboquant."):
-            yield node.module.split(".")[1]
+            yield home_of(node.module.removeprefix("mlx_turboquant."))
 
 
 def test_imports_go_one_way():
-    rank = {name: row for row, names in enumerate(LAYERS) for name in names}
     seen = 0
     for path in PACKAGE.rglob("*.py"):
-        home = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        home = home_of(module)
         if home.startswith("__"):
             continue
         for name in imports(path):
-            if name in rank and name != home:
-                assert rank[name] < rank[home], f"{path} imports {name}"
+            if name in RANK and name != home:
+                assert RANK[name] < RANK[home], f"{path} imports {name}"
                 seen += 1
     assert seen > 40
 
@@ -78,8 +97,10 @@ def test_public_names():
     assert tq.__all__ == [
         "BatchTurboQuantCache",
         "CacheSpec",
+        "CodecInfo",
         "CodecSpec",
         "EvalPlan",
+        "Quantizer",
         "RotatingTurboQuantCache",
         "TokenArrays",
         "TurboQuantCache",
@@ -89,11 +110,10 @@ def test_public_names():
         "evaluate",
         "explain",
         "footprint",
-        "lloyd_max",
         "load",
         "load_prompt_cache",
         "make_prompt_cache",
-        "rotation_for",
+        "register_codec",
         "save_prompt_cache",
         "uninstall",
         "errors",
@@ -116,8 +136,8 @@ def test_reprs_are_one_line():
         cache,
         tq.explain([cache]),
         tq.CacheSpec.parse(3),
-        tq.lloyd_max(64, 3),
-        tq.rotation_for(64, 0),
+        lloyd_max(64, 3),
+        rotation_for(64, 0),
         codec.encode(mx.ones((1, 1, 2, 64))),
         tq.BatchTurboQuantCache([cache]),
     ]
@@ -156,7 +176,7 @@ def test_wheel_carries_everything(tmp_path):
     subprocess.run([*run, "install", "--no-deps", "--target", site, wheel], check=True)
     code = (
         "import mlx_turboquant as tq; print(tq.__file__); "
-        "print(tq.lloyd_max(64, 3).mse); "
+        "from mlx_turboquant.codebook import lloyd_max; print(lloyd_max(64, 3).mse); "
         "from mlx_turboquant.kernels import source; print(source.metal_folder()); "
         "from mlx_turboquant.kernels import attention, codes; "
         "print(*[len(k.header(d)) for d in ('metal', 'cuda')"

@@ -108,10 +108,10 @@ def test_of_experts_only_those_chosen_are_read():
 @pytest.mark.parametrize(
     ("name", "packed", "windows"),
     [
-        ("gemma3_text", 4, {56, None}),
+        ("gemma3_text", 4, {80, None}),
         ("deepseek_v32", 4, {None}),
         ("falcon_h1", 4, {None}),
-        ("llama4", 1, {56, None}),
+        ("llama4", 1, {80, None}),
         ("mamba", 0, set()),
     ],
 )
@@ -134,7 +134,7 @@ def test_the_shapes_come_from_the_dry_run_that_made_the_caches(monkeypatch, hook
     assert {layer.shape for layer in layers} == {(2, 16, 16)}
     # A window that is too short for codes is counted as what it stays.
     short = Footprint([layers[0]], 0, 0)
-    assert layers[0].sliding_window == 56
+    assert layers[0].sliding_window == 80
     assert short.cache_bytes(1000, parse("3")) == short.cache_bytes(1000)
 
 

@@ -10,8 +10,8 @@ import mlx_turboquant as tq
 from mlx_turboquant.errors import SpecError
 from mlx_turboquant.integrations.stock import stock_caches
 
-WINDOW = 64
-SPEC = "8,window=4,sink=2,page=16"
+WINDOW = 80
+SPEC = "8,window=4,sink=2,page=32"
 #: Steps: all single tokens; prompts and steps past the window; a prompt far beyond it.
 PLANS = ([1] * 150, [50, 30, 1, 1, 40, 3, *[1] * 40], [200, 1, 1, 100, 2, 1, 1])
 
@@ -68,7 +68,7 @@ def test_before_the_window_is_full_it_is_the_plain_cache():
 
 
 def test_memory_is_bounded_and_whole_pages_are_forgotten():
-    cache = tq.RotatingTurboQuantCache("3,window=4,sink=2,page=16", WINDOW)
+    cache = tq.RotatingTurboQuantCache("3,window=4,sink=2,page=32", WINDOW)
     sizes = []
     tensors = drawn([700])
     for start in range(0, 700, 7):
@@ -78,14 +78,14 @@ def test_memory_is_bounded_and_whole_pages_are_forgotten():
         mx.eval(cache.state)
         sizes.append(cache.nbytes)
         held = cache.sink_length + cache.packed_length + cache.recent_length
-        assert min(cache.offset, WINDOW) <= held < WINDOW + 2 * 16 + 8
-    assert max(sizes[30:]) <= max(sizes[:30]) < 50_000
+        assert min(cache.offset, WINDOW) <= held < WINDOW + 2 * 32 + 8
+    assert max(sizes[30:]) <= max(sizes[:30]) < 70_000
     assert cache.sink_length == 0
 
 
 def test_trim_only_before_tokens_left_as_in_mlx_lm():
-    tensors = drawn([80])
-    for count, trimmable in ((60, True), (64, False), (80, False)):
+    tensors = drawn([100])
+    for count, trimmable in ((60, True), (80, False), (100, False)):
         cache = tq.RotatingTurboQuantCache(SPEC, WINDOW)
         stock = RotatingKVCache(WINDOW)
         for c in (cache, stock):
@@ -102,7 +102,7 @@ def test_saved_and_resumed_it_goes_on_bit_for_bit(keep):
     q, k, v = drawn([*plan, 60, 1, 1])
     first = [x[:, :, : sum(plan)] for x in (q, k, v)]
     rest = [x[:, :, sum(plan) :] for x in (q, k, v)]
-    cache = tq.RotatingTurboQuantCache("3,window=4,sink=2,page=16", WINDOW, keep)
+    cache = tq.RotatingTurboQuantCache("3,window=4,sink=2,page=32", WINDOW, keep)
     run(cache, plan, first)
     again = tq.RotatingTurboQuantCache.from_state(cache.state)
     assert (again.max_size, again.keep, again.offset) == (WINDOW, keep, sum(plan))
@@ -159,10 +159,10 @@ def test_max_kv_size_makes_them(hooked):
 
 def test_bits_are_chosen_for_windows_too(hooked):
     model = tiny_model()
-    caches = tq.make_prompt_cache(model, "auto,window=4,page=16", max_kv_size=64)
+    caches = tq.make_prompt_cache(model, "auto,window=4,page=32", max_kv_size=80)
     for start in range(0, 200, 20):
         logits = model(mx.arange(start, start + 20)[None], cache=caches)
         mx.eval(logits)
     assert mx.all(mx.isfinite(logits)).item()
     assert not any(cache.spec.adaptive for cache in caches)
-    assert all(cache.packed_length < 64 + 32 for cache in caches)
+    assert all(cache.packed_length < 80 + 32 for cache in caches)

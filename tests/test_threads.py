@@ -12,7 +12,7 @@ import mlx_turboquant as tq
 def run(spec, out, name):
     """A prompt, then steps, over a cache of this thread."""
     try:
-        cache = tq.TurboQuantCache(f"{spec},page=16")
+        cache = tq.TurboQuantCache(f"{spec},page=32")
         got = []
         for count in (80, 1, 3):
             q, k, v = (

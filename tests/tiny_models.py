@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx_lm.models
 from mlx.utils import tree_map
 
-LAYERS, VOCAB, WINDOW = 4, 96, 56
+LAYERS, VOCAB, WINDOW = 4, 96, 80
 SLIDING = ["sliding_attention", "full_attention"] * 2
 
 USUAL = {

@@ -59,12 +59,14 @@ TQ_FUNC void raise_bounds(
   for (int i = 0; i < SUMS; i++) sums[i] *= shrink[i % 2] * scale_ratio;
 }
 
-// All at this KV head: words uint (capacity, words), scales half (capacity, 1 or 2), where
-// capacity reaches to the end of the last tile; mask float (rows, mask_columns) in log2
-// units, read if MASKED; means half (pages, DK), read if CENTER; partial_out float (rows,
-// splits, DV) and partial_lse float (rows, splits, 2): unnormalised sums, their maximum and
-// denominator. K and V: formats of keys and values; they decode in units of k_gain and
-// v_gain.
+// Pointers are to this KV head's part of
+//   words         uint (capacity, WORDS), up to the end of the last tile
+//   scales        half (capacity, SCALES)
+//   mask          float (rows, mask_columns), log2 units, read if MASKED
+//   means         half (pages, DK), read if CENTER
+//   partial_out   float (rows, splits, DV): unnormalised sums
+//   partial_lse   float (rows, splits, 2): their maximum and denominator
+// K and V are the formats of keys and values; they decode in units of k_gain and v_gain.
 template <typename K, typename V, int DK, int DV, bool MASKED, bool CENTER>
 TQ_FUNC void attend_split(
     const threadgroup half* queries, const device uint* k_words,

@@ -89,12 +89,15 @@ TQ_FUNC void attend_tokens(
   add_weighted<T, DV>(state, weights, values, value_stride, count, lane);
 }
 
-// All at this row: partial_out and partial_lse from pass 1; keys and values at this KV head,
-// of contiguous elements, tokens `*_stride` elements apart (the sink's are packed); mask
-// float (mask_columns), log2 units, read if MASKED; sink_logit, learned, in log2 units, used
-// if HAS_SINK_LOGITS; v_signs float (DV), times the channels' gains, read if ROTATE_V.
-//   scratch   threadgroup float (SIMDGROUPS * (DV + 2))
-//   out       T (DV)
+// Pointers are to this row's part, or its KV head's, of
+//   partial_out, partial_lse   as pass 1 left them
+//   sink_*, recent_*           T, a token's elements contiguous; sink tokens are too, recent
+//                              ones lie key_stride and value_stride elements apart
+//   mask                       float (mask_columns), log2 units, read if MASKED
+//   v_signs                    float (DV), times the channels' gains, read if ROTATE_V
+//   out                        T (DV)
+//   scratch                    threadgroup float (SIMDGROUPS * (DV + 2))
+// sink_logit is the learned one, in log2 units, used if HAS_SINK_LOGITS.
 template <
     typename T, int DK, int DV, int SIMDGROUPS, bool ROTATE_V, bool MASKED,
     bool HAS_SINK_LOGITS>

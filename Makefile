@@ -11,15 +11,19 @@ EXTRA ?= $(if $(filter Linux,$(shell uname -s)),cpu,)
 COMMA := ,
 MODEL := examples/books-20m
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-all check bench clean
 
 demo: $(VENV)/demo
 	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 40 --temp 0.7 \
 		--top-p 0.9 --seed 7 --prompt - < examples/needle.txt
 
+# Every law and every executed line of the kernels, on less data than `test-all`.
 test: $(VENV)/dev
-	@tests/need_clang.sh
-	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	@tests/system_packages.sh
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(PYTEST_ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -1,14 +1,12 @@
-"""`AttendCall`, one attention over compressed tokens, and `Backend`, what serves it."""
+"""`AttendCall`: one attention over compressed tokens, as backends take it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..quantizer import Quantizer
 from ..segments import CompressedTokens
-from ..tokens import TokenArrays
 
 Mask = mx.array | str | None
 
@@ -33,30 +31,3 @@ class AttendCall(NamedTuple):
     scale: float
     mask: Mask = None
     sink_logits: mx.array | None = None
-
-
-class Backend(Protocol):
-    """What a machine does with compressed tokens; `reference.Reference` defines it."""
-
-    @property
-    def name(self) -> str:
-        """What `explain` calls it."""
-        ...
-
-    def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
-        """Why it cannot attend to what these encode, or None if it can."""
-        ...
-
-    def attend(self, call: AttendCall) -> mx.array:
-        """The attention's output (B, Hq, L, Dv) in q's dtype, not rotated."""
-        ...
-
-    def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
-        """`Quantizer.encode`."""
-        ...
-
-    def decode_rot(
-        self, side: CompressedTokens, dtype: mx.Dtype, heads: slice
-    ) -> mx.array:
-        """`Quantizer.decode_rot` of the packed tokens, which there are."""
-        ...

@@ -21,7 +21,7 @@ from .planes import Planes, planes_for
 from .reference import Reference, packed_of
 
 #: Query tokens of a decode step; more of them amortise the reference's decoding.
-MAX_ROWS = 8
+MAX_STEP = 8
 
 
 class Cpu(Reference):
@@ -41,9 +41,9 @@ class Cpu(Reference):
         return None
 
     def attend(self, call: AttendCall) -> mx.array:
-        """As `Reference.attend`; only steps of up to `MAX_ROWS` tokens are faster."""
+        """As `Reference.attend`; only steps of up to `MAX_STEP` tokens are faster."""
         q, keys, values = call.q, call.keys, call.values
-        if q.shape[2] > MAX_ROWS:
+        if q.shape[2] > MAX_STEP:
             return super().attend(call)
         batch, kv_heads, total, _ = keys.shape
         steps = q.shape[2]

@@ -121,7 +121,7 @@ class DecodeStep:
         ]
         self._v_signs = specialize.query_signs(v_quantizer.transform, heads)
         self._merge_scale = q_scales[1]
-        self._sinks = (
+        self._sink_tokens = (
             _sink_in_basis(keys, self._kernel_rotates_q),
             _sink_in_basis(values, self._kernel_rotates_out),
         )
@@ -151,7 +151,7 @@ class DecodeStep:
         partial = launch(
             self._split, [q, *self._codes, mask, *self._split_constants, arguments]
         )
-        sink_keys, sink_values = self._sinks
+        sink_keys, sink_values = self._sink_tokens
         (out,) = launch(
             self._merge,
             [

@@ -32,7 +32,7 @@ from .reference import Reference, packed_of
 from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 
 #: Query tokens that one fused step takes; more of them are prefill.
-MAX_ROWS = 8
+MAX_STEP = 8
 _ENCODE_SIMDGROUPS = 4
 _DECODE_THREADS = 128
 #: Vectors that a simdgroup searches for: their ways back go side by side.
@@ -62,8 +62,8 @@ class Gpu(Reference):
         return specialize.refuse(keys.codec, values.codec)
 
     def attend(self, call: AttendCall) -> mx.array:
-        """As `Reference.attend`; up to `MAX_ROWS` query tokens are fused."""
-        if call.q.shape[2] > MAX_ROWS:
+        """As `Reference.attend`; up to `MAX_STEP` query tokens are fused."""
+        if call.q.shape[2] > MAX_STEP:
             return super().attend(call)
         mask, prepared = call.mask, call.keys.prepared
         # What calls that one `DecodeStep` serves have in common.

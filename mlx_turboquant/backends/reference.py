@@ -25,7 +25,11 @@ _BYTES_PER_ELEMENT = 20
 
 
 class Reference:
-    """Takes every call; the other backends are subclasses and do some of it faster."""
+    """The protocol of backends, and the one that takes every call.
+
+    Other backends are subclasses that do some of it faster and `refuse` the rest; what
+    they do not override is done here. `backends.select` tries them in order.
+    """
 
     @property
     def name(self) -> str:

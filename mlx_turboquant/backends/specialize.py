@@ -22,9 +22,9 @@ from ..transform import ChannelTransform
 LOG2E = math.log2(math.e)
 #: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
 MAX_DIM = 512
-#: Tokens that the attention kernel takes at once: ``TILE`` of decode_attention.metal.
+#: Tokens that the attention kernel takes at once: ``TILE_TOKENS`` of tiles.h.
 TILE = 32
-#: Query rows that a simdgroup takes at once: ``ROWS`` of decode_attention.metal.
+#: Query rows that a simdgroup takes at once: ``TILE_ROWS`` of query_rows.h.
 _ROWS = 8
 #: Simdgroups to a threadgroup, in pass 1 and in pass 2.
 SPLIT_SIMDGROUPS, MERGE_SIMDGROUPS = 4, 8

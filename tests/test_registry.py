@@ -34,7 +34,8 @@ def test_names():
 def test_help_names_what_is_for_use():
     (option,) = KvCodec.__metadata__
     assert all(name in option.help for name in codec_names())
-    assert "research" not in option.help
+    names = codec_names(research=True)
+    assert not any(name in option.help for name in names if name.startswith("research"))
 
 
 @each_codec

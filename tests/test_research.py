@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from codec_tools import made, mse, vectors
+from helpers import attend
 
 import mlx_turboquant as tq
 from mlx_turboquant.codecs.research import (
@@ -94,9 +95,9 @@ def test_strong_channels_get_the_outliers_bits():
         "k2.25v2.25,codec=research.turboquant-outlier,equalize=off"
     )
     sides = cache.update_and_fetch(keys, keys)
-    tq.attend(keys, *sides, 0.02, "causal")
+    attend(keys, *sides, 0.02, "causal")
     cache.update_and_fetch(keys[:, :, :1], keys[:, :, :1])
-    order = cache.keys_and_values()[0].basis.channel_order
+    order = cache.keys_and_values()[0].quantizer.transform.channel_order
     assert order.shape == (1, 2, 1, 64)
     assert set(np.array(order)[0, 0, 0, :16].tolist()) == set(range(0, 64, 4))
 
@@ -169,7 +170,7 @@ def test_saved_caches_are_for_the_version_that_wrote_them(monkeypatch):
     """The saved format promises nothing for comparisons, and says so in words."""
     cache = tq.TurboQuantCache("3,codec=research.hqmq")
     kv = mx.random.normal((1, 2, 200, 64))
-    tq.attend(kv, *cache.update_and_fetch(kv, kv), 0.1)
+    attend(kv, *cache.update_and_fetch(kv, kv), 0.1)
     again = tq.TurboQuantCache("3")
     saved, promised = cache.state, tq.TurboQuantCache("3,codec=trellis").state
     again.state = saved

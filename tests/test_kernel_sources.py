@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant.kernels import attention, codes, source
-from mlx_turboquant.kernels.arguments import pack, struct_text
+from mlx_turboquant.kernels.arguments import pack, pack_rows, struct_text
 from mlx_turboquant.kernels.kernel import Kernel, Launch, MlxLauncher
 
 KERNELS = {
@@ -148,3 +148,13 @@ def test_a_kernel_is_built_once_and_equal_to_itself_only(kernel, monkeypatch):
     assert twin != kernel
     launcher(launch._replace(kernel=twin), inputs)
     assert len(built) == 2
+
+
+def test_rows_of_arguments_are_each_packed():
+    class Two(NamedTuple):
+        rows: int
+        columns: int
+
+    rows = [Two(i, 10 * i) for i in range(5)]
+    for row, array in zip(rows, pack_rows(rows), strict=True):
+        assert mx.array_equal(array, pack(row)).item()

@@ -16,7 +16,7 @@ import math
 
 import mlx.core as mx
 
-from ..kernels.arguments import pack
+from ..kernels.arguments import pack_rows
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
@@ -60,7 +60,7 @@ class DecodeStep:
         tokens_per_split = -(-tiles // min(tiles, splits)) * TILE
         splits = -(-packed // tokens_per_split)
         means = k_quantizer.means
-        self._arguments = AttendArguments(
+        arguments = AttendArguments(
             packed=packed,
             splits=splits,
             tokens_per_split=tokens_per_split,
@@ -68,14 +68,15 @@ class DecodeStep:
             rows=rows,
             steps=steps,
             sink=keys.sink_length,
-            recent=0,  # filled in by `_arguments_for`
+            recent=0,  # of each step: see `_arguments_by_length`
             causal=int(isinstance(call.mask, str) and steps > 1),
             mask_columns=0,
             page=means.page if means else 1,
         )
-        self._masked = masked
         # Shared by all layers whose other arguments are the same.
-        self._arguments_by_length = _arguments_by_length(self._arguments, masked)
+        self._arguments_by_length = _arguments_by_length(
+            arguments, keys.recent.shape[2], masked
+        )
 
         partials = batch * query_heads * steps * splits
         threads = 32 * SPLIT_SIMDGROUPS
@@ -143,11 +144,10 @@ class DecodeStep:
             mask = _additive(call.mask, (*q.shape[:3], keys.stored_length))
         if call.sink_logits is not None:
             sink_logits = _sink_logits_of_rows(call.sink_logits, q.shape[0], q.shape[2])
-        length = keys.recent_length
-        arguments = self._arguments_by_length.get(length)
-        if arguments is None:
-            arguments = self._arguments_for(length)
-        launch = self._launcher
+        launch, arguments = (
+            self._launcher,
+            self._arguments_by_length[keys.recent_length],
+        )
         partial = launch(
             self._split, [q, *self._codes, mask, *self._split_constants, arguments]
         )
@@ -172,22 +172,17 @@ class DecodeStep:
             out = values.quantizer.transform.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
 
-    def _arguments_for(self, recent: int) -> mx.array:
-        """Arguments for a number of recent tokens, made once for all layers."""
-        columns = self._arguments.sink + self._arguments.packed + recent
-        arguments = self._arguments._replace(
-            recent=recent, mask_columns=columns if self._masked else 0
-        )
-        array = self._arguments_by_length[recent] = pack(arguments)
-        return array
-
 
 @functools.lru_cache(maxsize=64)
 def _arguments_by_length(
-    arguments: AttendArguments, masked: bool
-) -> dict[int, mx.array]:
-    """Packed arguments by the number of recent tokens, filled in as they are needed."""
-    return {}
+    arguments: AttendArguments, capacity: int, masked: bool
+) -> list[mx.array]:
+    """Packed arguments for 0 to ``capacity`` recent tokens."""
+    rows = []
+    for recent in range(capacity + 1):
+        columns = arguments.sink + arguments.packed + recent if masked else 0
+        rows.append(arguments._replace(recent=recent, mask_columns=columns))
+    return pack_rows(rows)
 
 
 def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:

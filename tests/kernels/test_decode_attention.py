@@ -222,7 +222,7 @@ def asked_again():
 
 
 def test_choice_of_backend_is_shown_and_can_be_forced(
-    launcher, monkeypatch, asked_again
+    launcher, lane, monkeypatch, asked_again
 ):
     kv = mx.random.normal((1, 2, 300, 64))
     q = mx.random.normal((1, 4, 1, 64))
@@ -246,7 +246,8 @@ def test_choice_of_backend_is_shown_and_can_be_forced(
     on_cpu, name = run("k4v4", None)
     assert name == "cpu"
     plain, name = run("k4v4", backend, default_on=())
-    assert relative_error(on_cpu, plain) < 1e-6
+    # A GPU multiplies float32 matrices in fewer bits, and not alike on both ways.
+    assert relative_error(on_cpu, plain) < (1e-6 if lane == "simulator" else 1e-3)
     assert name.startswith("reference: ")
     assert "try MLX_TQ_BACKEND=gpu" in name
     fused, name = run("k4v4", backend)

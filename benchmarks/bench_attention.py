@@ -3,9 +3,9 @@
 Llama-3.1-8B's shape (32 query heads, 8 KV heads, head_dim 128), one query token, on
 whatever GPU MLX finds. Every codec is first checked against the reference backend.
 Times are medians over repeats of `CALLS` calls in one evaluation, whose graph is built
-before the clock starts. The calls are independent, so a GPU runs them side by side: these
-are throughputs, not what a step waits for, whose layers run one after the other (see
-results/house-h100.txt for kernels one by one and dependent calls). "kernel" is the
+before the clock starts. The calls are independent, so a GPU runs them side by side:
+these are throughputs, not what a step waits for, whose layers run one after the other
+(results/house-h100.txt has kernels one by one and dependent calls). "kernel" is the
 slope between the two longest lengths, where a call's constant costs drop out. GB/s
 counts the bytes a call must read (codes and scales; fp16: keys and values), "of copy"
 is that over the bandwidth of large copies in the same run. The last line is JSON.

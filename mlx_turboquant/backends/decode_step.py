@@ -23,6 +23,7 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from . import specialize
 from .call import AttendCall
+from .geometry import tokens_per_split
 from .reference import packed_of
 from .specialize import LOG2E, MERGE_SIMDGROUPS, SPLIT_SIMDGROUPS, TILE, placeholder
 
@@ -54,16 +55,15 @@ class DecodeStep:
             v_quantizer.codec.rotation
         )
 
-        tiles = -(-packed // TILE)
         row_tiles = specialize.row_tiles(rows)
-        splits = max(1, simdgroups // (batch * kv_heads * row_tiles))
-        tokens_per_split = -(-tiles // min(tiles, splits)) * TILE
-        splits = -(-packed // tokens_per_split)
+        lanes = batch * kv_heads * row_tiles
+        split_tokens = tokens_per_split(packed, TILE, lanes, simdgroups)
+        splits = -(-packed // split_tokens)
         means = k_quantizer.means
         arguments = AttendArguments(
             packed=packed,
             splits=splits,
-            tokens_per_split=tokens_per_split,
+            tokens_per_split=split_tokens,
             kv_heads=kv_heads,
             rows=rows,
             steps=steps,
@@ -108,8 +108,8 @@ class DecodeStep:
             output_dtypes=[dtype],
         )
         self._codes = [
-            *_whole_tiles(packed_of(keys), tiles),
-            *_whole_tiles(packed_of(values), tiles),
+            *_whole_tiles(packed_of(keys)),
+            *_whole_tiles(packed_of(values)),
         ]
         rows_of_means = None if means is None else means.rows
         q_scales = specialize.query_scales(k_quantizer, call.scale)
@@ -197,14 +197,14 @@ def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:
     return _in_basis(side, side.sink)
 
 
-def _whole_tiles(codes: TokenArrays, tiles: int) -> list[mx.array]:
+def _whole_tiles(codes: TokenArrays) -> list[mx.array]:
     """Words and scales whose capacity reaches to the end of the last tile.
 
     The kernel reads there and counts it for nothing, which zeros allow and NaN would
     not. A cache's buffers always reach there.
     """
     arrays = [codes.arrays["words"], codes.arrays["scales"]]
-    missing = tiles * TILE - arrays[0].shape[2]
+    missing = -(-codes.length // TILE) * TILE - arrays[0].shape[2]
     if missing <= 0:
         return arrays
     return [mx.pad(a, [(0, 0), (0, 0), (0, missing), (0, 0)]) for a in arrays]

@@ -28,6 +28,7 @@ from ..tokens import TokenArrays
 from . import specialize
 from .call import AttendCall
 from .decode_step import DecodeStep
+from .geometry import machine_simdgroups
 from .reference import Reference, packed_of
 from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 
@@ -46,11 +47,13 @@ class Gpu(Reference):
 
     Args:
         launcher: What runs them.
-        simdgroups: How many a decode step may use; enough to fill the machine.
+        simdgroups: How many a decode step may use; None for as many as fill the
+            machine.
     """
 
-    def __init__(self, launcher: Launcher, simdgroups: int = 512) -> None:
-        self.launcher, self.simdgroups = launcher, simdgroups
+    def __init__(self, launcher: Launcher, simdgroups: int | None = None) -> None:
+        self.launcher = launcher
+        self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
 
     @property
     def name(self) -> str:

@@ -1,25 +1,34 @@
-"""One decode attention over a long cache: fused kernels, fp16, and mlx-lm's 4 bits.
+"""One decode attention over a long cache, as a step waits for it.
 
 Llama-3.1-8B's shape (32 query heads, 8 KV heads, head_dim 128), one query token, on
-whatever GPU MLX finds. Every codec is first checked against the reference backend.
-Times are medians over repeats of `CALLS` calls in one evaluation, whose graph is built
-before the clock starts. The calls are independent, so a GPU runs them side by side:
-these are throughputs, not what a step waits for, whose layers run one after the other
-(results/house-h100.txt has kernels one by one and dependent calls). "kernel" is the
-slope between the two longest lengths, where a call's constant costs drop out. GB/s
-counts the bytes a call must read (codes and scales; fp16: keys and values), "of copy"
-is that over the bandwidth of large copies in the same run. The last line is JSON.
+whatever GPU MLX finds: MLX's fp16 attention, mlx-lm's 4 bits and ours, each codec first
+checked against the reference backend. A step is serial, so attention is timed alone:
 
-    python benchmarks/bench_attention.py [LENGTH ...]
+    kernels     microseconds of each kernel of one call, by Nsight Compute, where it is
+                (NVIDIA): the script runs itself under ``ncu``. The least of four calls
+    dependent   microseconds a call when each call's output is the next one's query:
+                with what the host and the launches cost
+    together    independent calls in one evaluation, which a GPU runs side by side: a
+                throughput, only with ``--throughput``
+
+    python benchmarks/bench_attention.py [LENGTH ...] [--specs SPEC ...] [--throughput]
+
+The last line is JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -36,19 +45,17 @@ from mlx_turboquant.transform import ChannelTransform
 
 HEADS, GROUP, DIM = 8, 4, 128
 CALLS, REPEATS = 64, 7
+LENGTHS = (1024, 4096, 8192, 32768, 131072, 524288)
 SPECS = (
     "k2v2",
     "k3v3",
     "k4v4",
     "k8v8",
     "k4v4,codec=rotated-int4",
-    "k3v3,codec=research.turboangle-fixed",
-    "k2v2,codec=trellis",
     "k3v3,codec=trellis",
-    "k3.5v3.5,codec=trellis",
-    "k4v4,codec=trellis",
-    "k3v2,codec=trellis",
 )
+#: mlx-lm's 4 bits take milliseconds beyond this.
+_AFFINE_UP_TO = 131072
 #: Tokens that are encoded; longer caches repeat them.
 _DISTINCT = 4096
 Attention = Callable[[mx.array], mx.array]
@@ -85,8 +92,24 @@ def made_up(spec: str, length: int) -> tuple[CompressedTokens, CompressedTokens]
     return sides[0], sides[1]
 
 
+def dependent_us(call: Attention) -> float:
+    """Microseconds per call when each output is the next call's query."""
+    times = []
+    for _ in range(REPEATS + 2):
+        q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
+        mx.eval(q)
+        for _ in range(CALLS):
+            q = call(q)
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(q)
+        mx.synchronize()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return statistics.median(times[2:])
+
+
 def median_us(call: Attention) -> float:
-    """Microseconds per call when `CALLS` of them are evaluated at once."""
+    """Microseconds per call when `CALLS` independent ones are evaluated together."""
     times = []
     for _ in range(REPEATS + 2):
         queries = [
@@ -141,33 +164,6 @@ def packed(backend: Gpu, spec: str, length: int) -> Attention:
     return lambda q: backend.attend(AttendCall(q, keys, values, 0.09))
 
 
-def bytes_read(name: str, length: int) -> float:
-    """Bytes of keys and values one call must read."""
-    elements = 2 * HEADS * length * DIM
-    if name == "fp16":
-        return 2 * elements
-    if name == "mlx-lm 4":
-        return elements * (4 + 32 / 64) / 8
-    spec = tq.CacheSpec.parse(name)
-    bits = spec.keys.bits + spec.values.bits
-    return elements / 2 * (bits + 2 * 16 / DIM) / 8
-
-
-def copy_bandwidth(size: int = 1 << 30) -> float:
-    """GB/s of large copies, reading and writing counted."""
-    arrays = [mx.zeros((size // 4,), dtype=mx.float32) for _ in range(8)]
-    mx.eval(arrays)
-    times = []
-    for _ in range(9):
-        copies = [array + 1.0 for array in arrays]
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(copies)
-        mx.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size * len(arrays) / statistics.median(times[2:]) / 1e9
-
-
 def check(backend: Gpu, spec: str) -> float:
     """Relative error of the kernels against the reference at 3,000 tokens."""
     keys, values = made_up(spec, 3000)
@@ -178,46 +174,132 @@ def check(backend: Gpu, spec: str) -> float:
     return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
 
 
-def main() -> None:
-    lengths = [int(a) for a in sys.argv[1:]] or [4096, 32768, 131072, 524288]
-    dialect = "metal" if mx.metal.is_available() else "cuda"
-    backend = Gpu(MlxLauncher(dialect))
-    for spec in SPECS:
-        print(f"{spec}: error against the reference {check(backend, spec):.1e}")
-    copy = copy_bandwidth()
-    print(f"copy bandwidth {copy:.0f} GB/s")
-    print("host, per call: ", end="")
-    hosts = {
-        "fp16": fp16(64),
-        "mlx-lm 4": affine(64),
-        "k3v3": packed(backend, "k3v3", 64),
-    }
-    print(", ".join(f"{name} {host_us(call):.0f} us" for name, call in hosts.items()))
-    times: dict[int, dict[str, float]] = {}
+def attentions(lengths: list[int], specs: list[str]) -> Iterator[tuple]:
+    """(length, name, call) of everything that is timed."""
+    backend = Gpu(MlxLauncher("metal" if mx.metal.is_available() else "cuda"))
     for length in lengths:
-        calls = {"fp16": fp16, "mlx-lm 4": affine}
-        row = {name: median_us(make(length)) for name, make in calls.items()}
-        for spec in SPECS:
-            row[spec] = median_us(packed(backend, spec, length))
-        times[length] = row
-        print(f"\n{length:<28}      us    GB/s  of copy  x fp16  x mlx-lm 4")
-        for name, us in row.items():
-            rate = bytes_read(name, length) / us / 1e3
-            print(
-                f"{name:28} {us:12.1f} {rate:7.0f} {rate / copy:8.2f} "
-                f"{row['fp16'] / us:7.2f} {row['mlx-lm 4'] / us:11.2f}",
-                flush=True,
+        yield length, "fp16", fp16(length)
+        if length <= _AFFINE_UP_TO:
+            yield length, "mlx-lm 4", affine(length)
+        for spec in specs:
+            yield length, spec, packed(backend, spec, length)
+
+
+# Kernels one by one: a child under ncu makes the calls between marks; the parent reads.
+
+_MARK = "bench_mark"
+_PROFILED_CALLS = 4
+
+
+def profiled(lengths: list[int], specs: list[str]) -> None:
+    """Make every call some times, each between two launches of a kernel of ours."""
+    mark = mx.fast.cuda_kernel(
+        name=_MARK, input_names=["x"], output_names=["y"], source="y[0] = x[0];"
+    )
+
+    def put_mark() -> None:
+        mx.eval(
+            mark(
+                inputs=[mx.zeros((8,))],
+                grid=(1, 1, 1),
+                threadgroup=(1, 1, 1),
+                output_shapes=[(8,)],
+                output_dtypes=[mx.float32],
             )
-    slopes = {}
-    if len(lengths) > 1:
-        low, high = lengths[-2:]
-        for name in times[high]:
-            slopes[name] = (times[high][name] - times[low][name]) / (high - low)
-        print("\nkernel, us per 131,072 tokens: ", end="")
-        print(", ".join(f"{n} {s * 131072:.1f}" for n, s in slopes.items()))
+        )
+
+    for _, _, call in attentions(lengths, specs):
+        for _ in range(_PROFILED_CALLS):
+            q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
+            mx.eval(q)
+            put_mark()
+            mx.eval(call(q))
+            put_mark()
+
+
+def kernels_us(lengths: list[int], specs: list[str]) -> list[list[float]] | None:
+    """Microseconds of each kernel of the fastest call, in the order of `attentions`.
+
+    None where there is no ncu, or it cannot read this GPU.
+    """
+    ncu = shutil.which("ncu") or shutil.which("/usr/local/cuda/bin/ncu")
+    if ncu is None or mx.metal.is_available():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ncu.csv"
+        options = ["--clock-control", "none", "--cache-control", "none", "--csv"]
+        options += ["--metrics", "gpu__time_duration.sum", "--log-file", str(log)]
+        child = [sys.executable, __file__, "--profiled", *map(str, lengths)]
+        run = [ncu, *options, *child, "--specs", *specs]
+        done = subprocess.run(run, capture_output=True, text=True)
+        rows = list(csv.reader(log.open())) if log.exists() else []
+    times: list[tuple[str, float]] = []
+    for row in rows:
+        if len(row) > 12 and row[-3] == "gpu__time_duration.sum":
+            scale = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0}[row[-2]]
+            times.append((row[4], float(row[-1].replace(",", "")) * scale))
+    if not times:
+        print(f"ncu gave no times: {done.stdout[-300:]} {done.stderr[-300:]}")
+        return None
+    calls: list[list[float]] = []
+    inside = False
+    for name, us in times:
+        if _MARK in name:
+            inside = not inside
+            if inside:
+                calls.append([])
+        elif inside:
+            calls[-1].append(us)
+    # The first call of a kernel is cold.
+    groups = [
+        calls[i : i + _PROFILED_CALLS] for i in range(0, len(calls), _PROFILED_CALLS)
+    ]
+    return [min(group[1:], key=sum) for group in groups]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lengths", nargs="*", type=int, default=list(LENGTHS))
+    parser.add_argument("--specs", nargs="+", default=list(SPECS))
+    parser.add_argument("--throughput", action="store_true")
+    parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    lengths = options.lengths or list(LENGTHS)
+    if options.profiled:
+        profiled(lengths, options.specs)
+        return
+    backend = Gpu(MlxLauncher("metal" if mx.metal.is_available() else "cuda"))
+    print(f"{backend.name}, {backend.simdgroups} simdgroups to a launch")
+    for spec in options.specs:
+        print(f"{spec}: error against the reference {check(backend, spec):.1e}")
+    hosts = {"fp16": fp16(64), "k3v3": packed(backend, "k3v3", 64)}
+    print(
+        "host, us to build one call's graph: "
+        + ", ".join(f"{name} {host_us(call):.0f}" for name, call in hosts.items())
+    )
+    kernels = kernels_us(lengths, options.specs)
+    results: dict[int, dict[str, dict]] = {}
+    fp16_us = {}
+    for index, (length, name, call) in enumerate(attentions(lengths, options.specs)):
+        row: dict = {"dependent": round(dependent_us(call), 1)}
+        if kernels is not None:
+            row["kernels"] = [round(us, 1) for us in kernels[index]]
+        if options.throughput:
+            row["together"] = round(median_us(call), 1)
+        alone = sum(row.get("kernels", [row["dependent"]]))
+        fp16_us[length] = fp16_us.get(length) or alone
+        if length not in results:
+            print(f"\n{length} tokens")
+        results.setdefault(length, {})[name] = row
+        parts = " + ".join(f"{us:g}" for us in row.get("kernels", []))
+        print(
+            f"{name:28} {alone:8.1f} us  x fp16 {fp16_us[length] / alone:5.2f}  "
+            f"dependent {row['dependent']:8.1f}  {parts}",
+            flush=True,
+        )
     device = mx.device_info().get("device_name", str(mx.default_device()))
-    report = {"device": device, "mlx": mx.__version__, "copy_gb_s": copy}
-    print(json.dumps({**report, "us": times, "us_per_token": slopes}))
+    report = {"device": device, "mlx": mx.__version__, "us": results}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -77,8 +77,14 @@ def pruned(seed=0):
 
 PAGE = 96
 CASES = [["k3v3", 128, 4, 1, 5000, None, mx.float16], *pruned()]
-#: The simulator takes seconds for each, and more in its other modes; a GPU runs all.
-SIMULATED = {"plain": range(16), "debug": range(1, 4), "random": range(6, 9)}
+#: The simulator takes a second for each, and more in its other modes: `make test` has
+#: these, `make test-all` all cases in the plain mode, a GPU runs all.
+SIMULATED = {"plain": range(len(CASES)), "debug": range(1, 4), "random": range(6, 9)}
+EVERY_DAY = range(16)
+NUMBERS = [
+    pytest.param(number, marks=() if number in EVERY_DAY else pytest.mark.slow)
+    for number in range(len(CASES))
+]
 
 
 def made_up(spec, dim, length, dtype):
@@ -113,10 +119,10 @@ def mask_of(kind, heads, steps, total):
     return kind
 
 
-@pytest.mark.parametrize("number", range(len(CASES)))
+@pytest.mark.parametrize("number", NUMBERS)
 def test_error_is_at_most_twice_the_references(number, launcher, lane, mode):
     if lane == "simulator" and number not in SIMULATED[mode]:
-        pytest.skip("left to the GPU lanes")
+        pytest.skip("a mode for other cases, or for GPUs")
     case = CASES[number]
     spec, dim, group, steps, length, mask, dtype = case
     keys, values = made_up(spec, dim, length, dtype)

@@ -15,9 +15,10 @@ PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("errors", "blas", "tokens", "packing", "bitstream"),
-    ("spec", "rotation", "codebook"),
-    ("polynomial",),
+    ("errors", "blas", "version", "tokens", "packing", "bitstream"),
+    ("codecs.registry", "rotation", "codebook"),
+    ("spec_text", "polynomial"),
+    ("spec",),
     ("codecs", "transform"),
     ("segments",),
     ("kernels",),
@@ -32,25 +33,40 @@ LAYERS = (
 
 
 def imports(path):
-    """Top-level names of this package that a file imports."""
+    """Modules of this package, by a name in `LAYERS`, that a file imports."""
+    for name in modules(path):
+        yield name if name == "codecs.registry" else name.split(".")[0]
+
+
+def modules(path):
+    """Dotted names below this package that a file imports, not just for types."""
     depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if not isinstance(node, ast.ImportFrom):
             continue
         if node.level == depth:
-            names = [node.module] if node.module else [a.name for a in node.names]
-            yield from (name.split(".")[0] for name in names)
+            yield from [node.module] if node.module else [a.name for a in node.names]
         elif node.module and node.module.startswith("mlx_turboquant."):
-            yield node.module.split(".")[1]
+            yield node.module.removeprefix("mlx_turboquant.")
 
 
 def test_imports_go_one_way():
     rank = {name: row for row, names in enumerate(LAYERS) for name in names}
     seen = 0
     for path in PACKAGE.rglob("*.py"):
-        home = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if home.startswith("__"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0].startswith("__"):
             continue
+        home = parts[0] if parts != ("codecs", "registry") else "codecs.registry"
         for name in imports(path):
             if name in rank and name != home:
                 assert rank[name] < rank[home], f"{path} imports {name}"
@@ -76,6 +92,7 @@ def test_public_names():
     assert tq.__all__ == [
         "BatchTurboQuantCache",
         "CacheSpec",
+        "CodecInfo",
         "CodecSpec",
         "EvalPlan",
         "RotatingTurboQuantCache",
@@ -87,11 +104,10 @@ def test_public_names():
         "evaluate",
         "explain",
         "footprint",
-        "lloyd_max",
         "load",
         "load_prompt_cache",
         "make_prompt_cache",
-        "rotation_for",
+        "register_codec",
         "save_prompt_cache",
         "uninstall",
         "errors",
@@ -114,8 +130,8 @@ def test_reprs_are_one_line():
         cache,
         tq.explain([cache]),
         tq.CacheSpec.parse(3),
-        tq.lloyd_max(64, 3),
-        tq.rotation_for(64, 0),
+        codec.codebook,
+        codec.rotation,
         codec.encode(mx.ones((1, 1, 2, 64))),
         tq.BatchTurboQuantCache([cache]),
     ]
@@ -154,7 +170,9 @@ def test_wheel_carries_everything(tmp_path):
     subprocess.run([*run, "install", "--no-deps", "--target", site, wheel], check=True)
     code = (
         "import mlx_turboquant as tq; print(tq.__file__); "
-        "print(tq.lloyd_max(64, 3).mse); "
+        "spec = tq.CodecSpec('research.turboquant-plain', 3); "
+        "codec = tq.codec_for(spec, 64, 'keys'); "
+        "print(codec.codebook.mse); "
         "from mlx_turboquant.kernels import source; print(source.metal_folder()); "
         "from mlx_turboquant.backends import gpu, gpu_codes; "
         "print(*[len(source.header(k.file, d)) for d in ('metal', 'cuda')"

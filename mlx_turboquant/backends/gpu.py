@@ -129,7 +129,7 @@ class Gpu:
         k_basis, v_basis = keys.basis, values.basis
         # Where no kernel rotates, everything is taken into the codes' basis here.
         if not plan.inside[0]:
-            q = k_basis.query(q)
+            q = k_basis.encode_query(q)
             keys = _unpacked_into_basis(keys)
         if not plan.inside[1]:
             values = _unpacked_into_basis(values)
@@ -140,7 +140,7 @@ class Gpu:
         causal = isinstance(mask, str) and steps > 1
         out = self._merge(plan, q, (sums, tops), keys, values, bias, learned, causal)
         if not plan.inside[1]:
-            out = v_basis.out(out)
+            out = v_basis.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
 
     def _attend_blocks(

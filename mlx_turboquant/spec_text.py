@@ -64,8 +64,8 @@ def write_spec(names: Names, bits: Bits, options: Mapping[str, Any], full: bool)
     """The inverse of `read_spec`.
 
     Args:
-        names: Codec names of keys and values.
-        bits: Of keys and values.
+        names: Codec names of (keys, values).
+        bits: Bits of (keys, values).
         options: Other fields to write; those that are None are left out.
         full: Whether to write the default codec too.
     """

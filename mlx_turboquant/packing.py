@@ -44,7 +44,7 @@ def words_per_vector(bits: int, dim: int) -> int:
 
 
 def _fields(bits: int) -> list[tuple[int, int]]:
-    """Per field of a group: whole pairs in it, and spare bits above them."""
+    """How many pairs fit into each field of a group, and how many bits are spare."""
     widths = [_HALF] * (bits // 2) + [_HALF // 2] * (bits % 2)
     return [(width // bits, width % bits) for width in widths]
 
@@ -84,8 +84,8 @@ def unpack(words: mx.array, bits: int, dim: int) -> mx.array:
     halves = mx.stack([words & 0xFFFF, words >> _HALF], axis=-1)
     parts = []
     if chunks:
-        whole = halves[..., : chunks * bits, :].reshape(*lead, chunks, bits, 2)
-        parts.append(_unpack_chunks(whole, bits, 2).reshape(*lead, -1))
+        by_chunk = halves[..., : chunks * bits, :].reshape(*lead, chunks, bits, 2)
+        parts.append(_unpack_chunks(by_chunk, bits, 2).reshape(*lead, -1))
     if single_groups:
         last = halves[..., None, chunks * bits :, :]
         parts.append(_unpack_chunks(last, bits, 1).reshape(*lead, -1))

@@ -189,12 +189,21 @@ class CacheSpec:
         return cls(keys, values, **options)
 
     def __str__(self) -> str:
-        return write_spec(self, full=False)
+        return self._write(full=False)
 
     @property
     def full(self) -> str:
         """The text with every field spelled out, as written into files."""
-        return write_spec(self, full=True)
+        return self._write(full=True)
+
+    def _write(self, full: bool) -> str:
+        options = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)[2:]
+            if full or getattr(self, field.name) != field.default
+        }
+        names = (self.keys.name, self.values.name)
+        return write_spec(names, (self.keys.bits, self.values.bits), options, full)
 
 
 def _default(name: str) -> Any:

@@ -13,14 +13,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .codecs.registry import IDENTITY, codec_info
 from .errors import SpecError
-
-if TYPE_CHECKING:
-    from .spec import CacheSpec
 
 DEFAULT_CODEC = "turboquant"
 ADVICE = "use 1..8, a mean such as 3.25, sides such as 'k4v3' or 'k16v3', or 'auto'"
@@ -28,6 +24,7 @@ _SIDES = re.compile(r"k(\d+(?:\.\d+)?)v(\d+(?:\.\d+)?)")
 _WHOLE_NUMBERS = ("sink", "window", "page", "seed")
 #: Bits of sides that are still to be chosen: any that adaptive codecs have.
 _UNCHOSEN = (3.0, 3.0)
+_CHOSEN_LATER = {"budget", "quality"}
 _BALANCED = {"quality": "balanced"}
 
 Names = tuple[str, str]
@@ -49,7 +46,7 @@ def read_spec(
     head, *parts = text.strip().lower().split(",")
     options = dict(map(_read_option, parts)) | dict(overrides)
     names = side_names(options.pop("codec", DEFAULT_CODEC))
-    chosen_later = {"budget", "quality"} & options.keys()
+    chosen_later = _CHOSEN_LATER & options.keys()
     if head == "auto":
         return names, _UNCHOSEN, options if chosen_later else options | _BALANCED
     bits, budget = _read_bits(head, names)
@@ -63,21 +60,25 @@ def read_spec(
     return names, bits, options
 
 
-def write_spec(spec: CacheSpec, full: bool) -> str:
-    """The text that `read_spec` takes, with every field or those that differ."""
-    parts = [f"k{spec.keys.bits:g}v{spec.values.bits:g}"]
-    if spec.adaptive:
+def write_spec(names: Names, bits: Bits, options: Mapping[str, Any], full: bool) -> str:
+    """The inverse of `read_spec`.
+
+    Args:
+        names: Codec names of (keys, values).
+        bits: Bits of (keys, values).
+        options: Other fields to write; those that are None are left out.
+        full: Whether to write the default codec too.
+    """
+    said = {name: value for name, value in options.items() if value is not None}
+    parts = [f"k{bits[0]:g}v{bits[1]:g}"]
+    if _CHOSEN_LATER & said.keys():
         parts = ["auto"]
-    codec = _codec_text(spec.keys.name, spec.values.name)
+    codec = _codec_text(*names)
     if full or codec != DEFAULT_CODEC:
         parts.append(f"codec={codec}")
-    for field in fields(spec)[2:]:
-        value = getattr(spec, field.name)
-        if value is None:
-            continue
-        if full or value != field.default:
-            shown = ("off", "on")[value] if isinstance(value, bool) else value
-            parts.append(f"{field.name}={shown}")
+    for name, value in said.items():
+        shown = ("off", "on")[value] if isinstance(value, bool) else value
+        parts.append(f"{name}={shown}")
     return ",".join(parts)
 
 

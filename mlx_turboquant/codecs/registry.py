@@ -124,6 +124,9 @@ def codec_names(research: bool = False) -> tuple[str, ...]:
 def codec_for(spec: CodecSpec, dim: int, side: Side, seed: int = 0) -> Codec:
     """The codec for one side of a cache, built once per process.
 
+    It takes and gives vectors (B, H, T, dim) that are rotated:
+    ``codec.encode(codec.rotation.forward(x))``.
+
     Args:
         spec: Its name and bits.
         dim: Elements per vector.

@@ -74,13 +74,13 @@ class TurboQuant(ScalarCodec):
     def _search(self, y: mx.array) -> _Candidate:
         """The candidate whose codeword has the smallest angle to y."""
         best, *others = (self._quantize(y, gain) for gain in self.gains)
-        for tried in others:
+        for candidate in others:
             # cos^2 = dot^2 / (||y||^2 ||c||^2): compare without the common ||y||.
             better = (
-                tried.dot * tried.dot * best.code_sq
-                > best.dot * best.dot * tried.code_sq
+                candidate.dot * candidate.dot * best.code_sq
+                > best.dot * best.dot * candidate.code_sq
             )
-            pairs = zip(tried, best, strict=True)
+            pairs = zip(candidate, best, strict=True)
             best = _Candidate(*(mx.where(better, new, old) for new, old in pairs))
         return best
 

@@ -44,9 +44,9 @@ _SHAPES = {2: (2, 2), 2.5: (5, 3), 3: (21, 3), 3.5: (42, 4), 4: (85, 5)}
 _OUTLIER = 3.0  # times the median length
 _NO_CHUNK = 255
 _LARGEST_LENGTH = 7.0
-#: Lloyd-Max lengths of 4 standard normals, by count. Written out since codes depend on
-#: them, and Lloyd's iteration stops short of the optimum where there are many: by 5e-8
-#: of squared length at 32 of them.
+#: Lloyd-Max lengths of 4 standard normals, by count. They are written out because codes
+#: depend on them: they come from Lloyd's iteration, which stops a little short of the
+#: optimum that `codebook.solve` reaches (at 32 levels by 1e-8 of squared length).
 # fmt: off
 _LENGTHS = {
     4: (1.032318, 1.675153, 2.300021, 3.09668),
@@ -74,7 +74,7 @@ class Hqmq(Codec):
     Args:
         scale_rule: Which scale to store.
         directions: (24 * S, 4) float32 unit quaternions.
-        length_bits: Low bits of a chunk's code.
+        length_bits: How many low bits of a chunk's code are its length.
     """
 
     scale_rule: Rule

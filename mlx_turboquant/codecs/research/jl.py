@@ -27,7 +27,7 @@ class Jl(Codec):
     """See the module's docstring.
 
     Args:
-        rows: Projections kept.
+        rows: How many projections are kept.
     """
 
     rows: int

@@ -28,8 +28,8 @@ class Qjl(Codec):
     """See the module's docstring.
 
     Args:
-        rows: Projections, one bit each.
-        seed: Of the projection.
+        rows: How many projections, one bit each.
+        seed: Seed of the projection.
     """
 
     rows: int

@@ -50,8 +50,8 @@ class TurboAngle(Codec):
     """See the module's docstring.
 
     Args:
-        norm_bits: Of a pair's norm: 8 linear ones, or 4 logarithmic ones.
-        bins: Angles, any number from 2 to 2**16.
+        norm_bits: Bits of a pair's norm: 8 linear ones, or 4 logarithmic ones.
+        bins: How many angles, from 2 to 2**16.
     """
 
     norm_bits: int

@@ -37,7 +37,7 @@ class FixedRadius(TableCodec):
 
     Args:
         scale_rule: Which scale to store.
-        radius_bits: Low bits of a pair's code.
+        radius_bits: How many low bits of a pair's code are its radius.
     """
 
     scale_rule: Rule

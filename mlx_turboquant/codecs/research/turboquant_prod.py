@@ -29,8 +29,8 @@ class TurboQuantProd(Codec):
     """See the module's docstring.
 
     Args:
-        base: Of one bit less, the paper's plain rule.
-        seed: Of the sketch.
+        base: TurboQuant of one bit less, by the paper's plain rule.
+        seed: Seed of the sketch.
     """
 
     base: TurboQuant

@@ -20,6 +20,8 @@ import mlx.core as mx
 from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
+from .cache.schedule import DECODE_TOKENS
+from .cache.stored import PACKED_GROWTH
 from .codecs import codec_for, codec_info
 from .entries import CacheEntry
 from .spec import CacheSpec
@@ -27,9 +29,7 @@ from .spec import CacheSpec
 #: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
 _TRANSIENT = SLICE_BYTES + (256 << 20)
 _FP16_BYTES = 2
-_CODES_GROWTH = 128  # tokens that our buffers of codes grow by
 _PLAIN_GROWTH = 256  # and mlx-lm's buffers
-_DECODE_TOKENS = 8  # room for the tokens of one step in our recent buffers
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int,
     if window is not None and tokens > window:
         quantizable += spec.page  # its first page may be hidden in part
     packed = quantizable // spec.page * spec.page
-    capacity = -(-packed // _CODES_GROWTH) * _CODES_GROWTH
+    capacity = -(-packed // PACKED_GROWTH) * PACKED_GROWTH
     keys = codec_for(spec.keys, k_dim, "keys")
     values = codec_for(spec.values, v_dim, "values")
     bytes_per_token = (keys.bits_per_vector + values.bits_per_vector) / 8
     if spec.center == "page":
         bytes_per_token += k_dim * _FP16_BYTES / spec.page
     codes = round(heads * capacity * bytes_per_token)
-    recent = spec.sink + spec.window + spec.page + _DECODE_TOKENS
+    recent = spec.sink + spec.window + spec.page + DECODE_TOKENS
     return plain * recent + codes, codes

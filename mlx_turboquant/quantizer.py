@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 
 from .codecs import Codec, codec_for
+from .codecs.base import Side
 from .spec import CodecSpec
 from .tokens import TokenArrays
 from .transform import ChannelTransform
 
-Side = Literal["keys", "values"]
 #: Pages that the buffer of means grows by.
 _MEANS_GROWTH = 8
 

@@ -29,6 +29,16 @@ class QueryObserver(Protocol):
         ...
 
 
+class PreparedSteps(dict[Any, Any]):
+    """What a backend keeps between two pages, by what its calls have in common.
+
+    It refers to the very buffers of one cache, so a copied cache starts without.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedSteps:
+        return PreparedSteps()
+
+
 class CompressedKV:
     """Base of the stand-ins that ``update_and_fetch`` returns."""
 
@@ -91,7 +101,8 @@ def _refuse_use(what: str) -> NoReturn:
 class CompressedTokens(CompressedKV):
     """One side of one layer, tokens in order.
 
-    Made anew at every step, so it is plain data and nothing is computed for it.
+    Made anew at every step, so it is plain data and nothing is computed for it. It is
+    valid until the next step: the buffers it refers to are written in place.
 
     Attributes:
         quantizer: What the packed tokens were encoded with.
@@ -102,7 +113,7 @@ class CompressedTokens(CompressedKV):
         hidden: (first, count) of stored tokens that nobody may see any more, such as
             those that left a sliding window; `shape` does not count them.
         backend: What attends to the packed tokens; None to ask `backends.select`.
-        prepared: What that backend keeps from step to step; a new dict whenever the
+        prepared: What that backend keeps from step to step; a new one whenever the
             packed tokens change.
         observer: The cache, while it wants to see the queries of each step.
     """
@@ -114,7 +125,7 @@ class CompressedTokens(CompressedKV):
     recent_length: int
     hidden: tuple[int, int] = (0, 0)
     backend: Any = None
-    prepared: dict[Any, Any] = field(default_factory=dict)
+    prepared: PreparedSteps = field(default_factory=PreparedSteps)
     observer: QueryObserver | None = None
 
     @property

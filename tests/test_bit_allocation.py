@@ -22,9 +22,14 @@ def spec(**fields):
     return tq.CacheSpec.parse("auto", **fields)
 
 
-def choose(*args):
+def codecs(readings, spec):
+    """Codecs of (keys, values) per layer, all of one shape."""
+    return bit_allocation.choose(readings, [(2, *DIMS)] * len(readings), spec)
+
+
+def choose(readings, spec):
     """Bits of (keys, values) per layer."""
-    return [(k.bits, v.bits) for k, v in bit_allocation.choose(*args)]
+    return [(k.bits, v.bits) for k, v in codecs(readings, spec)]
 
 
 def mean_bits(chosen):
@@ -48,7 +53,7 @@ readings = st.lists(reading, min_size=1, max_size=12)
 
 @given(readings, st.floats(2, 8))
 def test_a_budget_is_met_and_not_exceeded(readings, budget):
-    chosen = choose(readings, DIMS, spec(budget=budget))
+    chosen = choose(readings, spec(budget=budget))
     assert mean_bits(chosen) <= budget + 1e-9
     # Less than one step of the widest kind is left over.
     assert mean_bits(chosen) > budget - 2 / (2 * len(readings))
@@ -56,16 +61,14 @@ def test_a_budget_is_met_and_not_exceeded(readings, budget):
 
 @given(readings, st.sampled_from(sorted(TARGETS)))
 def test_a_quality_bounds_the_predicted_cost(readings, quality):
-    chosen = choose(readings, DIMS, spec(quality=quality))
+    chosen = choose(readings, spec(quality=quality))
     most = [(8, 8)] * len(readings)
     assert cost(readings, chosen) <= max(TARGETS[quality], cost(readings, most))
 
 
 @given(readings)
 def test_more_budget_is_never_worse_and_flatter_than_uniform(readings):
-    costs = [
-        cost(readings, choose(readings, DIMS, spec(budget=b))) for b in (2, 3, 4, 5)
-    ]
+    costs = [cost(readings, choose(readings, spec(budget=b))) for b in (2, 3, 4, 5)]
     assert costs == sorted(costs, reverse=True)
     for bits, got in zip((2, 3, 4, 5), costs, strict=True):
         assert got <= cost(readings, [(bits, bits)] * len(readings)) + 1e-12
@@ -75,7 +78,7 @@ def test_more_budget_is_never_worse_and_flatter_than_uniform(readings):
 def test_with_the_trellis_the_predicted_cost_is_lower(readings, budget):
     """It has less error than scalars up to 4 bits; above, scalars take over."""
     coded = tq.CacheSpec.parse("auto,codec=trellis", budget=budget)
-    chosen = bit_allocation.choose(readings, DIMS, coded)
+    chosen = codecs(readings, coded)
     for side in (side for pair in chosen for side in pair):
         assert side.name == ("trellis" if side.bits <= 4 else "turboquant")
     bits = [(k.bits, v.bits) for k, v in chosen]
@@ -91,21 +94,21 @@ def test_with_the_trellis_the_predicted_cost_is_lower(readings, budget):
             for (reach, a), (k, v) in zip(readings, pairs, strict=True)
         )
 
-    scalar = bit_allocation.choose(readings, DIMS, spec(budget=budget))
+    scalar = codecs(readings, spec(budget=budget))
     assert predicted(chosen) < predicted(scalar) * (1 if budget < 5 else 1.3)
 
 
 def test_bits_follow_the_variance():
     """A layer whose logits feel errors more gets more bits: early boost, by itself."""
     some = [(0.1, a) for a in (20.0, 1.0, 1.0, 0.05)]
-    chosen = choose(some, DIMS, spec(budget=3.5))
+    chosen = choose(some, spec(budget=3.5))
     keys = [k for k, _ in chosen]
     assert keys == sorted(keys, reverse=True)
     assert keys[0] > keys[1] > keys[3]
-    far = choose([(0.2, 1.0), (0.001, 1.0)], DIMS, spec(budget=4))
+    far = choose([(0.2, 1.0), (0.001, 1.0)], spec(budget=4))
     assert min(far[0]) > max(far[1])  # whose attention is near needs few bits
     order = ["small", "balanced", "lossless"]
-    bits = [mean_bits(choose([(0.1, 1.0)] * 4, DIMS, spec(quality=q))) for q in order]
+    bits = [mean_bits(choose([(0.1, 1.0)] * 4, spec(quality=q))) for q in order]
     assert bits[0] < bits[1] < bits[2]
 
 
@@ -118,7 +121,7 @@ def step(cache, tokens, seed, loud=1.0):
 
 
 def layers(text, count=3):
-    shared = BitAllocator(tq.CacheSpec.parse(text), count)
+    shared = BitAllocator(tq.CacheSpec.parse(text), [None] * count)
     return [tq.TurboQuantCache(shared.spec, LayerSlot(shared, i)) for i in range(count)]
 
 
@@ -177,3 +180,15 @@ def test_one_cache_alone_meets_its_budget():
     for at in range(2):
         mx.eval(step(cache, 300, at))
     assert (cache.spec.keys.bits + cache.spec.values.bits) / 2 <= 3.5
+
+
+def test_a_budget_counts_layers_by_their_size():
+    """A layer of eight times the elements takes eight times the bits of the budget."""
+    shapes = [(1, 64, 64), (8, 64, 64)]
+    chosen = bit_allocation.choose([(0.1, 1.0)] * 2, shapes, spec(budget=3))
+    bits = [[side.bits for side in layer] for layer in chosen]
+    used = sum(heads * sum(b) for (heads, _, _), b in zip(shapes, bits, strict=True))
+    assert used / (2 * 9) <= 3
+    # Equal sensitivity: the small layer is where bits are cheap.
+    assert min(bits[0]) >= max(bits[1])
+    assert sum(bits[0]) > sum(bits[1])

@@ -10,17 +10,17 @@ from mlx_turboquant.backends.geometry import MIN_TOKENS_PER_SPLIT, tokens_per_sp
 
 
 @pytest.mark.parametrize("packed", [1, 32, 100, 128, 1000, 8064, 131072])
-@pytest.mark.parametrize("lanes", [1, 8, 64, 4096])
+@pytest.mark.parametrize("sharers", [1, 8, 64, 4096])
 @pytest.mark.parametrize("simdgroups", [1, 120, 512, 2112])
-def test_splits_fill_the_machine_and_are_not_too_short(packed, lanes, simdgroups):
-    tokens = tokens_per_split(packed, 32, lanes, simdgroups)
+def test_splits_fill_the_machine_and_are_not_too_short(packed, sharers, simdgroups):
+    tokens = tokens_per_split(packed, 32, sharers, simdgroups)
     splits = -(-packed // tokens)
     assert tokens % 32 == 0
-    assert splits * lanes <= max(simdgroups, lanes)
+    assert splits * sharers <= max(simdgroups, sharers)
     if splits > 1:
         assert tokens >= MIN_TOKENS_PER_SPLIT
     # As many as fit, but for what rounding to whole tiles takes off.
-    most = max(1, min(simdgroups // lanes, packed // MIN_TOKENS_PER_SPLIT))
+    most = max(1, min(simdgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
     assert most / 1.25 - 1 <= splits <= most
 
 

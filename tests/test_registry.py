@@ -98,3 +98,18 @@ def test_a_taken_name_is_refused(registered):
     with pytest.raises(SpecError, match=r"taken by mlx_turboquant\.codecs\.trellis"):
         tq.register_codec(tq.CodecInfo("trellis", (3,), build))
     assert mx.array(codec_info("trellis").widths).size == 7
+
+
+def test_a_built_in_name_is_taken_whoever_comes_first():
+    """In a process that has looked nothing up yet."""
+    code = (
+        "import mlx_turboquant as tq\n"
+        "try:\n"
+        "    tq.register_codec(tq.CodecInfo('trellis', (1,), lambda *args: None))\n"
+        "except ValueError as error: print(error)\n"
+        "print(tq.CacheSpec.parse('3,codec=trellis'))"
+    )
+    run = [sys.executable, "-c", code]
+    said = subprocess.check_output(run, text=True).splitlines()
+    assert "'trellis' is taken by mlx_turboquant.codecs.trellis" in said[0]
+    assert said[1] == "k3v3,codec=trellis"

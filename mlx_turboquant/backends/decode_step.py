@@ -27,6 +27,9 @@ from .geometry import tokens_per_split
 from .reference import packed_of
 from .specialize import LOG2E, MERGE_SIMDGROUPS, SPLIT_SIMDGROUPS, TILE, placeholder
 
+#: Numbers of recent tokens whose arguments are made at once: a page and more.
+_BLOCK = 256
+
 
 class DecodeStep:
     """Attends for every call that differs from the first in q and recent tokens only.
@@ -56,8 +59,8 @@ class DecodeStep:
         )
 
         row_tiles = specialize.row_tiles(rows)
-        lanes = batch * kv_heads * row_tiles
-        split_tokens = tokens_per_split(packed, TILE, lanes, simdgroups)
+        sharers = batch * kv_heads * row_tiles
+        split_tokens = tokens_per_split(packed, TILE, sharers, simdgroups)
         splits = -(-packed // split_tokens)
         means = k_quantizer.means
         arguments = AttendArguments(
@@ -68,15 +71,13 @@ class DecodeStep:
             rows=rows,
             steps=steps,
             sink=keys.sink_length,
-            recent=0,  # of each step: see `_arguments_by_length`
+            recent=0,  # of each step: see `_rows_of`
             causal=int(isinstance(call.mask, str) and steps > 1),
             mask_columns=0,
             page=means.page if means else 1,
         )
-        # Shared by all layers whose other arguments are the same.
-        self._arguments_by_length = _arguments_by_length(
-            arguments, keys.recent.shape[2], masked
-        )
+        self._arguments, self._masked = arguments, masked
+        self._rows: dict[int, list[mx.array]] = {}
 
         partials = batch * query_heads * steps * splits
         threads = 32 * SPLIT_SIMDGROUPS
@@ -144,10 +145,11 @@ class DecodeStep:
             mask = _additive(call.mask, (*q.shape[:3], keys.stored_length))
         if call.sink_logits is not None:
             sink_logits = _sink_logits_of_rows(call.sink_logits, q.shape[0], q.shape[2])
-        launch, arguments = (
-            self._launcher,
-            self._arguments_by_length[keys.recent_length],
-        )
+        block, row = divmod(keys.recent_length, _BLOCK)
+        rows = self._rows.get(block)
+        if rows is None:
+            rows = self._rows[block] = _rows_of(self._arguments, self._masked, block)
+        launch, arguments = self._launcher, rows[row]
         partial = launch(
             self._split, [q, *self._codes, mask, *self._split_constants, arguments]
         )
@@ -174,12 +176,13 @@ class DecodeStep:
 
 
 @functools.lru_cache(maxsize=64)
-def _arguments_by_length(
-    arguments: AttendArguments, capacity: int, masked: bool
-) -> list[mx.array]:
-    """Packed arguments for 0 to ``capacity`` recent tokens."""
+def _rows_of(arguments: AttendArguments, masked: bool, block: int) -> list[mx.array]:
+    """Packed arguments for each number of recent tokens of a block of `_BLOCK`.
+
+    Layers whose other arguments are the same share them.
+    """
     rows = []
-    for recent in range(capacity + 1):
+    for recent in range(block * _BLOCK, (block + 1) * _BLOCK):
         columns = arguments.sink + arguments.packed + recent if masked else 0
         rows.append(arguments._replace(recent=recent, mask_columns=columns))
     return pack_rows(rows)

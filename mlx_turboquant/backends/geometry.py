@@ -36,18 +36,18 @@ def machine_simdgroups(dialect: str) -> int:
     return cores * _PER_CORE[dialect] if cores else _UNKNOWN
 
 
-def tokens_per_split(packed: int, tile: int, lanes: int, simdgroups: int) -> int:
+def tokens_per_split(packed: int, tile: int, sharers: int, simdgroups: int) -> int:
     """Packed tokens that each simdgroup attends to, a multiple of ``tile``.
 
     Args:
         packed: Tokens to share.
         tile: Tokens that a simdgroup takes at once.
-        lanes: Simdgroups that take the same tokens: one for each row of the batch, KV
-            head and tile of query rows.
+        sharers: Simdgroups that take the same tokens: one for each row of the batch,
+            KV head and tile of query rows.
         simdgroups: How many may run in all.
     """
     tiles = -(-packed // tile)
-    splits = max(1, min(simdgroups // lanes, packed // MIN_TOKENS_PER_SPLIT))
+    splits = max(1, min(simdgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
     return -(-tiles // splits) * tile
 
 

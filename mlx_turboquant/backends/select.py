@@ -102,7 +102,7 @@ def resolve(keys: Quantizer, values: Quantizer) -> Choice:
         reason = off or backend.refuse(keys, values)
         if reason is None:
             return Choice(backend, "; ".join(reasons))
-        if requested() == "gpu":
+        if requested() == "gpu" and backend is gpu_backend():
             raise _unavailable(reason)
         reasons.append(reason)
     raise AssertionError("the reference takes every call")

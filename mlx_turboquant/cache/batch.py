@@ -252,6 +252,9 @@ class BatchTurboQuantCache:
         return f"BatchTurboQuantCache(rows of {lengths} tokens, {self.nbytes} bytes)"
 
 
+TurboQuantCache.merge = BatchTurboQuantCache.merge
+
+
 def _held(cache: TurboQuantCache, nothing: tuple[mx.array, mx.array]) -> Any:
     return nothing if cache.empty() else cache.keys_and_values()
 

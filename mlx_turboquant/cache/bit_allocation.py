@@ -35,18 +35,27 @@ _UNSEEN = (0.05, 4.0)
 #: Mean bits may be above the budget by this much, which is rounding.
 _BUDGET_SLACK = 1e-9
 
+#: (KV heads, elements of a key, elements of a value).
+Shape = tuple[int, int, int]
+
 
 class BitAllocator:
     """The bits of the layers of one text, chosen together and once.
 
     Args:
         spec: With a ``budget`` or a ``quality``.
-        layers: How many layers share it.
+        shapes: (KV heads, key dim, value dim) of each layer that shares it, as its
+            `CacheEntry` has it; None if nobody knows yet: then that of the layer that
+            asks first.
+
+    The choice is made once: a cache that is trimmed to nothing and gets another text
+    keeps it.
     """
 
-    def __init__(self, spec: CacheSpec, layers: int) -> None:
+    def __init__(self, spec: CacheSpec, shapes: Sequence[Shape | None]) -> None:
         self.spec = spec
-        self._sensitivities: list[tuple[float, float] | None] = [None] * layers
+        self._shapes = list(shapes)
+        self._sensitivities: list[tuple[float, float] | None] = [None] * len(shapes)
         self._reported: set[int] = set()
         self._codecs: list[tuple[CodecSpec, CodecSpec]] | None = None
 
@@ -81,7 +90,8 @@ class BitAllocator:
             known = sorted(s for s in self._sensitivities if s is not None)
             usual = known[len(known) // 2] if known else _UNSEEN
             sensitivities = [s or usual for s in self._sensitivities]
-            self._codecs = choose(sensitivities, dims, self.spec)
+            shapes = [shape or (1, *dims) for shape in self._shapes]
+            self._codecs = choose(sensitivities, shapes, self.spec)
         keys, values = self._codecs[layer]
         return replace(self.spec, keys=keys, values=values, budget=None, quality=None)
 
@@ -108,24 +118,24 @@ def candidates(codec: str, dim: int) -> Sequence[tuple[CodecSpec, float]]:
 
 def choose(
     sensitivities: Sequence[tuple[float, float]],
-    dims: tuple[int, int],
+    shapes: Sequence[Shape],
     spec: CacheSpec,
 ) -> list[tuple[CodecSpec, CodecSpec]]:
     """Codecs of (keys, values) per layer.
 
     Args:
         sensitivities: (R, A) of every layer.
-        dims: Elements of a key and of a value.
+        shapes: (KV heads, key dim, value dim) of every layer.
         spec: Its ``budget`` is met on average and not exceeded; else its ``quality``
             bounds the predicted cost.
     """
     # Sides in one row: keys and values of layer 0, of layer 1, ...
     layers = len(sensitivities)
     weights = [w for r, a in sensitivities for w in (r * a, r)]
-    sizes = [*dims] * layers
-    names = (spec.keys.name, spec.values.name)
+    dims = [dim for _, k_dim, v_dim in shapes for dim in (k_dim, v_dim)]
+    sizes = [heads * dim for heads, *own in shapes for dim in own]
+    names = (spec.keys.name, spec.values.name) * layers
     steps = [candidates(name, dim) for name, dim in zip(names, dims, strict=True)]
-    steps *= layers
     levels = [0] * len(weights)
 
     def cost() -> float:

@@ -15,8 +15,8 @@ Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -24,7 +24,7 @@ from ..attention import dequantize
 from ..backends.reference import Reference
 from ..backends.select import Choice
 from ..errors import UnsupportedError
-from ..segments import CompressedTokens
+from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
 from .bit_allocation import BitAllocator, LayerSlot
@@ -47,6 +47,9 @@ class TurboQuantCache(SequenceCache):
     TurboQuantCache(k3v3, empty)
     """
 
+    #: One `BatchTurboQuantCache` with a row per cache, as mlx-lm asks for; set there.
+    merge: ClassVar[Callable[..., Any]]
+
     def __init__(
         self,
         spec: CacheSpec | str | float = "k3v3",
@@ -58,7 +61,7 @@ class TurboQuantCache(SequenceCache):
 
     def _start(self, spec: CacheSpec, slot: LayerSlot | None = None) -> None:
         if slot is None and spec.adaptive:
-            slot = LayerSlot(BitAllocator(spec, 1), 0)
+            slot = LayerSlot(BitAllocator(spec, [None]), 0)
         self._requested_spec, self._slot = spec, slot
         self._clear()
 
@@ -76,7 +79,7 @@ class TurboQuantCache(SequenceCache):
         self._quantizers = LayerQuantizers(spec, self._slot, self._schedule)
         # What attends to the packed tokens, while there are any.
         self._backend: Reference | None = None
-        self._prepared: dict[Any, Any] = {}
+        self._prepared = PreparedSteps()
         # (first, count) of stored tokens that no step may see any more.
         self._hidden = (0, 0)
         self._checked_shapes: tuple[Any, ...] = ()
@@ -128,33 +131,10 @@ class TurboQuantCache(SequenceCache):
         sides = self._quantizers.sides
         if sides is None:
             raise ValueError("no token was stored yet; update_and_fetch comes first")
-        tokens = self._tokens
-        recent, length = tokens.recent.arrays, tokens.recent.length
-        packed, backend = tokens.packed, self._backend
+        # Queries are wanted until they have set the gains.
         observer = None if self._schedule.is_calibrated else self
-        prepared, hidden = self._prepared, self._hidden
-        return (
-            CompressedTokens(
-                sides.keys,
-                tokens.sink.get("keys"),
-                packed.keys if backend else None,
-                recent["keys"],
-                length,
-                hidden,
-                backend,
-                prepared,
-                observer,
-            ),
-            CompressedTokens(
-                sides.values,
-                tokens.sink.get("values"),
-                packed.values if backend else None,
-                recent["values"],
-                length,
-                hidden,
-                backend,
-                prepared,
-            ),
+        return self._tokens.handles(
+            sides, self._hidden, self._backend, self._prepared, observer
         )
 
     def observe_queries(self, q: mx.array, scale: float) -> None:
@@ -179,6 +159,11 @@ class TurboQuantCache(SequenceCache):
             self._pack()
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
+        if keys.shape[:3] != values.shape[:3]:
+            raise UnsupportedError(
+                f"keys {keys.shape} and values {values.shape} are not as many",
+                "pass a value for each key",
+            )
         recent = self._tokens.recent.arrays
         if not recent:
             self._quantizers.build(keys.shape[3], values.shape[3])
@@ -221,11 +206,11 @@ class TurboQuantCache(SequenceCache):
         self._schedule.set_packed(count)
         packed = self._tokens.packed_length
         self._backend = self._quantizers.choice.backend if packed else None
-        self._prepared = {}
+        self._prepared = PreparedSteps()
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens, or all there are; returns how many."""
-        n = min(n, self.offset)
+        n = max(0, min(n, self.offset))
         self.offset -= n
         if self.empty():
             self._clear()
@@ -311,13 +296,6 @@ class TurboQuantCache(SequenceCache):
         cache = cls.__new__(cls)
         cache.state = state
         return cache
-
-    @classmethod
-    def merge(cls, caches: Sequence[TurboQuantCache]) -> Any:
-        """One `BatchTurboQuantCache` with a row per cache."""
-        from .batch import BatchTurboQuantCache
-
-        return BatchTurboQuantCache.merge(caches)
 
     def __repr__(self) -> str:
         if self.empty():

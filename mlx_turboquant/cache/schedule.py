@@ -1,7 +1,8 @@
 """`PackingSchedule`: when tokens become codes. The one place that decides it.
 
-After n tokens, ``page * ((n - sink - window) // page)`` of them are codes, whatever the
-steps they came in. A layer goes through these phases:
+When a step begins after n tokens, ``page * ((n - sink - window) // page)`` of them are
+codes, whatever the steps they came in; a long step makes that true before it ends. A
+layer goes through these phases:
 
     COLLECTING   the first page is not full
     CALIBRATING  it is full; gains wait for the queries of the step that filled it

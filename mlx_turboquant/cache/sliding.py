@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import SpecError
+from ..segments import PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
 from .bit_allocation import LayerSlot
@@ -97,7 +98,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         self._tokens.drop_first_codes(count)
         self._quantizers.drop_first(count)
         self._evicted_pages += count
-        self._prepared = {}
+        self._prepared = PreparedSteps()
 
     def size(self) -> int:
         """Tokens the next step could see, at most ``max_size``."""

@@ -12,9 +12,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..codecs import codec_for
+from ..codecs.base import Side
 from ..codecs.registry import RESEARCH
 from ..errors import FormatError
-from ..quantizer import Side, Sides
+from ..quantizer import Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tokens import TokenArrays
 from ..version import __version__

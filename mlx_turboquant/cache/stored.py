@@ -10,17 +10,19 @@ When tokens move is `schedule`'s, what codes are made with `quantizers`'.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 
-from ..quantizer import Sides
+from ..quantizer import Quantizer, Sides
+from ..segments import CompressedTokens, PreparedSteps, QueryObserver
 from ..tokens import TokenArrays
 from . import state as saved
 
 Arrays = dict[str, mx.array]
 
 #: Tokens that the buffers of codes grow by.
-_PACKED_GROWTH = 128
+PACKED_GROWTH = 128
 
 
 class StoredTokens:
@@ -39,7 +41,7 @@ class StoredTokens:
     def __init__(self, recent_growth: int) -> None:
         self.sink: Arrays = {}
         self.packed = Sides(
-            TokenArrays(growth=_PACKED_GROWTH), TokenArrays(growth=_PACKED_GROWTH)
+            TokenArrays(growth=PACKED_GROWTH), TokenArrays(growth=PACKED_GROWTH)
         )
         self.recent = TokenArrays(growth=recent_growth)
 
@@ -57,6 +59,45 @@ class StoredTokens:
     def length(self) -> int:
         """Tokens of all three segments."""
         return self.sink_length + self.packed_length + self.recent.length
+
+    def handles(
+        self,
+        quantizers: Sides[Quantizer],
+        hidden: tuple[int, int],
+        backend: Any,
+        prepared: PreparedSteps,
+        observer: QueryObserver | None,
+    ) -> tuple[CompressedTokens, CompressedTokens]:
+        """Keys and values as attention should see them; see `CompressedTokens`."""
+        recent, length, sink, packed = (
+            self.recent.arrays,
+            self.recent.length,
+            self.sink,
+            self.packed,
+        )
+        return (
+            CompressedTokens(
+                quantizers.keys,
+                sink.get("keys"),
+                packed.keys if backend else None,
+                recent["keys"],
+                length,
+                hidden,
+                backend,
+                prepared,
+                observer,
+            ),
+            CompressedTokens(
+                quantizers.values,
+                sink.get("values"),
+                packed.values if backend else None,
+                recent["values"],
+                length,
+                hidden,
+                backend,
+                prepared,
+            ),
+        )
 
     def pack(self, codes: Sides[TokenArrays], sink: int) -> None:
         """Put codes in the place of the oldest recent tokens.

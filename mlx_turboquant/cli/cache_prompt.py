@@ -53,9 +53,9 @@ def cache_prompt(
         text = session.render([{"role": "user", "content": text}], is_open=True)
     tokens = session.encode(text, is_rendered=use_template)
     session.check_context(len(tokens))
-    if max_kv_size is None:
-        session.warn_if_tight(len(tokens), spec)
     cache = caches_for(session.network, spec, max_kv_size)
+    if max_kv_size is None:
+        session.warn_if_tight(len(tokens), spec, cache)
     with prefill_progress(len(tokens)) as report:
         for _ in generate_step(
             mx.array(tokens),

@@ -79,7 +79,7 @@ def chat(
         session.template_options,
     )
     if conversation.context is not None and max_kv_size is None:
-        session.warn_if_tight(conversation.context, spec)
+        session.warn_if_tight(conversation.context, spec, conversation.cache)
     console = Console(highlight=False)
     console.print(f"[bold]{session.name}[/]  /help says what else you can type.")
     sampler = session.sampler(

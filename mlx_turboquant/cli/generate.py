@@ -90,7 +90,7 @@ def generate(
         tokens = session.encode(text)
     cache = _make_cache(session, spec, max_kv_size, stored_cache)
     if max_kv_size is None:
-        session.warn_if_tight(len(tokens) + max_tokens, spec)
+        session.warn_if_tight(len(tokens) + max_tokens, spec, cache)
     session.check_context((length_of(cache) or 0) + len(tokens))
     draft, all_caches = None, cache
     if draft_model is not None:

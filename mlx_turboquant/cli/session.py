@@ -127,12 +127,20 @@ class Session:
         """
         loading.check_context(self.network, tokens, **wording)
 
-    def warn_if_tight(self, tokens: int, spec: CacheSpec | None) -> None:
-        """Say so on stderr if the caches of a text will not fit in this machine."""
+    def warn_if_tight(
+        self, tokens: int, spec: CacheSpec | None, caches: list[Any] | None = None
+    ) -> None:
+        """Say so on stderr if the caches of a text will not fit in this machine.
+
+        ``caches`` made for it already know the model's shapes.
+        """
         if not self.is_verbose:
             return
         warning = tight_memory_warning(
-            of_network(self.network), tokens, spec, machine_memory()
+            of_network(self.network, entries=getattr(caches, "entries", None)),
+            tokens,
+            spec,
+            machine_memory(),
         )
         if warning is not None:
             typer.echo(f"warning: {warning}", err=True)

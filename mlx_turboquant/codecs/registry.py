@@ -77,7 +77,11 @@ def register_codec(info: CodecInfo) -> None:
             f"codec name {info.name!r} cannot be written in a spec; use lower-case "
             "letters, digits, dots and dashes"
         )
-    known, home = _infos.get(info.name), info.build.__module__
+    home = info.build.__module__
+    if not home.startswith(f"{__package__}."):
+        # From outside: this package's own names are taken, whoever comes first.
+        _import_modules(__package__)
+    known = _infos.get(info.name)
     if known is not None and known.build.__module__ != home:
         raise SpecError(
             f"codec name {info.name!r} is taken by {known.build.__module__}; "

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .base import Side
 
 Rule = Literal["plain", "norm", "least-squares", "unbiased"]
-#: In the order by which ``metal/encode.metal`` numbers them.
+#: In the order by which ``metal/encode_scalar.metal`` numbers them.
 RULES: tuple[Rule, ...] = ("plain", "norm", "least-squares", "unbiased")
 #: Bits of a stored fp16 number.
 FP16_BITS = 16

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from ..backends import select
 from ..cache import BitAllocator, LayerSlot, RotatingTurboQuantCache, TurboQuantCache
 from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
@@ -139,13 +140,14 @@ def parse_specs(spec: SpecLike) -> CacheSpec | list[CacheSpec]:
 
 
 def specs_per_layer(
-    spec: CacheSpec | list[CacheSpec], count: int
+    spec: CacheSpec | list[CacheSpec], entries: Sequence[CacheEntry]
 ) -> list[tuple[CacheSpec, LayerSlot | None]]:
-    """What each of ``count`` layers stores, and its place where bits are shared out.
+    """What each entry stores, and its place where bits are shared out.
 
     Raises:
         SpecError: if there are more or fewer specs than layers.
     """
+    count = len(entries)
     if isinstance(spec, list):
         if len(spec) != count:
             raise SpecError(
@@ -154,7 +156,7 @@ def specs_per_layer(
         return [(one, None) for one in spec]
     if not spec.adaptive:
         return [(spec, None)] * count
-    allocator = BitAllocator(spec, count)
+    allocator = BitAllocator(spec, [entry.shape for entry in entries])
     return [(spec, LayerSlot(allocator, layer)) for layer in range(count)]
 
 
@@ -187,6 +189,7 @@ def _make_and_warn(
 def _make(
     model: nn.Module, spec: CacheSpec | list[CacheSpec], max_kv_size: int | None
 ) -> PromptCache:
+    select.table()  # a bad MLX_TQ_BACKEND is said now, not when the first page is full
     stock = stock_caches(model)
     entries = probe.entries_of(model, stock)
     if max_kv_size is not None:
@@ -194,15 +197,15 @@ def _make(
         entries = [entry.bounded(max_kv_size, BOUNDED_KEEP) for entry in entries]
     any_spec = spec[0] if isinstance(spec, list) else spec
     entries = [entry.under(any_spec) for entry in entries]
-    count = sum(entry.is_compressed for entry in entries)
-    if not count:
+    chosen = [entry for entry in entries if entry.is_compressed]
+    if not chosen:
         kinds = sorted({f"{entry.kind} ({entry.reason})" for entry in entries})
         raise UnsupportedModelError(
             f"none of the {len(stock)} caches of {_model_type(model)} can be "
             f"compressed: {', '.join(kinds)}",
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
-    records, specs = iter(entries), iter(specs_per_layer(spec, count))
+    records, specs = iter(entries), iter(specs_per_layer(spec, chosen))
 
     def compressed(leaf: Any) -> Any:
         entry = next(records)

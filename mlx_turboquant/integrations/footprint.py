@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from huggingface_hub.errors import (
 from mlx_lm.utils import _get_classes as classes_of
 from mlx_lm.utils import load_config
 
+from ..entries import CacheEntry
 from ..errors import UnsupportedModelError
 from ..memory import Footprint
 from . import probe
@@ -67,7 +69,10 @@ def footprint(model: str) -> Footprint:
 
 
 def of_network(
-    network: nn.Module, weights: int | None = None, active: int | None = None
+    network: nn.Module,
+    weights: int | None = None,
+    active: int | None = None,
+    entries: Sequence[CacheEntry] | None = None,
 ) -> Footprint:
     """Shapes and sizes of a loaded model, or of one without weights.
 
@@ -75,14 +80,16 @@ def of_network(
         network: Any model of mlx-lm's.
         weights: Bytes of all weights, where the parameters in memory would mislead.
         active: Bytes of the weights that one token reads; given with ``weights``.
+        entries: Records of its cache entries, where there are some already.
     """
     if weights is None or active is None:
         weights, active = _weight_bytes(network, {})
-    stock = stock_caches(network)
-    try:
-        entries = probe.entries_of(network, stock)
-    except UnsupportedModelError as error:  # it may still run on mlx-lm's caches
-        entries = probe.uncompressed_entries(network, stock, error.reason)
+    if entries is None:
+        stock = stock_caches(network)
+        try:
+            entries = probe.entries_of(network, stock)
+        except UnsupportedModelError as error:  # it may still run on mlx-lm's caches
+            entries = probe.uncompressed_entries(network, stock, error.reason)
     return Footprint(
         layers=tuple(entry for entry in entries if entry.shape is not None),
         weights=weights,

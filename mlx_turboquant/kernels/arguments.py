@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-#: MLX passes smaller arrays in another address space, which loaders do not take.
-MIN_ELEMENTS = 8
+from ..codecs.kernel_format import MIN_ELEMENTS
 
 
 def struct_text(cls: type[NamedTuple]) -> str:

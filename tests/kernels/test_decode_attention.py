@@ -4,6 +4,8 @@ A kernel decodes levels by polynomials and multiplies in half2, so it differs fr
 definition by a few 1e-3, far below what quantization itself costs (0.18 at 3 bits).
 """
 
+import copy
+
 import mlx.core as mx
 import pytest
 from helpers import relative_error, softmax_attention
@@ -266,3 +268,28 @@ def test_choice_of_backend_is_shown_and_can_be_forced(
         run("k4v4", None, "gpu")
     with pytest.raises(ValueError, match="'cuda' is unknown"):
         run("k4v4", backend, "cuda")
+
+
+def test_copies_and_batches_go_on_by_themselves(launcher, monkeypatch):
+    """A cache that has decoded by kernels is copied, merged and extracted."""
+    monkeypatch.setattr(select, "gpu_backend", lambda: Gpu(launcher, simdgroups=6))
+    monkeypatch.setattr(select, "DEFAULT_ON", (launcher.name,))
+    k, v = (mx.random.normal((1, 2, 310, 64)) for _ in range(2))
+    q = mx.random.normal((1, 4, 310, 64))
+    cache = tq.TurboQuantCache("k4v4")
+
+    def step(cache, at, batch=1):
+        part = (slice(None), slice(None), slice(at, at + 1))
+        new = [mx.repeat(x[part], batch, axis=0) for x in (q, k, v)]
+        return tq.attend(new[0], *cache.update_and_fetch(*new[1:]), 0.125)
+
+    cache.update_and_fetch(k[:, :, :300], v[:, :, :300])
+    step(cache, 300)
+    twin = copy.deepcopy(cache)
+    step(twin, 305)  # another token: the original must not see it
+    batch = tq.TurboQuantCache.merge([cache, cache])
+    got = step(batch, 301, batch=2)
+    want = step(cache, 301)
+    assert relative_error(got[1:], want) < 1e-6
+    alone = batch.extract(1)
+    assert relative_error(step(alone, 302), step(cache, 302)) < 1e-6

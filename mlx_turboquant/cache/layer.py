@@ -215,6 +215,8 @@ class TurboQuantCache(SequenceCache):
         if self.empty():
             self._clear()
             return n
+        # Codes go token by token: those of a cut page keep the page's mean, so what is
+        # appended again fits them up to the codes' own error, not bit for bit.
         tokens, before = self._tokens, self._tokens.packed_length
         tokens.drop_last(n)
         if tokens.packed_length < before:

@@ -58,7 +58,7 @@ _READ_COST = 4.5
 
 @dataclass(frozen=True, eq=False)
 class TrellisCodec(TableCodec):
-    """See the module's docstring.
+    """A level is looked up by 8 bits of a stream, found by a tail-biting search.
 
     Args:
         scale_rule: Which scale to store.

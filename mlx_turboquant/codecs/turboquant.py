@@ -52,7 +52,7 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TurboQuant(ScalarCodec):
-    """See the module's docstring.
+    """TurboQuant-mse: the nearest level of each rotated coordinate, and one scale.
 
     Args:
         codebook: Its levels, Lloyd-Max's or within 0.4% of their error.

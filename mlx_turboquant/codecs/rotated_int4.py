@@ -28,7 +28,7 @@ _READ_COST = 1.6
 
 @dataclass(frozen=True, eq=False)
 class RotatedInt4(ScalarCodec):
-    """4-bit integers of rotated vectors, in steps of 2 / 15 of the largest coordinate."""
+    """4-bit integers, in steps of 2 / 15 of a vector's largest coordinate."""
 
     def encode(self, x_rot: mx.array) -> TokenArrays:
         """Vectors (B, H, T, dim) to words (B, H, T, W) uint32, steps fp16."""

@@ -10,14 +10,17 @@
 #include "query_rows.h"
 #include "tiles.h"
 
+// Weights times values' scales over `value_scale` are at most 1 and times WEIGHT_UNIT at most
+// the half 32768. Without it halves would be subnormal from 2^-14 of the largest weight down,
+// which a long tail together matters at, and matrix products may take those for zero.
+constant constexpr float WEIGHT_UNIT = 32768.0f;
+
 // The running softmax of a lane's two rows over the tokens so far.
 struct RowState {
   float maximum[2];
   float denominator[2];
-  // A running upper bound of the values' scales: weights times scales over it are at most 1,
-  // so they can be halves.
-  float value_scale;
-  float inverse_value_scale;
+  float value_scale;  // a running upper bound of the values' scales
+  float weight_factor;  // WEIGHT_UNIT over it
 };
 
 TQ_FUNC RowState make_row_state() {
@@ -28,7 +31,7 @@ TQ_FUNC RowState make_row_state() {
     state.denominator[e] = 0.0f;
   }
   state.value_scale = 0.0f;
-  state.inverse_value_scale = 0.0f;
+  state.weight_factor = 0.0f;
   return state;
 }
 
@@ -46,7 +49,7 @@ TQ_FUNC void raise_bounds(
   if (tile_scale > state.value_scale) {
     scale_ratio = state.value_scale / next_scale;
     state.value_scale = next_scale;
-    state.inverse_value_scale = 1.0f / next_scale;
+    state.weight_factor = WEIGHT_UNIT / next_scale;
   }
   TQ_UNROLL
   for (int e = 0; e < 2; e++) {
@@ -97,13 +100,13 @@ TQ_FUNC void attend_split(
     uint group = tq_minor(lane) * K_LANE_GROUPS + i;
     if (K_LANE_GROUPS * 4 != K_GROUPS) group = tq_min(group, K_GROUPS - 1u);
     k_cursors[i] = K::make_cursor(k_words, k_scales, group, K_GROUPS);
-    K::advance(k_cursors[i], size_t(first_token) + tq_major(lane));
+    K::advance(k_cursors[i], first_token + int(tq_major(lane)));
   }
   TQ_UNROLL
   for (int i = 0; i < V_LANE_GROUPS; i++) {
     uint group = tq_min(tq_major(lane) + 8 * i, V_GROUPS - 1u);
     v_cursors[i] = V::make_cursor(v_words, v_scales, group, V_GROUPS);
-    V::advance(v_cursors[i], size_t(first_token) + 2 * tq_minor(lane));
+    V::advance(v_cursors[i], first_token + 2 * int(tq_minor(lane)));
   }
   k_scales += (first_token + tq_major(lane)) * K::SCALES;
   v_scales += (first_token + tq_major(lane)) * V::SCALES;
@@ -111,6 +114,12 @@ TQ_FUNC void attend_split(
   RowState state = make_row_state();
   float sums[SUMS];
   float mean_logit[2] = {0.0f, 0.0f};
+  // The next page's mean, the tiles of that page that are another split's, and on which tile
+  // from here that page begins: counted down, as divisions take long.
+  const device half* mean = means + (CENTER ? first_token / args.page * DK : 0);
+  int tiles_of_others = CENTER ? first_token % args.page / TILE_TOKENS : 0;
+  int next_page = 1;
+  float inverse_k_gain = 1.0f / k_gain;
   TQ_UNROLL
   for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
 
@@ -120,9 +129,11 @@ TQ_FUNC void attend_split(
     float tile_maximum[2] = {-1e30f, -1e30f};
     float tile_scale = 0.0f;
     typename V::Codes v_codes[V_LANE_GROUPS * (TILE_TOKENS / 4)];
-    if (CENTER && (tile == first_token || tile % args.page == 0)) {
-      const device half* mean = means + size_t(tile / args.page) * DK;
-      mean_logits<DK>(queries, mean, 1.0f / k_gain, lane, mean_logit);
+    if (CENTER && --next_page == 0) {
+      mean_logits<DK>(queries, mean, inverse_k_gain, lane, mean_logit);
+      mean += DK;
+      next_page = args.page / TILE_TOKENS - tiles_of_others;
+      tiles_of_others = 0;
     }
     tile_logits<K, DK>(query, k_params, k_cursors, logits);
     load_values<V, DV>(v_cursors, v_codes);  // in flight during the softmax
@@ -156,7 +167,7 @@ TQ_FUNC void attend_split(
     for (int j = 0; j < TILE_TOKENS / 8; j++) {
       float first = tq_exp2(logits[2 * j] - state.maximum[0]);
       float second = tq_exp2(logits[2 * j + 1] - state.maximum[1]);
-      float scale = scales[j] * state.inverse_value_scale;
+      float scale = scales[j] * state.weight_factor;
       state.denominator[0] += first;
       state.denominator[1] += second;
       weights[j] = tq_weights(tq_half2(first * scale, second * scale));
@@ -176,7 +187,7 @@ TQ_FUNC void attend_split(
     state.denominator[0] += simd_shuffle_xor(state.denominator[0], stride);
     state.denominator[1] += simd_shuffle_xor(state.denominator[1], stride);
   }
-  float sum_scale = state.value_scale * v_gain;
+  float sum_scale = state.value_scale * v_gain * (1.0f / WEIGHT_UNIT);
   TQ_UNROLL
   for (int e = 0; e < 2; e++) {
     int row = first_row + int(2 * tq_minor(lane)) + e;

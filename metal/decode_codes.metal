@@ -78,7 +78,8 @@ TQ_FUNC void decode_group(
     const device uint* words, const device half* scales, const device float* params,
     uint group, device T* out) {
   typedef Format<KIND, DIM, BITS, TERMS, true> F;
-  typename F::Cursor cursor = F::make_cursor(words, scales, group, (DIM + 15) / 16);
+  PackedTokens tokens = make_packed_tokens(words, scales);
+  typename F::Cursor cursor = F::make_cursor(tokens, group, (DIM + 15) / 16);
   float scale = float(scales[0]);
   typename F::Codes codes = F::load(cursor, 0);
   TQ_UNROLL

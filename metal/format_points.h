@@ -68,10 +68,10 @@ struct Format<ANGLES, DIM, BITS, TERMS, SINGLE_TABLE>
     return make_point_table(table);
   }
   static TQ_FUNC Cursor make_cursor(
-      const device uint* words, const device half* scales, uint group, uint groups) {
+      const thread PackedTokens& tokens, uint group, uint groups) {
     Cursor cursor;
-    cursor.angles = Stream::make_cursor(words, scales, group, groups);
-    cursor.scales = scales;
+    cursor.angles = Stream::make_cursor(tokens, group, groups);
+    cursor.scales = tokens.scales;
     cursor.norms = int(Stream::CIRCLE_WORDS) + int(group) * int(GROUP_NORM_WORDS);
     cursor.norm_range = 1;
     return cursor;

@@ -16,8 +16,8 @@ struct Format<POLYNOMIAL, DIM, BITS, TERMS, SINGLE_TABLE> {
     return make_polynomial<TERMS>(params);
   }
   static TQ_FUNC Cursor make_cursor(
-      const device uint* words, const device half*, uint group, uint groups) {
-    return make_group_cursor<BITS>(words, group, groups);
+      const thread PackedTokens& tokens, uint group, uint groups) {
+    return make_group_cursor<BITS>(tokens.words, group, groups);
   }
   static TQ_FUNC void advance(thread Cursor& cursor, int tokens) {
     cursor.own += tokens * int(WORDS);

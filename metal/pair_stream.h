@@ -38,11 +38,10 @@ struct PairStream {
     uint span[SPAN_WORDS];
   };
 
-  static TQ_FUNC Cursor make_cursor(
-      const device uint* words, const device half*, uint group, uint) {
+  static TQ_FUNC Cursor make_cursor(const thread PackedTokens& tokens, uint group, uint) {
     Cursor cursor;
     uint first_bit = 8u * BITS * group;
-    cursor.words = words;
+    cursor.words = tokens.words;
     cursor.first_word = int(first_bit / 32u);
     cursor.last_word = cursor.first_word + int(LOAD_WORDS) - 1;
     if (cursor.last_word >= int(CIRCLE_WORDS)) cursor.last_word -= int(CIRCLE_WORDS);

@@ -3,10 +3,17 @@
 
 #include "hadamard.h"
 #include "compat/fragments.h"
+#include "merge_simdgroups.h"
 #include "arguments.h"
 
 // Query rows that are attended at once: the rows of a fragment.
 constant constexpr int TILE_ROWS = 8;
+
+// Threadgroup memory of pass 1, in floats: for queries, and for what is exchanged after them.
+constexpr int tq_split_floats(int dim, int simdgroups) {
+  return tq_exchange_floats(simdgroups) > TILE_ROWS / 2 * dim ? tq_exchange_floats(simdgroups)
+                                                              : TILE_ROWS / 2 * dim;
+}
 
 // Rows of `queries` (threadgroup, TILE_ROWS x DK): queries in the codes' basis times
 // `factor`, as halves; signs are times the channels' gains. Rows past the last are zero and

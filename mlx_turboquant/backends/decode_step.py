@@ -1,9 +1,9 @@
 """`DecodeStep`: the two launches of a layer's decode attention, prepared per page.
 
-    DECODE_SPLIT_KV   attends to the packed tokens in splits: partial outputs and
-                      log-sum-exp states of each
-    MERGE_STATES      takes them out of the codes' basis, adds sink and recent tokens,
-                      learned sink logits, and normalises
+    DECODE_SPLIT_KV   attends to the tokens in splits, to sink and recent ones in the
+                      model's basis: partial outputs and log-sum-exp states of each
+    MERGE_STATES      takes those of packed tokens out of the codes' basis, adds learned
+                      sink logits, and normalises
 
 Between two pages only q, the buffers of recent tokens and their length change. All else
 is in here: templates, grids, constant buffers, the packed codes.
@@ -56,14 +56,18 @@ class DecodeStep:
 
         tiles = -(-packed // TILE)
         row_tiles = specialize.row_tiles(rows)
-        splits = max(1, simdgroups // (batch * kv_heads * row_tiles))
-        tokens_per_split = -(-tiles // min(tiles, splits)) * TILE
+        splits = simdgroups // (batch * kv_heads * row_tiles * SPLIT_SIMDGROUPS)
+        # A split's tokens: whole tiles for each simdgroup of its threadgroup.
+        share = TILE * SPLIT_SIMDGROUPS
+        tokens_per_split = -(-packed // (share * max(1, splits))) * share
         splits = -(-packed // tokens_per_split)
+        plain_splits = -(-(keys.sink_length + keys.recent.shape[2]) // share)
         means = k_quantizer.means
         arguments = AttendArguments(
             packed=packed,
             splits=splits,
             tokens_per_split=tokens_per_split,
+            plain_splits=plain_splits,
             kv_heads=kv_heads,
             rows=rows,
             steps=steps,
@@ -78,7 +82,7 @@ class DecodeStep:
             arguments, keys.recent.shape[2], masked
         )
 
-        partials = batch * query_heads * steps * splits
+        partials = batch * query_heads * steps * (plain_splits + splits)
         threads = 32 * SPLIT_SIMDGROUPS
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
@@ -87,7 +91,7 @@ class DecodeStep:
             split_kv_kernel(*(form.kind for form in formats)),
             specialize.split_template(k_quantizer, v_quantizer, dtype, rows, masked),
             grid=(
-                threads * -(-splits // SPLIT_SIMDGROUPS),
+                threads * (plain_splits + splits),
                 kv_heads * row_tiles,
                 batch,
             ),
@@ -99,9 +103,7 @@ class DecodeStep:
         threads = 32 * MERGE_SIMDGROUPS
         self._merge = Launch(
             MERGE_STATES,
-            specialize.merge_template(
-                k_quantizer, v_quantizer, dtype, masked, call.sink_logits is not None
-            ),
+            specialize.merge_template(v_quantizer, dtype, call.sink_logits is not None),
             grid=(threads, batch * query_heads * steps, 1),
             threadgroup=(threads, 1, 1),
             output_shapes=[(batch, query_heads, steps, v_dim)],
@@ -112,16 +114,14 @@ class DecodeStep:
             *_whole_tiles(packed_of(values), tiles),
         ]
         rows_of_means = None if means is None else means.rows
-        q_scales = specialize.query_scales(k_quantizer, call.scale)
         heads = batch * kv_heads
         self._split_constants = [
             placeholder(mx.float16) if rows_of_means is None else rows_of_means,
             *(form.params for form in formats),
             specialize.query_signs(k_quantizer.transform, heads),
-            q_scales[0],
+            specialize.query_scales(k_quantizer, call.scale),
         ]
         self._v_signs = specialize.query_signs(v_quantizer.transform, heads)
-        self._merge_scale = q_scales[1]
         self._sink_tokens = (
             _sink_in_basis(keys, self._kernel_rotates_q),
             _sink_in_basis(values, self._kernel_rotates_out),
@@ -148,26 +148,22 @@ class DecodeStep:
             self._launcher,
             self._arguments_by_length[keys.recent_length],
         )
-        partial = launch(
-            self._split, [q, *self._codes, mask, *self._split_constants, arguments]
-        )
         sink_keys, sink_values = self._sink_tokens
-        (out,) = launch(
-            self._merge,
+        partial = launch(
+            self._split,
             [
                 q,
-                *partial,
+                *self._codes,
                 recent_keys if sink_keys is None else sink_keys,
                 recent_values if sink_values is None else sink_values,
                 recent_keys,
                 recent_values,
                 mask,
-                sink_logits,
-                self._v_signs,
-                self._merge_scale,
+                *self._split_constants,
                 arguments,
             ],
         )
+        (out,) = launch(self._merge, [*partial, sink_logits, self._v_signs, arguments])
         if not self._kernel_rotates_out:
             out = values.quantizer.transform.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
@@ -191,7 +187,7 @@ def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
 
 
 def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:
-    """The sink as MERGE_STATES takes it; contiguous, as caches keep it."""
+    """The sink as DECODE_SPLIT_KV takes it; contiguous, as caches keep it."""
     if side.sink is None or rotates:
         return side.sink
     return _in_basis(side, side.sink)

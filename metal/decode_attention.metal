@@ -11,6 +11,7 @@
 #include "formats.h"
 #include "format_plain.h"
 #include "merge_simdgroups.h"
+#include "page_means.h"
 #include "query_rows.h"
 #include "token_runs.h"
 #include "tiles.h"
@@ -111,11 +112,8 @@ TQ_FUNC void attend_tokens(
 
   state = make_row_state();
   float mean_logit[2] = {0.0f, 0.0f};
-  // The next page's mean, the tiles of that page that are another run's, and on which tile
-  // from here that page begins: counted down, as divisions take long.
-  const device half* mean = means + (CENTER ? run.first / args.page * DK : 0);
-  int tiles_of_others = CENTER ? run.first % args.page / TILE_TOKENS : 0;
-  int next_page = 1;
+  PageCursor pages;
+  if (CENTER) pages = make_page_cursor(run.first, args);
   float inverse_k_gain = 1.0f / k_gain;
   TQ_UNROLL
   for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
@@ -126,11 +124,9 @@ TQ_FUNC void attend_tokens(
     float tile_maximum[2] = {-1e30f, -1e30f};
     float tile_scale = 0.0f;
     typename V::Codes v_codes[AHEAD > 0 ? AHEAD : 1];
-    if (CENTER && --next_page == 0) {
-      mean_logits<DK>(queries, mean, inverse_k_gain, lane, mean_logit);
-      mean += DK;
-      next_page = args.page / TILE_TOKENS - tiles_of_others;
-      tiles_of_others = 0;
+    if (CENTER) {
+      next_tile<DK>(
+          pages, query, means, inverse_k_gain, args, lane, mean_logit, tile == run.first);
     }
     tile_logits<K, DK, TILE_TOKENS>(query, k_params, k_cursors, logits);
     load_values<V, DV>(v_cursors, v_codes);  // in flight during the softmax

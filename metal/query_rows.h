@@ -57,29 +57,3 @@ TQ_FUNC void load_query_fragments(
     }
   }
 }
-
-// Logits of a page's mean for a lane's two rows; `inverse_factor` undoes the queries'.
-template <int DK>
-TQ_FUNC void mean_logits(
-    const threadgroup half* queries, const device half* mean, float inverse_factor, uint lane,
-    thread float* logits) {
-  logits[0] = logits[1] = 0.0f;
-  TQ_UNROLL
-  for (int i = 0; i < (DK + 7) / 8; i++) {
-    int d = int(tq_major(lane)) + 8 * i;
-    if (d >= DK) continue;
-    float m = float(mean[d]);
-    TQ_UNROLL
-    for (int e = 0; e < 2; e++) {
-      logits[e] += m * float(queries[(2 * int(tq_minor(lane)) + e) * DK + d]);
-    }
-  }
-  TQ_UNROLL
-  for (int i = 0; i < 3; i++) {
-    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
-    logits[0] += simd_shuffle_xor(logits[0], stride);
-    logits[1] += simd_shuffle_xor(logits[1], stride);
-  }
-  logits[0] *= inverse_factor;
-  logits[1] *= inverse_factor;
-}

@@ -16,10 +16,13 @@
 #include "token_runs.h"
 #include "tiles.h"
 
-// Weights times values' scales over `value_scale` are at most 1 and times WEIGHT_UNIT at most
-// the half 32768. Without it halves would be subnormal from 2^-14 of the largest weight down,
-// which a long tail together matters at, and matrix products may take those for zero.
-constant constexpr float WEIGHT_UNIT = 32768.0f;
+// Logits may exceed the running maximum by MAX_LAG: then hardly any tile raises it. So weights
+// are at most 2^MAX_LAG, those times values' scales over `value_scale` too, and times
+// WEIGHT_UNIT at most the half 32768. Without the unit halves would be subnormal from 2^-14 of
+// the largest weight down, which a long tail together matters at, and matrix products may take
+// those for zero.
+constant constexpr float MAX_LAG = 4.0f;
+constant constexpr float WEIGHT_UNIT = 2048.0f;
 
 // The running softmax of a lane's two rows over the tokens so far.
 struct RowState {
@@ -41,14 +44,22 @@ TQ_FUNC RowState make_row_state() {
   return state;
 }
 
-// Raise the bounds to a tile's, the same on every lane of a row; what was summed so far
-// shrinks to the new ones. sums: SUMS, of the two rows in turns.
+// Where some lane's part of a tile exceeds the bounds, raise them to the tile's, on all lanes
+// of a row alike; what was summed so far shrinks to the new ones. sums: SUMS, of the two rows
+// in turns.
 template <int SUMS>
 TQ_FUNC void raise_bounds(
-    thread RowState& state, const thread float* tile_maximum, float tile_scale,
-    thread float* sums) {
-  bool is_higher = tile_maximum[0] > state.maximum[0] || tile_maximum[1] > state.maximum[1];
-  if (!simd_any(is_higher || tile_scale > state.value_scale)) return;
+    thread RowState& state, thread float* tile_maximum, float tile_scale, thread float* sums) {
+  bool exceeds = tile_maximum[0] > state.maximum[0] + MAX_LAG ||
+                 tile_maximum[1] > state.maximum[1] + MAX_LAG;
+  if (!simd_any(exceeds || tile_scale > state.value_scale)) return;
+  TQ_UNROLL
+  for (int i = 0; i < 3; i++) {
+    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
+    tile_scale = tq_max(tile_scale, simd_shuffle_xor(tile_scale, stride));
+    tile_maximum[0] = tq_max(tile_maximum[0], simd_shuffle_xor(tile_maximum[0], stride));
+    tile_maximum[1] = tq_max(tile_maximum[1], simd_shuffle_xor(tile_maximum[1], stride));
+  }
   float shrink[2];
   float next_scale = tq_max(2.0f * tile_scale, 1e-30f);
   float scale_ratio = 1.0f;
@@ -147,13 +158,6 @@ TQ_FUNC void attend_tokens(
         if (token >= run.row_ends[e]) logits[2 * j + e] = -3e38f;
         tile_maximum[e] = tq_max(tile_maximum[e], logits[2 * j + e]);
       }
-    }
-    TQ_UNROLL
-    for (int i = 0; i < 3; i++) {
-      ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
-      tile_scale = tq_max(tile_scale, simd_shuffle_xor(tile_scale, stride));
-      tile_maximum[0] = tq_max(tile_maximum[0], simd_shuffle_xor(tile_maximum[0], stride));
-      tile_maximum[1] = tq_max(tile_maximum[1], simd_shuffle_xor(tile_maximum[1], stride));
     }
     raise_bounds<SUMS>(state, tile_maximum, tile_scale, sums);
     half2 weights[TILE_TOKENS / 8];

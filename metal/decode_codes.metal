@@ -78,7 +78,8 @@ TQ_FUNC void decode_group(
     const device uint* words, const device half* scales, const device float* params,
     uint group, device T* out) {
   typedef Format<KIND, DIM, BITS, TERMS, true> F;
-  typename F::Cursor cursor = F::make_cursor(words, scales, group, (DIM + 15) / 16);
+  PackedTokens tokens = make_packed_tokens(words, scales);
+  typename F::Cursor cursor = F::make_cursor(tokens, group, (DIM + 15) / 16);
   float scale = float(scales[0]);
   typename F::Codes codes = F::load(cursor, 0);
   TQ_UNROLL
@@ -94,17 +95,18 @@ TQ_FUNC void decode_group(
 // Threads: one to a group of every vector, in the order (batch, head, token, group).
 TQ_ENTRY(decode_codes) {
   DecodeArguments args = load_arguments(arguments);
-  size_t groups = (DIM + 15) / 16;
-  size_t index = size_t(threadgroup_position_in_grid.x) * THREADS + thread_index_in_threadgroup;
-  size_t tokens = args.tokens;
-  size_t heads = args.kv_heads;
-  size_t vector = index / groups;
-  if (vector >= args.batch * heads * tokens) return;
-  size_t token = vector % tokens;
-  size_t head = vector / tokens % heads;
-  size_t batch = vector / tokens / heads;
+  constexpr uint GROUPS = (DIM + 15) / 16;
+  // 32 bits are enough to count threads, and GPUs divide them much faster than 64.
+  uint index = threadgroup_position_in_grid.x * uint(THREADS) + thread_index_in_threadgroup;
+  uint tokens = uint(args.tokens);
+  uint vector = index / GROUPS;
+  uint all_heads = vector / tokens;
+  size_t token = vector - all_heads * tokens;
+  size_t batch = all_heads / uint(args.kv_heads);
+  size_t head = all_heads % uint(args.kv_heads);
+  if (batch >= size_t(args.batch)) return;
   decode_group<KIND, T, DIM, BITS, TERMS>(
       words + batch * words_strides[0] + head * words_strides[1] + token * words_strides[2],
       scales + batch * scales_strides[0] + head * scales_strides[1] + token * scales_strides[2],
-      params, uint(index % groups), out + vector * DIM);
+      params, index % GROUPS, out + size_t(vector) * DIM);
 }

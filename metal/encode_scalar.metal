@@ -131,19 +131,22 @@ TQ_ENTRY(encode_scalar) {
     if (i + 1u < level_count) boundaries[i] = table[level_count + i];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  size_t tokens = args.tokens;
-  size_t heads = args.kv_heads;
-  size_t vectors = args.batch * heads * tokens;
-  size_t vector = size_t(threadgroup_position_in_grid.x) * SIMDGROUPS + simdgroup;
-  bool is_vector = vector < vectors;
-  if (!is_vector) vector = vectors - 1;
-  size_t token = vector % tokens;
-  size_t head = vector / tokens % heads;
-  size_t batch = vector / tokens / heads;
-  size_t page = (args.first + token) / args.page;
+  // 32 bits are enough to count vectors, and GPUs divide them much faster than 64.
+  uint tokens = uint(args.tokens);
+  uint heads = uint(args.kv_heads);
+  uint vectors = uint(args.batch) * heads * tokens;
+  uint index = threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup;
+  bool is_vector = index < vectors;
+  if (!is_vector) index = vectors - 1u;
+  uint all_heads = index / tokens;
+  size_t vector = index;
+  size_t token = index - all_heads * tokens;
+  size_t batch = all_heads / heads;
+  size_t head = all_heads % heads;
+  size_t page = uint(args.first + int(token)) / uint(args.page);
   encode_vector<T, DIM, BITS, GAINS, ROTATE, CENTER, RULE>(
       x + batch * x_strides[0] + head * x_strides[1] + token * x_strides[2],
-      signs + (batch * heads + head) * (ROTATE ? DIM : 0),
+      signs + size_t(all_heads) * (ROTATE ? DIM : 0),
       means + (CENTER ? batch * means_strides[0] + head * means_strides[1]
                             + page * means_strides[2]
                       : 0),

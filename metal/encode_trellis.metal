@@ -136,30 +136,33 @@ TQ_ENTRY(encode_trellis) {
   EncodeArguments args = load_arguments(arguments);
   uint lane = thread_index_in_simdgroup;
   uint simdgroup = simdgroup_index_in_threadgroup;
-  size_t tokens = args.tokens;
-  size_t heads = args.kv_heads;
-  size_t vectors = args.batch * heads * tokens;
-  size_t first = threadgroup_position_in_grid.x * size_t(SIMDGROUPS) + simdgroup;
-  first *= VECTORS;
-  if (first >= vectors) return;
-  size_t vector_count = vectors - first < VECTORS ? vectors - first : VECTORS;
+  // 32 bits are enough to count vectors, and GPUs divide them much faster than 64.
+  uint tokens = uint(args.tokens);
+  uint heads = uint(args.kv_heads);
+  uint vectors = uint(args.batch) * heads * tokens;
+  uint first_vector =
+      (threadgroup_position_in_grid.x * uint(SIMDGROUPS) + simdgroup) * uint(VECTORS);
+  if (first_vector >= vectors) return;
+  size_t first = first_vector;
+  int vector_count = int(tq_min(vectors - first_vector, uint(VECTORS)));
   size_t x_offsets[VECTORS];
   size_t sign_offsets[VECTORS];
   size_t mean_offsets[VECTORS];
   for (int v = 0; v < VECTORS; v++) {
-    size_t vector = first + (size_t(v) < vector_count ? v : 0);
-    size_t token = vector % tokens;
-    size_t head = vector / tokens % heads;
-    size_t batch = vector / tokens / heads;
-    size_t page = (args.first + token) / args.page;
+    uint vector = first_vector + uint(v < vector_count ? v : 0);
+    uint all_heads = vector / tokens;
+    size_t token = vector - all_heads * tokens;
+    size_t batch = all_heads / heads;
+    size_t head = all_heads % heads;
+    size_t page = uint(args.first + int(token)) / uint(args.page);
     x_offsets[v] = batch * x_strides[0] + head * x_strides[1] + token * x_strides[2];
-    sign_offsets[v] = ROTATE ? (batch * heads + head) * DIM : 0;
+    sign_offsets[v] = ROTATE ? size_t(all_heads) * DIM : 0;
     mean_offsets[v] = CENTER ? batch * means_strides[0] + head * means_strides[1]
                                    + page * means_strides[2]
                              : 0;
   }
   encode_vectors<T, DIM, COUNT, EVEN, ODD, VECTORS, ROTATE, CENTER, RULE>(
-      x, signs, means, x_offsets, sign_offsets, mean_offsets, int(vector_count), table,
+      x, signs, means, x_offsets, sign_offsets, mean_offsets, vector_count, table,
       steps + COUNT * VECTORS * simdgroup, costs + 2 * MAX_STATES * simdgroup,
       survivors + 4 * COUNT * VECTORS * simdgroup,
       words + first * (COUNT * (EVEN + ODD) / 64), scales + first, lane);

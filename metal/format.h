@@ -14,7 +14,7 @@
 //
 //   WORDS, SCALES, LOAD_WORDS        words and scales of a vector, words that a load reads
 //   DecodeParams make_params(..)     what its levels are computed or looked up with
-//   Cursor make_cursor(..)           where a group lies in the vector at hand
+//   Cursor make_cursor(tokens, ..)   where a group lies in the vector at hand
 //   advance(cursor, tokens)          to the same group of a later vector
 //   Codes load(cursor, tokens)       the codes of that group, `tokens` vectors on
 //   half2 decode_pair(params, codes, p)                 pair p of one token
@@ -33,6 +33,23 @@ constant constexpr int ANGLES = 3;
 // SINGLE_TABLE: whether no other side's table is in threadgroup memory beside this one's.
 template <int KIND, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
 struct Format;
+
+// The packed tokens of one KV head: WORDS words and SCALES scales each.
+struct PackedTokens {
+  const device uint* words;
+  const device half* scales;
+};
+TQ_FUNC PackedTokens make_packed_tokens(const device uint* words, const device half* scales) {
+  PackedTokens tokens;
+  tokens.words = words;
+  tokens.scales = scales;
+  return tokens;
+}
+// What a token's decoded vector is to be multiplied with, apart from the gain.
+template <typename F>
+TQ_FUNC float token_scale(const thread PackedTokens& tokens, int token) {
+  return float(tokens.scales[token * int(F::SCALES)]);
+}
 
 // A trellis has its 128 magnitudes once per lane (or, of two tables, per two lanes): lanes
 // then never wait for each other's banks.

@@ -51,8 +51,9 @@ struct Format<ANGLES, DIM, BITS, TERMS, SINGLE_TABLE>
   enum { SCALES = 2, GROUP_NORM_WORDS = TERMS / 4, WORDS = Stream::WORDS };
   struct Cursor {
     typename Stream::Cursor angles;
-    const device uint* norms;
-    const device half* norm_range;
+    const device half* scales;
+    int norms;
+    int norm_range;
   };
   struct Codes {
     typename Stream::Codes angles;
@@ -67,16 +68,17 @@ struct Format<ANGLES, DIM, BITS, TERMS, SINGLE_TABLE>
     return make_point_table(table);
   }
   static TQ_FUNC Cursor make_cursor(
-      const device uint* words, const device half* scales, uint group, uint groups) {
+      const thread PackedTokens& tokens, uint group, uint groups) {
     Cursor cursor;
-    cursor.angles = Stream::make_cursor(words, scales, group, groups);
-    cursor.norms = words + int(Stream::CIRCLE_WORDS) + group * uint(GROUP_NORM_WORDS);
-    cursor.norm_range = scales + 1;
+    cursor.angles = Stream::make_cursor(tokens, group, groups);
+    cursor.scales = tokens.scales;
+    cursor.norms = int(Stream::CIRCLE_WORDS) + int(group) * int(GROUP_NORM_WORDS);
+    cursor.norm_range = 1;
     return cursor;
   }
-  static TQ_FUNC void advance(thread Cursor& cursor, size_t tokens) {
+  static TQ_FUNC void advance(thread Cursor& cursor, int tokens) {
     Stream::advance(cursor.angles, tokens);
-    cursor.norms += tokens * WORDS;
+    cursor.norms += tokens * int(WORDS);
     cursor.norm_range += 2 * tokens;
   }
   static TQ_FUNC Codes load(const thread Cursor& cursor, int tokens) {
@@ -84,9 +86,9 @@ struct Format<ANGLES, DIM, BITS, TERMS, SINGLE_TABLE>
     codes.angles = Stream::load(cursor.angles, tokens);
     TQ_UNROLL
     for (int i = 0; i < GROUP_NORM_WORDS; i++) {
-      codes.norms[i] = cursor.norms[tokens * int(WORDS) + i];
+      codes.norms[i] = cursor.angles.words[cursor.norms + tokens * int(WORDS) + i];
     }
-    codes.norm_range = float(cursor.norm_range[2 * tokens]);
+    codes.norm_range = float(cursor.scales[cursor.norm_range + 2 * tokens]);
     return codes;
   }
   // Pair p's norm over the vector's largest.

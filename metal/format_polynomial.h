@@ -16,12 +16,12 @@ struct Format<POLYNOMIAL, DIM, BITS, TERMS, SINGLE_TABLE> {
     return make_polynomial<TERMS>(params);
   }
   static TQ_FUNC Cursor make_cursor(
-      const device uint* words, const device half*, uint group, uint groups) {
-    return make_group_cursor<BITS>(words, group, groups);
+      const thread PackedTokens& tokens, uint group, uint groups) {
+    return make_group_cursor<BITS>(tokens.words, group, groups);
   }
-  static TQ_FUNC void advance(thread Cursor& cursor, size_t tokens) {
-    cursor.own += tokens * WORDS;
-    cursor.shared_word += tokens * WORDS;
+  static TQ_FUNC void advance(thread Cursor& cursor, int tokens) {
+    cursor.own += tokens * int(WORDS);
+    cursor.shared_word += tokens * int(WORDS);
   }
   static TQ_FUNC Codes load(const thread Cursor& cursor, int tokens) {
     return load_group<BITS>(cursor, tokens * int(WORDS));

@@ -12,9 +12,10 @@
 #include "format.h"
 
 struct StreamCursor {
-  const device uint* words;      // from the first that the group has bits in
-  const device uint* last_word;  // that it reads; past the circle's end it is at its front
-  uint shift;                    // of the group's bits in the first word
+  const device uint* words;  // the same for all lanes
+  int first_word;            // that the group has bits in
+  int last_word;             // that it reads; past the circle's end it is at its front
+  uint shift;                // of the group's bits in the first word
 };
 
 // FILL_PAIRS: vectors are filled up to a multiple of it. NORM_WORDS: words of a vector
@@ -37,26 +38,28 @@ struct PairStream {
     uint span[SPAN_WORDS];
   };
 
-  static TQ_FUNC Cursor make_cursor(
-      const device uint* words, const device half*, uint group, uint) {
+  static TQ_FUNC Cursor make_cursor(const thread PackedTokens& tokens, uint group, uint) {
     Cursor cursor;
     uint first_bit = 8u * BITS * group;
-    uint last = first_bit / 32u + uint(LOAD_WORDS - 1);
-    cursor.words = words + first_bit / 32u;
-    cursor.last_word = words + (last < uint(CIRCLE_WORDS) ? last : last - uint(CIRCLE_WORDS));
+    cursor.words = tokens.words;
+    cursor.first_word = int(first_bit / 32u);
+    cursor.last_word = cursor.first_word + int(LOAD_WORDS) - 1;
+    if (cursor.last_word >= int(CIRCLE_WORDS)) cursor.last_word -= int(CIRCLE_WORDS);
     cursor.shift = first_bit % 32u;
     return cursor;
   }
-  static TQ_FUNC void advance(thread Cursor& cursor, size_t tokens) {
-    cursor.words += tokens * WORDS;
-    cursor.last_word += tokens * WORDS;
+  static TQ_FUNC void advance(thread Cursor& cursor, int tokens) {
+    cursor.first_word += tokens * int(WORDS);
+    cursor.last_word += tokens * int(WORDS);
   }
   static TQ_FUNC Codes load(const thread Cursor& cursor, int tokens) {
     int offset = tokens * int(WORDS);
     uint raw[LOAD_WORDS];
     TQ_UNROLL
-    for (int i = 0; i + 1 < LOAD_WORDS; i++) raw[i] = cursor.words[offset + i];
-    raw[LOAD_WORDS - 1] = cursor.last_word[offset];
+    for (int i = 0; i + 1 < LOAD_WORDS; i++) {
+      raw[i] = cursor.words[cursor.first_word + offset + i];
+    }
+    raw[LOAD_WORDS - 1] = cursor.words[cursor.last_word + offset];
     Codes codes;
     TQ_UNROLL
     for (int i = 0; i < SPAN_WORDS; i++) {

@@ -3,10 +3,17 @@
 
 #include "hadamard.h"
 #include "compat/fragments.h"
+#include "merge_simdgroups.h"
 #include "arguments.h"
 
 // Query rows that are attended at once: the rows of a fragment.
 constant constexpr int TILE_ROWS = 8;
+
+// Threadgroup memory of pass 1, in floats: for queries, and for what is exchanged after them.
+constexpr int tq_split_floats(int dim, int simdgroups) {
+  return tq_exchange_floats(simdgroups) > TILE_ROWS / 2 * dim ? tq_exchange_floats(simdgroups)
+                                                              : TILE_ROWS / 2 * dim;
+}
 
 // Rows of `queries` (threadgroup, TILE_ROWS x DK): queries in the codes' basis times
 // `factor`, as halves; signs are times the channels' gains. Rows past the last are zero and
@@ -49,30 +56,4 @@ TQ_FUNC void load_query_fragments(
       fragments[i * 8 + p] = tq_half2(pair[0], pair[1]);
     }
   }
-}
-
-// Logits of a page's mean for a lane's two rows; `inverse_factor` undoes the queries'.
-template <int DK>
-TQ_FUNC void mean_logits(
-    const threadgroup half* queries, const device half* mean, float inverse_factor, uint lane,
-    thread float* logits) {
-  logits[0] = logits[1] = 0.0f;
-  TQ_UNROLL
-  for (int i = 0; i < (DK + 7) / 8; i++) {
-    int d = int(tq_major(lane)) + 8 * i;
-    if (d >= DK) continue;
-    float m = float(mean[d]);
-    TQ_UNROLL
-    for (int e = 0; e < 2; e++) {
-      logits[e] += m * float(queries[(2 * int(tq_minor(lane)) + e) * DK + d]);
-    }
-  }
-  TQ_UNROLL
-  for (int i = 0; i < 3; i++) {
-    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
-    logits[0] += simd_shuffle_xor(logits[0], stride);
-    logits[1] += simd_shuffle_xor(logits[1], stride);
-  }
-  logits[0] *= inverse_factor;
-  logits[1] *= inverse_factor;
 }

@@ -12,25 +12,28 @@ struct GroupCodes {
   uint field;
 };
 
-// Where a lane's group lies in the vector at hand; it advances from vector to vector.
+// Where a lane's group lies in the vector at hand; it advances from vector to vector. The
+// words are the same for all lanes; offsets are signed, so that a compiler may add constants
+// to them in an address.
 template <int BITS>
 struct GroupCursor {
-  const device uint* own;
-  const device uint* shared_word;
-  uint field_shift;
+  const device uint* words;
+  int own;
+  int shared_word;
+  bool is_second;  // of its chunk
 };
 
 // words: of a vector of `groups` = ceil(dim / 16) groups.
 template <int BITS>
 TQ_FUNC GroupCursor<BITS> make_group_cursor(const device uint* words, uint group, uint groups) {
   constexpr int OWN = BITS / 2;
-  uint second = group & 1u;
-  const device uint* chunk = words + (group >> 1) * BITS;
-  bool has_no_neighbour = second == 0u && group + 1u == groups;
+  int chunk = int(group >> 1) * BITS;
   GroupCursor<BITS> cursor;
-  cursor.own = chunk + second * OWN;
+  cursor.words = words;
+  cursor.is_second = (group & 1u) != 0u;
+  bool has_no_neighbour = !cursor.is_second && group + 1u == groups;
+  cursor.own = chunk + (cursor.is_second ? OWN : 0);
   cursor.shared_word = chunk + (has_no_neighbour ? OWN : 2 * OWN);
-  cursor.field_shift = 8u * second;
   return cursor;
 }
 
@@ -39,9 +42,11 @@ template <int BITS>
 TQ_FUNC GroupCodes<BITS> load_group(GroupCursor<BITS> cursor, int offset) {
   GroupCodes<BITS> codes;
   TQ_UNROLL
-  for (int i = 0; i < BITS / 2; i++) codes.own[i] = cursor.own[offset + i];
+  for (int i = 0; i < BITS / 2; i++) codes.own[i] = cursor.words[cursor.own + offset + i];
   codes.field = 0u;
-  if (BITS & 1) codes.field = cursor.shared_word[offset] >> cursor.field_shift;
+  if (BITS & 1) {
+    codes.field = tq_shift_byte(cursor.words[cursor.shared_word + offset], cursor.is_second);
+  }
   return codes;
 }
 

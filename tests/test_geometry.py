@@ -9,18 +9,18 @@ from mlx_turboquant.backends import geometry
 from mlx_turboquant.backends.geometry import MIN_TOKENS_PER_SPLIT, tokens_per_split
 
 
-@pytest.mark.parametrize("packed", [1, 32, 100, 128, 1000, 8064, 131072])
+@pytest.mark.parametrize("packed", [1, 128, 100, 512, 3000, 8064, 131072])
 @pytest.mark.parametrize("sharers", [1, 8, 64, 4096])
-@pytest.mark.parametrize("simdgroups", [1, 120, 512, 2112])
-def test_splits_fill_the_machine_and_are_not_too_short(packed, sharers, simdgroups):
-    tokens = tokens_per_split(packed, 32, sharers, simdgroups)
+@pytest.mark.parametrize("threadgroups", [1, 30, 128, 528])
+def test_splits_fill_the_machine_and_are_not_too_short(packed, sharers, threadgroups):
+    tokens = tokens_per_split(packed, 128, sharers, threadgroups)
     splits = -(-packed // tokens)
-    assert tokens % 32 == 0
-    assert splits * sharers <= max(simdgroups, sharers)
+    assert tokens % 128 == 0
+    assert splits * sharers <= max(threadgroups, sharers)
     if splits > 1:
         assert tokens >= MIN_TOKENS_PER_SPLIT
-    # As many as fit, but for what rounding to whole tiles takes off.
-    most = max(1, min(simdgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
+    # As many as fit, but for what rounding to whole shares takes off.
+    most = max(1, min(threadgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
     assert most / 1.25 - 1 <= splits <= most
 
 

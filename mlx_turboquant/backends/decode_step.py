@@ -1,9 +1,9 @@
 """`DecodeStep`: the two launches of a layer's decode attention, prepared per page.
 
-    DECODE_SPLIT_KV   attends to the packed tokens in splits: partial outputs and
-                      log-sum-exp states of each
-    MERGE_STATES      takes them out of the codes' basis, adds sink and recent tokens,
-                      learned sink logits, and normalises
+    DECODE_SPLIT_KV   attends to the tokens in splits, to sink and recent ones in the
+                      model's basis: partial outputs and log-sum-exp states of each
+    MERGE_STATES      takes those of packed tokens out of the codes' basis, adds learned
+                      sink logits, and normalises
 
 Between two pages only q, the buffers of recent tokens and their length change. All else
 is in here: templates, grids, constant buffers, the packed codes.
@@ -60,13 +60,19 @@ class DecodeStep:
 
         row_tiles = specialize.row_tiles(rows)
         sharers = batch * kv_heads * row_tiles
-        split_tokens = tokens_per_split(packed, TILE, sharers, simdgroups)
+        # A split's tokens: whole tiles for each simdgroup of its threadgroup.
+        share = TILE * SPLIT_SIMDGROUPS
+        split_tokens = tokens_per_split(
+            packed, share, sharers, simdgroups // SPLIT_SIMDGROUPS
+        )
         splits = -(-packed // split_tokens)
+        plain_splits = -(-(keys.sink_length + keys.recent.shape[2]) // share)
         means = k_quantizer.means
         arguments = AttendArguments(
             packed=packed,
             splits=splits,
             tokens_per_split=split_tokens,
+            plain_splits=plain_splits,
             kv_heads=kv_heads,
             rows=rows,
             steps=steps,
@@ -79,7 +85,7 @@ class DecodeStep:
         self._arguments, self._masked = arguments, masked
         self._rows: dict[int, list[mx.array]] = {}
 
-        partials = batch * query_heads * steps * splits
+        partials = batch * query_heads * steps * (plain_splits + splits)
         threads = 32 * SPLIT_SIMDGROUPS
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
@@ -88,7 +94,7 @@ class DecodeStep:
             split_kv_kernel(*(form.kind for form in formats)),
             specialize.split_template(k_quantizer, v_quantizer, dtype, rows, masked),
             grid=(
-                threads * -(-splits // SPLIT_SIMDGROUPS),
+                threads * (plain_splits + splits),
                 kv_heads * row_tiles,
                 batch,
             ),
@@ -100,9 +106,7 @@ class DecodeStep:
         threads = 32 * MERGE_SIMDGROUPS
         self._merge = Launch(
             MERGE_STATES,
-            specialize.merge_template(
-                k_quantizer, v_quantizer, dtype, masked, call.sink_logits is not None
-            ),
+            specialize.merge_template(v_quantizer, dtype, call.sink_logits is not None),
             grid=(threads, batch * query_heads * steps, 1),
             threadgroup=(threads, 1, 1),
             output_shapes=[(batch, query_heads, steps, v_dim)],
@@ -113,16 +117,14 @@ class DecodeStep:
             *_whole_tiles(packed_of(values)),
         ]
         rows_of_means = None if means is None else means.rows
-        q_scales = specialize.query_scales(k_quantizer, call.scale)
         heads = batch * kv_heads
         self._split_constants = [
             placeholder(mx.float16) if rows_of_means is None else rows_of_means,
             *(form.params for form in formats),
             specialize.query_signs(k_quantizer.transform, heads),
-            q_scales[0],
+            specialize.query_scales(k_quantizer, call.scale),
         ]
         self._v_signs = specialize.query_signs(v_quantizer.transform, heads)
-        self._merge_scale = q_scales[1]
         self._sink_tokens = (
             _sink_in_basis(keys, self._kernel_rotates_q),
             _sink_in_basis(values, self._kernel_rotates_out),
@@ -150,26 +152,22 @@ class DecodeStep:
         if rows is None:
             rows = self._rows[block] = _rows_of(self._arguments, self._masked, block)
         launch, arguments = self._launcher, rows[row]
-        partial = launch(
-            self._split, [q, *self._codes, mask, *self._split_constants, arguments]
-        )
         sink_keys, sink_values = self._sink_tokens
-        (out,) = launch(
-            self._merge,
+        partial = launch(
+            self._split,
             [
                 q,
-                *partial,
+                *self._codes,
                 recent_keys if sink_keys is None else sink_keys,
                 recent_values if sink_values is None else sink_values,
                 recent_keys,
                 recent_values,
                 mask,
-                sink_logits,
-                self._v_signs,
-                self._merge_scale,
+                *self._split_constants,
                 arguments,
             ],
         )
+        (out,) = launch(self._merge, [*partial, sink_logits, self._v_signs, arguments])
         if not self._kernel_rotates_out:
             out = values.quantizer.transform.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
@@ -194,7 +192,7 @@ def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
 
 
 def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:
-    """The sink as MERGE_STATES takes it; contiguous, as caches keep it."""
+    """The sink as DECODE_SPLIT_KV takes it; contiguous, as caches keep it."""
     if side.sink is None or rotates:
         return side.sink
     return _in_basis(side, side.sink)

@@ -1,8 +1,8 @@
 """Launch geometry: how many simdgroups fill a machine, and how they share the tokens.
 
 A decode step is serial: its attention has the whole GPU for as long as it runs, so a
-launch should fill every core once (a *wave*), and no simdgroup should get so few tokens
-that its start and the merge of its result cost more than they save.
+launch should fill every core once (a *wave*), and no threadgroup should get so few
+tokens that its start and the merge of its result cost more than they save.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PER_CORE = {"cuda": 16, "metal": 12}
 _APPLE_CORES = {"g": 8, "s": 20, "d": 60}
 #: For launchers that are no machine, such as a simulator.
 _UNKNOWN = 512
-#: Packed tokens that a split has at least, if there are that many.
-MIN_TOKENS_PER_SPLIT = 128
+#: Packed tokens that a split, of one threadgroup, has at least if there are that many.
+MIN_TOKENS_PER_SPLIT = 512
 _CU_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 
@@ -36,19 +36,19 @@ def machine_simdgroups(dialect: str) -> int:
     return cores * _PER_CORE[dialect] if cores else _UNKNOWN
 
 
-def tokens_per_split(packed: int, tile: int, sharers: int, simdgroups: int) -> int:
-    """Packed tokens that each simdgroup attends to, a multiple of ``tile``.
+def tokens_per_split(packed: int, share: int, sharers: int, threadgroups: int) -> int:
+    """Packed tokens that each threadgroup attends to, a multiple of ``share``.
 
     Args:
-        packed: Tokens to share.
-        tile: Tokens that a simdgroup takes at once.
-        sharers: Simdgroups that take the same tokens: one for each row of the batch,
+        packed: Tokens to divide.
+        share: Tokens that a threadgroup takes at once.
+        sharers: Threadgroups that take the same tokens: one for each row of the batch,
             KV head and tile of query rows.
-        simdgroups: How many may run in all.
+        threadgroups: How many fill the machine.
     """
-    tiles = -(-packed // tile)
-    splits = max(1, min(simdgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
-    return -(-tiles // splits) * tile
+    shares = -(-packed // share)
+    splits = max(1, min(threadgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
+    return -(-shares // splits) * share
 
 
 def _cuda_cores() -> int:

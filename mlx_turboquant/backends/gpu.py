@@ -72,6 +72,7 @@ class Gpu(Reference):
         # What calls that one `DecodeStep` serves have in common.
         key = (
             call.q.shape,
+            call.keys.recent.shape[2],
             call.scale,
             "array" if isinstance(mask, mx.array) else mask,
             call.sink_logits is None,

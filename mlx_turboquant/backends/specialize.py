@@ -83,18 +83,12 @@ def split_template(
 
 
 def merge_template(
-    keys: Quantizer,
-    values: Quantizer,
-    dtype: mx.Dtype,
-    masked: bool,
-    has_sink_logits: bool,
+    values: Quantizer, dtype: mx.Dtype, has_sink_logits: bool
 ) -> list[tuple[str, Any]]:
     """Template of MERGE_STATES."""
     return [
         ("T", dtype),
-        ("DK", keys.codec.dim),
         ("DV", values.codec.dim),
-        ("MASKED", masked),
         ("SIMDGROUPS", MERGE_SIMDGROUPS),
         ("ROTATE_V", rotates_in_kernel(values.codec.rotation)),
         ("HAS_SINK_LOGITS", has_sink_logits),
@@ -106,14 +100,14 @@ def row_tiles(rows: int) -> int:
     return -(-rows // _ROWS)
 
 
-def query_scales(keys: Quantizer, scale: float) -> tuple[mx.array, mx.array]:
+def query_scales(keys: Quantizer, scale: float) -> mx.array:
     """From q to logits in log2 units: rotated by a kernel without its norm, and plain.
 
-    (8,) float32 each.
+    (8,) float32, of which the first two count.
     """
     rotation = keys.codec.rotation
     norm = rotation.dim**-0.5 if rotates_in_kernel(rotation) else 1.0
-    return full(scale * LOG2E * norm), full(scale * LOG2E)
+    return _pair(scale * LOG2E * norm, scale * LOG2E)
 
 
 def query_signs(transform: ChannelTransform, heads: int) -> mx.array:
@@ -150,9 +144,9 @@ def placeholder(dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 @functools.lru_cache(maxsize=64)
-def full(value: float) -> mx.array:
-    """A float32 input of one number, in 8 elements: see `placeholder`."""
-    array = mx.full((8,), value)
+def _pair(first: float, second: float) -> mx.array:
+    """A float32 input of two numbers, in 8 elements: see `placeholder`."""
+    array = mx.array([first, second, *[0.0] * 6])
     mx.eval(array)
     return array
 

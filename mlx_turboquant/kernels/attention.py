@@ -18,10 +18,14 @@ class AttendArguments(NamedTuple):
 
     #: Packed tokens in use.
     packed: int
-    #: Runs of packed tokens, each with a partial result per KV head.
+    #: Runs of packed tokens, a threadgroup and a partial result per KV head each.
     splits: int
-    #: Packed tokens to a split, a multiple of 32; the last may have fewer.
+    #: Packed tokens to a split, a multiple of 32 times its simdgroups; the last may
+    #: have fewer.
     tokens_per_split: int
+    #: Runs of sink and recent tokens, likewise, of 32 tokens to a simdgroup. Their
+    #: partial results are the first ones.
+    plain_splits: int
     kv_heads: int
     #: Query rows per KV head: query heads to a KV head, times `steps`.
     rows: int
@@ -39,7 +43,7 @@ class AttendArguments(NamedTuple):
     page: int
 
 
-#: Pass 1: unnormalised attention of each split of the packed tokens (split-KV).
+#: Pass 1: unnormalised attention of each split of the tokens (split-KV).
 DECODE_SPLIT_KV = Kernel(
     name="decode_split_kv",
     file="decode_attention.metal",
@@ -49,6 +53,10 @@ DECODE_SPLIT_KV = Kernel(
         "k_scales",
         "v_words",
         "v_scales",
+        "sink_keys",
+        "sink_values",
+        "recent_keys",
+        "recent_values",
         "mask",
         "means",
         "k_params",
@@ -60,22 +68,15 @@ DECODE_SPLIT_KV = Kernel(
     outputs=("partial_out", "partial_lse"),
     arguments=AttendArguments,
 )
-#: Pass 2: merges the splits' softmax states with the tokens that are not packed.
+#: Pass 2: merges the splits' softmax states, in one basis.
 MERGE_STATES = Kernel(
     name="merge_states",
     file="merge_states.metal",
     inputs=(
-        "q",
         "partial_out",
         "partial_lse",
-        "sink_keys",
-        "sink_values",
-        "recent_keys",
-        "recent_values",
-        "mask",
         "sink_logits",
         "v_signs",
-        "q_scale",
         "arguments",
     ),
     outputs=("out",),

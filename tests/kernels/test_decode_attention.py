@@ -5,6 +5,7 @@ definition by a few 1e-3, far below what quantization itself costs (0.18 at 3 bi
 """
 
 import copy
+import math
 
 import mlx.core as mx
 import pytest
@@ -293,3 +294,41 @@ def test_copies_and_batches_go_on_by_themselves(launcher, monkeypatch):
     assert relative_error(got[1:], want) < 1e-6
     alone = batch.extract(1)
     assert relative_error(step(alone, 302), step(cache, 302)) < 1e-6
+
+
+@pytest.mark.parametrize("at", [0, 1700, 2990])
+@pytest.mark.parametrize("simdgroups", [1, 5])
+def test_a_long_tail_counts_beside_one_large_weight(at, simdgroups, launcher):
+    """One token weighs 2^14 times as much as any of 3,000, whose values are one way.
+
+    Halves from 2^-14 down are subnormal, and the simulator's products drop those.
+    """
+    q = mx.random.normal((1, 1, 1, 64))
+    k = 0.02 * mx.random.normal((1, 1, 3200, 64))
+    k[:, :, at] += 14 * math.log(2) * q[:, :, 0] / mx.sum(q * q)
+    v = 1 + 0.1 * mx.random.normal((1, 1, 3200, 64))
+    v[:, :, at] *= 0.1
+    keys, values = stored_sides("k8v8,sink=0,window=0,center=off", k, v)
+    call = AttendCall(q, keys, values, 1.0)
+    got, want = Gpu(launcher, simdgroups).attend(call), Reference().attend(call)
+    assert relative_error(got, want) < TOLERANCE
+
+
+def test_scales_of_values_may_differ_by_six_decades(launcher):
+    q = mx.random.normal((1, 4, 1, 64))
+    k, v = (mx.random.normal((1, 1, 1000, 64)) for _ in range(2))
+    v *= 10 ** mx.random.uniform(-3, 3, (1, 1, 1000, 1))
+    # What weighs most is smallest: small values have to be added up, too.
+    small = mx.max(mx.abs(v), axis=-1, keepdims=True) < 0.01
+    k = mx.where(small, k + mx.mean(q, axis=1, keepdims=True), k)
+    keys, values = stored_sides("k4v4", k, v)
+    call = AttendCall(q, keys, values, 1.0)
+    got, want = Gpu(launcher, simdgroups=3).attend(call), Reference().attend(call)
+    assert relative_error(got, want) < TOLERANCE
+
+
+def stored_sides(spec, k, v):
+    """Handles after a prefill of all but the last token."""
+    cache = tq.TurboQuantCache(spec)
+    cache.update_and_fetch(k[:, :, :-1], v[:, :, :-1])
+    return cache.update_and_fetch(k[:, :, -1:], v[:, :, -1:])

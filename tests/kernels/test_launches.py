@@ -8,7 +8,11 @@ import pytest
 from helpers import relative_error
 
 from mlx_turboquant.kernels.arguments import pack, struct_text
-from mlx_turboquant.kernels.attention import MERGE_STATES, AttendArguments
+from mlx_turboquant.kernels.attention import (
+    DECODE_SPLIT_KV,
+    MERGE_STATES,
+    AttendArguments,
+)
 from mlx_turboquant.kernels.codes import DecodeArguments, EncodeArguments
 from mlx_turboquant.kernels.kernel import Launch
 
@@ -40,76 +44,109 @@ def test_a_loader_puts_each_argument_into_its_field(cls, lane):
     assert dict(zip(cls._fields, out.tolist(), strict=True)) == values
 
 
-def merge(launcher, capacity, poison):
-    """One merge of buffers of ``capacity`` tokens, poisoned behind the last in use."""
-    rows = HEADS * GROUP * STEPS
-    q = mx.random.normal((1, HEADS * GROUP, STEPS, DIM))
-    partial_out = mx.random.normal((rows * SPLITS, DIM))
-    lse = [
-        mx.random.normal((rows * SPLITS,)),
-        mx.random.uniform(1, 9, (rows * SPLITS,)),
-    ]
-    sink = [mx.random.normal((1, HEADS, SINK, DIM)) for _ in range(2)]
-    recent = [mx.random.normal((1, HEADS, RECENT, DIM)) for _ in range(2)]
-    tail = mx.full((1, HEADS, capacity - RECENT, DIM), poison)
-    args = AttendArguments(
-        packed=96,
-        splits=SPLITS,
-        tokens_per_split=32,
-        kv_heads=HEADS,
-        rows=GROUP * STEPS,
-        steps=STEPS,
-        sink=SINK,
-        recent=RECENT,
-        causal=1,
-        mask_columns=8,
-        page=1,
-    )
-    template = {"T": mx.float32, "DK": DIM, "DV": DIM, "MASKED": False}
-    template |= {"SIMDGROUPS": 2, "ROTATE_V": False, "HAS_SINK_LOGITS": False}
+ARGUMENTS = AttendArguments(
+    packed=96,
+    splits=SPLITS,
+    tokens_per_split=32,
+    plain_splits=1,
+    kv_heads=HEADS,
+    rows=GROUP * STEPS,
+    steps=STEPS,
+    sink=SINK,
+    recent=RECENT,
+    causal=1,
+    mask_columns=8,
+    page=1,
+)
+
+
+def merge(launcher, partial_out, lse, arguments):
+    """One merge of partial results (rows, splits, DIM) and states (rows, splits, 2)."""
+    template = {"T": mx.float32, "DV": DIM, "SIMDGROUPS": 2, "ROTATE_V": False}
+    template |= {"HAS_SINK_LOGITS": False}
     launch = Launch(
         MERGE_STATES,
         list(template.items()),
-        grid=(64, rows, 1),
+        grid=(64, partial_out.shape[0], 1),
         threadgroup=(64, 1, 1),
         output_shapes=[(1, HEADS * GROUP, STEPS, DIM)],
         output_dtypes=[mx.float32],
     )
     unused = mx.zeros(8)
-    inputs = [
-        q,
-        partial_out,
-        mx.stack(lse, axis=-1),
-        *sink,
-        *[mx.concatenate([side, tail], axis=2) for side in recent],
-        *[unused, unused, unused],
-        mx.ones(8),
-        pack(args),
-    ]
-    (out,) = launcher(launch, inputs)
-    return out, (q, partial_out, lse, sink, recent)
+    (out,) = launcher(launch, [partial_out, lse, unused, unused, pack(arguments)])
+    return out
 
 
-def expected(q, partial_out, lse, sink, recent):
-    """The same in mx: softmax over the splits' states and the tokens at hand."""
+@pytest.mark.parametrize("splits", [1, 7, 40])
+def test_a_merge_weighs_splits_by_their_states(splits, launcher, mode):
+    rows = HEADS * GROUP * STEPS
+    partial_out = mx.random.normal((rows, splits + 1, DIM))
+    maximum = 3 * mx.random.normal((rows, splits + 1))
+    maximum[:, 0] = -1e30  # nothing to see there
+    denominator = mx.random.uniform(1, 9, (rows, splits + 1))
+    arguments = ARGUMENTS._replace(splits=splits)
+    lse = mx.stack([maximum, denominator], axis=-1)
+    out = merge(launcher, partial_out, lse, arguments)
+    shares = mx.power(2.0, maximum - maximum.max(-1, keepdims=True))[..., None]
+    total = mx.sum(shares * partial_out, axis=1)
+    want = total / mx.sum(shares * denominator[..., None], axis=1)
+    assert relative_error(out.reshape(want.shape), want) < 1e-5
+
+
+def test_rows_that_see_nothing_come_out_as_zeros(launcher, mode):
+    rows = HEADS * GROUP * STEPS
+    nothing = mx.zeros((rows, SPLITS + 1))
+    lse = mx.stack([nothing - 1e30, nothing], axis=-1)
+    out = merge(launcher, mx.zeros((rows, SPLITS + 1, DIM)), lse, ARGUMENTS)
+    assert mx.array_equal(out, mx.zeros_like(out)).item()
+
+
+def attend_plain(launcher, capacity, poison):
+    """Sink tokens and recent buffers of ``capacity``, poisoned behind those in use."""
+    rows = HEADS * GROUP * STEPS
+    q = mx.random.normal((1, HEADS * GROUP, STEPS, DIM))
+    sink = [mx.random.normal((1, HEADS, SINK, DIM)) for _ in range(2)]
+    recent = [mx.random.normal((1, HEADS, RECENT, DIM)) for _ in range(2)]
+    tail = mx.full((1, HEADS, capacity - RECENT, DIM), poison)
+    dims = {"T": mx.float32, "DK": DIM, "DV": DIM, "MASKED": False, "ROTATE_K": False}
+    tables = {"CENTER": False, "ROW_TILES": 1, "SHARED_TABLE": False}
+    formats = {"K_KIND": 0, "K_BITS": 3, "K_TERMS": 1}
+    formats |= {"V_KIND": 0, "V_BITS": 3, "V_TERMS": 1}
+    template = dims | tables | {"SINGLE_TABLE": True, "SIMDGROUPS": 2} | formats
+    plain_splits = -(-(SINK + capacity) // 64)
+    launch = Launch(
+        DECODE_SPLIT_KV,
+        list(template.items()),
+        grid=(64 * plain_splits, HEADS, 1),
+        threadgroup=(64, 1, 1),
+        output_shapes=[(rows, plain_splits, DIM), (rows, plain_splits, 2)],
+        output_dtypes=[mx.float32, mx.float32],
+    )
+    unused, scale = mx.zeros((1, HEADS, 8, 1)), mx.ones(8)
+    words, scales = unused.astype(mx.uint32), unused.astype(mx.float16)
+    arguments = ARGUMENTS._replace(packed=0, splits=0, plain_splits=plain_splits)
+    buffers = [mx.concatenate([side, tail], axis=2) for side in recent]
+    codes = [words, scales, words, scales]
+    constants = [unused, scales, scale, scale, unused, scale, pack(arguments)]
+    partials = launcher(launch, [q, *codes, *sink, *buffers, *constants])
+    return merge(launcher, *partials, arguments), (q, sink, recent)
+
+
+def expected(q, sink, recent):
+    """The same in mx, where queries and keys are halves as in the kernel."""
     keys, values = (mx.concatenate(s, axis=2) for s in zip(sink, recent, strict=True))
+    q, keys, values = (
+        x.astype(mx.float16).astype(mx.float32) for x in (q, keys, values)
+    )
     keys, values = (mx.repeat(x, GROUP, axis=1) for x in (keys, values))
-    logits = q @ keys.swapaxes(-1, -2)
+    logits = (q @ keys.swapaxes(-1, -2)) * math.log(2)
     token = mx.arange(SINK + RECENT)
     hidden = token > SINK + RECENT - STEPS + mx.arange(STEPS)[:, None]
-    logits = mx.where(hidden, -math.inf, logits)
-    maximum, denominator = (x.reshape(1, HEADS * GROUP, STEPS, SPLITS) for x in lse)
-    top = mx.maximum(maximum.max(-1, keepdims=True), logits.max(-1, keepdims=True))
-    weights, shares = mx.power(2.0, logits - top), mx.power(2.0, maximum - top)
-    split_sums = partial_out.reshape(1, HEADS * GROUP, STEPS, SPLITS, DIM)
-    total = weights @ values + mx.sum(shares[..., None] * split_sums, axis=-2)
-    share = mx.sum(shares * denominator, axis=-1, keepdims=True)
-    return total / (mx.sum(weights, axis=-1, keepdims=True) + share)
+    return mx.softmax(mx.where(hidden, -math.inf, logits), axis=-1) @ values
 
 
 @pytest.mark.parametrize("capacity", [RECENT + 1, 64])
-def test_the_merge_reads_recent_buffers_up_to_their_tokens_in_use(
-    capacity, launcher, mode
-):
-    out, inputs = merge(launcher, capacity, math.nan)
-    assert relative_error(out, expected(*inputs)) < 1e-5
+def test_recent_buffers_are_read_up_to_their_tokens_in_use(capacity, launcher, mode):
+    out, inputs = attend_plain(launcher, capacity, math.nan)
+    # Weights are halves, too.
+    assert relative_error(out, expected(*inputs)) < 5e-4

@@ -55,6 +55,7 @@ TQ_FUNC uint tq_low_halves(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
 TQ_FUNC uint tq_funnel(uint low, uint high, uint shift) {
   return __funnelshift_r(low, high, shift);
 }
+TQ_FUNC uint tq_shift_byte(uint x, bool shifts) { return x >> (shifts ? 8u : 0u); }
 TQ_FUNC uint tq_outer_halves(uint a, uint b) { return __byte_perm(a, b, 0x7610); }
 TQ_FUNC uint tq_high_halves(uint a, uint b) { return __byte_perm(a, b, 0x7632); }
 
@@ -63,6 +64,9 @@ TQ_FUNC float simd_shuffle_xor(float a, ushort mask) {
 }
 TQ_FUNC uint simd_shuffle_xor(uint a, ushort mask) {
   return __shfl_xor_sync(0xffffffffu, a, mask);
+}
+TQ_FUNC float simd_shuffle(float a, ushort lane) {
+  return __shfl_sync(0xffffffffu, a, lane);
 }
 TQ_FUNC uint simd_shuffle(uint a, ushort lane) {
   return __shfl_sync(0xffffffffu, a, lane);

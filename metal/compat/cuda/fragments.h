@@ -9,6 +9,7 @@
 //           7        28  29  30  31
 TQ_FUNC uint tq_major(uint lane) { return lane / 4u; }
 TQ_FUNC uint tq_minor(uint lane) { return lane % 4u; }
+TQ_FUNC uint tq_lane(uint major, uint minor) { return 4u * major + minor; }
 __device__ constexpr int TQ_MAJOR_STRIDES[3] = {4, 8, 16};
 
 TQ_FUNC uint tq_query_row(uint lane, int) { return tq_major(lane); }

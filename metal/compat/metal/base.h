@@ -30,5 +30,7 @@ TQ_FUNC uint tq_high_halves(uint a, uint b) { return (a >> 16) | (b & 0xFFFF0000
 TQ_FUNC uint tq_funnel(uint low, uint high, uint shift) {
   return (low >> shift) | ((high << 1) << (31u - shift));
 }
+// x shifted right by 8 if `shifts`. Apple's GPUs shift by constants twice as fast.
+TQ_FUNC uint tq_shift_byte(uint x, bool shifts) { return shifts ? x >> 8 : x; }
 // (x & mask) | bits
 TQ_FUNC uint tq_and_or(uint x, uint mask, uint bits) { return (x & mask) | bits; }

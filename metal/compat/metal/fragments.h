@@ -12,6 +12,9 @@
 //           7        22  23  30  31
 TQ_FUNC uint tq_major(uint lane) { return ((lane / 4u) & 4u) + (lane / 2u) % 4u; }
 TQ_FUNC uint tq_minor(uint lane) { return ((lane / 4u) & 2u) + lane % 2u; }
+TQ_FUNC uint tq_lane(uint major, uint minor) {
+  return (major & 4u) * 4u + (minor & 2u) * 4u + (major & 3u) * 2u + (minor & 1u);
+}
 // Lanes of one `minor` are these distances of a butterfly apart.
 constant constexpr int TQ_MAJOR_STRIDES[3] = {2, 4, 16};
 

@@ -188,6 +188,10 @@ def attentions(lengths: list[int], specs: list[str]) -> Iterator[tuple]:
 # Kernels one by one: a child under ncu makes the calls between marks; the parent reads.
 
 _MARK = "bench_mark"
+#: Names of kernels that ncu times: marks, ours, MLX's attention. It takes a tenth of a
+#: second for each, and making the caches up launches thousands. mlx-lm's products
+#: have other names, so its 4 bits have dependent calls only.
+_TIMED = "regex:bench_mark|tq_|sdpa|attention"
 _PROFILED_CALLS = 4
 
 
@@ -228,6 +232,7 @@ def kernels_us(lengths: list[int], specs: list[str]) -> list[list[float]] | None
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         options = ["--clock-control", "none", "--cache-control", "none", "--csv"]
+        options += ["--kernel-name", _TIMED]
         options += ["--metrics", "gpu__time_duration.sum", "--log-file", str(log)]
         child = [sys.executable, __file__, "--profiled", *map(str, lengths)]
         run = [ncu, *options, *child, "--specs", *specs]
@@ -282,7 +287,7 @@ def main() -> None:
     fp16_us = {}
     for index, (length, name, call) in enumerate(attentions(lengths, options.specs)):
         row: dict = {"dependent": round(dependent_us(call), 1)}
-        if kernels is not None:
+        if kernels is not None and kernels[index]:
             row["kernels"] = [round(us, 1) for us in kernels[index]]
         if options.throughput:
             row["together"] = round(median_us(call), 1)

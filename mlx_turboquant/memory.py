@@ -5,7 +5,7 @@ fit and estimated time per token. ``integrations/footprint.py`` makes the record
 
 Decoding a token reads every active weight and the whole cache once, so at best the
 time of a step is that of the bytes read, with codes counted `CodecInfo.read_cost`
-times: what decoding them was measured to cost over reading them (NVIDIA H200, one
+times: what decoding them was measured to cost over reading them (NVIDIA H100, one
 attention over 131,072 tokens, dev/LOG.md; no Mac has been measured). Launches and host
 work are not in it.
 """

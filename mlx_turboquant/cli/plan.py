@@ -79,7 +79,7 @@ def plan(
     typer.echo(
         "\nspeed at best: tokens per second over fp16's at that length if reading "
         "memory\nis all that takes time, codes counted as often as their decoding was "
-        "measured to\ncost on an NVIDIA H200; no Mac has been measured"
+        "measured to\ncost on an NVIDIA H100; no Mac has been measured"
     )
     if fp16_tokens == 0:
         typer.echo("the weights alone do not fit", err=True)

@@ -23,7 +23,7 @@ _PER_CORE = {"cuda": 8, "metal": 12}
 _APPLE_CORES = {"g": 8, "s": 20, "d": 60}
 #: For launchers that are no machine, such as a simulator.
 _UNKNOWN = 512
-#: Packed tokens that a split, of one threadgroup, has at least if there are that many.
+#: Packed tokens that a split (a threadgroup) has at least; the last may have fewer.
 MIN_TOKENS_PER_SPLIT = 256
 _CU_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
@@ -48,7 +48,8 @@ def tokens_per_split(packed: int, share: int, sharers: int, threadgroups: int) -
         threadgroups: How many fill the machine.
     """
     shares = -(-packed // share)
-    splits = max(1, min(threadgroups // sharers, packed // MIN_TOKENS_PER_SPLIT))
+    enough = -(-packed // MIN_TOKENS_PER_SPLIT)
+    splits = max(1, min(threadgroups // sharers, enough))
     return -(-shares // splits) * share
 
 

@@ -50,6 +50,9 @@ WINDOW = 8
 #: The search sees whole multiples of one step over this: halves of a step cost 0.3% of
 #: error at 4 bits, whole steps 1.3%.
 TARGET_RESOLUTION = 2
+#: Steps in a kernel's unit of levels: the attention kernel multiplies queries by that
+#: unit; by one step they would be halves that are subnormal at 512 dims.
+_KERNEL_UNIT = 32
 #: Bits that `cache.bit_allocation` gives out.
 _CHOICES = (2, 2.5, 3, 3.5, 4)
 #: H100, 131,072 tokens: 153 us for 56 MB of 3-bit codes, 181 us for 268 MB of fp16.
@@ -100,7 +103,8 @@ class TrellisCodec(TableCodec):
         half = self.levels[:, : 2 ** (WINDOW - 1)]
         table = mx.stack([half[0], half[-1]], axis=-1)
         bits = self.pairs.pattern[0]
-        return KernelFormat.table(TRELLIS, bits, self.widths[0], self.step, table)
+        unit, table = self.step * _KERNEL_UNIT, table / _KERNEL_UNIT
+        return KernelFormat.table(TRELLIS, bits, self.widths[0], unit, table)
 
     @functools.cached_property
     def encode_format(self) -> EncodeFormat:

@@ -85,9 +85,9 @@ def test_kernels_are_told_the_same_levels():
         reads, makes = codec.kernel_format, codec.encode_format
         even, odd = np.array(codec.levels[0]), np.array(codec.levels[-1])
         gain, *table = np.array(reads.params).tolist()
-        assert gain == pytest.approx(codec.step)
-        assert np.array_equal(table[::2], even[:128])
-        assert np.array_equal(table[1::2], odd[:128])
+        assert gain == pytest.approx(32 * codec.step)
+        assert np.array_equal(32 * np.array(table[::2]), even[:128])
+        assert np.array_equal(32 * np.array(table[1::2]), odd[:128])
         *levels, unit = np.array(makes.table).tolist()
         assert np.array_equal(levels, 2 * np.concatenate([even, odd]))
         assert unit == pytest.approx(codec.step / 2)

@@ -94,30 +94,32 @@ def made_up(spec: str, length: int) -> tuple[CompressedTokens, CompressedTokens]
 
 def dependent_us(call: Attention) -> float:
     """Microseconds per call when each output is the next call's query."""
-    times = []
-    for _ in range(REPEATS + 2):
-        q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
-        mx.eval(q)
+
+    def chain() -> list[mx.array]:
+        q = _query()
         for _ in range(CALLS):
             q = call(q)
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(q)
-        mx.synchronize()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
-    return statistics.median(times[2:])
+        return [q]
+
+    return _median_us(chain)
 
 
-def median_us(call: Attention) -> float:
+def together_us(call: Attention) -> float:
     """Microseconds per call when `CALLS` independent ones are evaluated together."""
+    return _median_us(lambda: [call(q) for q in [_query() for _ in range(CALLS)]])
+
+
+def _query() -> mx.array:
+    q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
+    mx.eval(q)
+    return q
+
+
+def _median_us(build: Callable[[], list[mx.array]]) -> float:
+    """Microseconds per call to evaluate the graph of `CALLS` that ``build`` makes."""
     times = []
     for _ in range(REPEATS + 2):
-        queries = [
-            mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
-            for _ in range(CALLS)
-        ]
-        mx.eval(queries)
-        outputs = [call(q) for q in queries]
+        outputs = build()
         mx.synchronize()
         start = time.perf_counter()
         mx.eval(outputs)
@@ -128,7 +130,7 @@ def median_us(call: Attention) -> float:
 
 def host_us(call: Attention, count: int = 200) -> float:
     """Microseconds the host needs to build the graph of one call."""
-    q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
+    q = _query()
     mx.eval(call(q))
     start = time.perf_counter()
     outputs = [call(q) for _ in range(count)]
@@ -214,8 +216,7 @@ def profiled(lengths: list[int], specs: list[str]) -> None:
 
     for _, _, call in attentions(lengths, specs):
         for _ in range(_PROFILED_CALLS):
-            q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
-            mx.eval(q)
+            q = _query()
             put_mark()
             mx.eval(call(q))
             put_mark()
@@ -290,7 +291,7 @@ def main() -> None:
         if kernels is not None and kernels[index]:
             row["kernels"] = [round(us, 1) for us in kernels[index]]
         if options.throughput:
-            row["together"] = round(median_us(call), 1)
+            row["together"] = round(together_us(call), 1)
         alone = sum(row.get("kernels", [row["dependent"]]))
         fp16_us[length] = fp16_us.get(length) or alone
         if length not in results:

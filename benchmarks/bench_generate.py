@@ -7,7 +7,9 @@ Peak memory is MLX's, model included, other rows' caches not. The last line is J
 
     python benchmarks/bench_generate.py [--model FOLDER | --made-up] [--tokens N ...]
 
-`--made-up` builds a Llama-3.1-8B shape (32 layers, bf16) with random weights.
+`--made-up` builds a Llama-3.1-8B shape (32 layers, bf16) with random weights. `--fill`
+stores random keys and values in place of reading a prompt, which takes CPUs minutes.
+`--reference-blas` leaves OpenBLAS out, as on a machine that has none.
 """
 
 from __future__ import annotations
@@ -15,20 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_turboquant.blas import prefer_openblas
+if "--reference-blas" in sys.argv:
+    import mlx.core  # noqa: F401  before the package, which then loads no BLAS
 
-prefer_openblas()  # before mlx
+import mlx.core as mx
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
 
-import mlx.core as mx  # noqa: E402
-from mlx_lm.models import llama  # noqa: E402
-from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
-
-import mlx_turboquant as tq  # noqa: E402
+import mlx_turboquant as tq
 
 HERE = Path(__file__).parent
 BUNDLED = HERE.parent / "examples" / "books-20m"
@@ -55,8 +57,8 @@ def made_up() -> Any:
     return model
 
 
-def caches(model: Any) -> dict[str, Callable[[], list[Any]]]:
-    """Name to a maker of an empty prompt cache."""
+def caches(model: Any, chosen: list[str]) -> dict[str, Callable[[], list[Any]]]:
+    """Name to a maker of an empty prompt cache; names may be specs of ours."""
 
     def affine() -> list[Any]:
         from mlx_lm.models.cache import QuantizedKVCache
@@ -68,9 +70,26 @@ def caches(model: Any) -> dict[str, Callable[[], list[Any]]]:
         "uncompressed": lambda: make_prompt_cache(model),
         "mlx-lm kv_bits=4": affine,
     }
-    for spec in ("k3v3", "k4v4", "k8v8", "k3v3,codec=trellis"):
+    specs = [name for name in chosen if name not in makers]
+    for spec in specs or ("k3v3", "k4v4", "k8v8", "k3v3,codec=trellis"):
         makers[spec] = lambda spec=spec: tq.make_prompt_cache(model, spec)
-    return makers
+    return {name: makers[name] for name in chosen or makers}
+
+
+def fill(model: Any, cache: list[Any], length: int) -> float:
+    """Seconds to store random keys and values."""
+    args = model.args
+    heads = args.num_key_value_heads
+    dim = args.head_dim or args.hidden_size // args.num_attention_heads
+    dtype = model.layers[0].self_attn.k_proj.weight.dtype
+    start = time.perf_counter()
+    for layer in cache:
+        for at in range(0, length, CHUNK):
+            shape = (1, heads, min(CHUNK, length - at), dim)
+            k, v = (mx.random.normal(shape).astype(dtype) for _ in range(2))
+            layer.update_and_fetch(k, v)
+            mx.eval(layer.state)
+    return time.perf_counter() - start
 
 
 def prefill(model: Any, cache: list[Any], prompt: mx.array) -> float:
@@ -93,21 +112,24 @@ def decode(model: Any, cache: list[Any], steps: int) -> float:
     return steps / (time.perf_counter() - start)
 
 
-def measure(model: Any, length: int, chosen: list[str]) -> dict[str, dict[str, float]]:
+def measure(
+    model: Any, length: int, chosen: list[str], filling: bool
+) -> dict[str, dict[str, float]]:
     """Per cache: prefill seconds, tokens/s, cache bytes, peak bytes."""
     prompt = mx.random.randint(5, 1000, (1, length))
     rows: dict[str, dict[str, float]] = {}
     filled = {}
-    for name, make in caches(model).items():
-        if chosen and name not in chosen:
-            continue
+    for name, make in caches(model, chosen).items():
         mx.clear_cache()
         mx.reset_peak_memory()
         cache = make()
         try:
             if mx.default_device().type == mx.DeviceType.gpu:
                 prefill(model, make(), prompt[:, : 2 * CHUNK])  # compiles kernels
-            seconds = prefill(model, cache, prompt)
+            if filling:
+                seconds = fill(model, cache, length)
+            else:
+                seconds = prefill(model, cache, prompt)
             decode(model, cache, 2)
         except RuntimeError as problem:  # MLX has no kernel for it here
             print(f"{name} at {length} tokens failed: {problem}", flush=True)
@@ -134,11 +156,13 @@ def main() -> None:
     parser.add_argument("--made-up", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--caches", nargs="+", default=[], help="only these rows")
+    parser.add_argument("--fill", action="store_true")
+    parser.add_argument("--reference-blas", action="store_true")
     options = parser.parse_args()
     model = made_up() if options.made_up else tq.load(options.model)[0]
     results = {}
     for length in options.tokens:
-        rows = results[length] = measure(model, length, options.caches)
+        rows = results[length] = measure(model, length, options.caches, options.fill)
         base = next(iter(rows.values()))["tokens_per_s"]
         print(f"\n{length} tokens     tokens/s  x plain  prefill s  cache MB  peak MB")
         for name, row in rows.items():

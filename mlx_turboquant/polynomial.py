@@ -63,6 +63,11 @@ def levels_of(codes: mx.array, bits: int, terms: tuple[float, ...]) -> mx.array:
     """
     count = 2**bits
     u: mx.array = codes.astype(mx.float32) * (1 / count) - (count - 1) / (2 * count)
+    return odd_polynomial(u, terms)
+
+
+def odd_polynomial(u: mx.array, terms: tuple[float, ...]) -> mx.array:
+    """The sum of terms[k] * u^(2k + 1), by Horner's rule."""
     *lower, highest = terms
     if not lower:
         return u * highest

@@ -17,9 +17,13 @@ from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from .call import AttendCall
+from .exponential import softmax_parts
 from .planes import Planes, planes_for
 from .reference import Reference, packed_of
 
+#: Vectors whose levels are made at once: they stay in a cache, and malloc does not give
+#: their memory back and fetch it anew page by page, as it does with longer arrays.
+_BLOCK = 8192
 #: Query tokens of a decode step; more of them amortise the reference's decoding.
 MAX_STEP = 8
 
@@ -50,7 +54,7 @@ class Cpu(Reference):
         rows = q.shape[1] // kv_heads * steps
         k_planes, v_planes = _planes_of(keys), _planes_of(values)
         with mx.stream(_side_stream()):  # beside the keys, on another core
-            value_levels = v_planes.levels(packed_of(values))
+            value_levels = _levels_by_block(packed_of(values), v_planes)
         dtype, q = q.dtype, q.astype(mx.float32) * call.scale
         q_rot = keys.quantizer.transform.encode_query(q)
         logits = _logits(
@@ -68,13 +72,13 @@ class Cpu(Reference):
                 logits = mx.where(mask, logits, -mx.inf)
             else:
                 logits = logits + mask.astype(mx.float32)
-        weights = _softmax(logits, call.sink_logits)
+        weights, divisor = softmax_parts(logits, call.sink_logits)
         weights = weights.reshape(batch, kv_heads, rows, total)
         shape = (batch, -1, steps, values.shape[3])
         out_rot = _weigh_packed(weights, values, v_planes, value_levels)
         out = values.quantizer.transform.decode(out_rot.reshape(shape))
         out = out + _weigh_uncompressed(weights, values).reshape(shape)
-        return out.astype(dtype)
+        return (out / divisor).astype(dtype)
 
 
 def _planes_of(side: CompressedTokens) -> Planes:
@@ -85,6 +89,19 @@ def _planes_of(side: CompressedTokens) -> Planes:
     return planes_for(form.bits, codec.dim, form.coefficients)
 
 
+def _levels_by_block(
+    codes: TokenArrays, planes: Planes
+) -> list[tuple[slice, list[mx.array]]]:
+    """(tokens, levels of their planes) of all codes, `_BLOCK` vectors at a time."""
+    words = codes.arrays["words"]
+    step = max(1, _BLOCK // (words.shape[0] * words.shape[1]))
+    blocks = []
+    for first in range(0, codes.length, step):
+        some = slice(first, min(first + step, codes.length))
+        blocks.append((some, planes.levels(words[:, :, some])))
+    return blocks
+
+
 def _logits(
     q: mx.array, q_rot: mx.array, keys: CompressedTokens, planes: Planes
 ) -> mx.array:
@@ -92,12 +109,17 @@ def _logits(
     codes = packed_of(keys)
     layout = planes.layout
     padding = layout.padded - q_rot.shape[-1]
-    padded = mx.pad(q_rot, [(0, 0)] * 3 + [(0, padding)])
-    pieces = mx.split(padded[..., layout.order], layout.ends, axis=-1)
-    levels = planes.levels(codes)
-    packed = pieces[0] @ levels[0]
-    for piece, plane in zip(pieces[1:], levels[1:], strict=True):
-        packed = mx.addmm(packed, piece, plane)
+    factored = mx.pad(q_rot, [(0, 0)] * 3 + [(0, padding)]) * planes.factors
+    pieces = [mx.take(factored, rows, axis=-1) for rows in layout.rows]
+    blocks = []
+    for _, levels in _levels_by_block(codes, planes):
+        # q first: the reference BLAS takes 3 times as long for planes times q. And a
+        # chain, so that each plane is multiplied while it is in the cache.
+        block = pieces[0] @ levels[0].swapaxes(-1, -2)
+        for piece, plane in zip(pieces[1:], levels[1:], strict=True):
+            block = mx.addmm(block, piece, plane.swapaxes(-1, -2))
+        blocks.append(block)
+    packed = mx.concatenate(blocks, axis=-1) if len(blocks) > 1 else blocks[0]
     packed = packed * _scales(codes)
     if keys.quantizer.means is not None:
         packed = packed + _mean_logits(q_rot, keys.quantizer.means, codes.length)
@@ -117,14 +139,23 @@ def _weigh_packed(
     weights: mx.array,
     values: CompressedTokens,
     planes: Planes,
-    levels: list[mx.array],
+    blocks: list[tuple[slice, list[mx.array]]],
 ) -> mx.array:
     """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
     codes = packed_of(values)
     first = values.sink_length
     scaled = weights[..., first : first + codes.length] * _scales(codes)
-    pieces = [scaled @ plane.swapaxes(-1, -2) for plane in levels]
-    return mx.concatenate(pieces, axis=-1)[..., planes.layout.places]
+    some, levels = blocks[0]
+    pieces = [scaled[..., some] @ plane for plane in levels]
+    for some, levels in blocks[1:]:
+        part = scaled[..., some]
+        pieces = [
+            mx.addmm(piece, part, plane)
+            for piece, plane in zip(pieces, levels, strict=True)
+        ]
+    out = mx.concatenate(pieces, axis=-1)
+    dim = values.shape[-1]
+    return out[..., planes.layout.places] * planes.factors[:dim]
 
 
 def _weigh_uncompressed(weights: mx.array, values: CompressedTokens) -> mx.array:
@@ -135,16 +166,6 @@ def _weigh_uncompressed(weights: mx.array, values: CompressedTokens) -> mx.array
     if values.sink is not None:
         out = out + weights[..., :first] @ values.sink.astype(mx.float32)
     return out
-
-
-def _softmax(logits: mx.array, sink_logits: mx.array | None) -> mx.array:
-    """Softmax over tokens, and learned sink logits (Hq,) that carry no value."""
-    if sink_logits is None:
-        return mx.softmax(logits, axis=-1, precise=True)
-    extra = sink_logits.astype(mx.float32)[None, :, None, None]
-    extra = mx.broadcast_to(extra, (*logits.shape[:3], 1))
-    joined = mx.concatenate([extra, logits], axis=-1)
-    return mx.softmax(joined, axis=-1, precise=True)[..., 1:]
 
 
 def _dot(q: mx.array, keys: mx.array) -> mx.array:

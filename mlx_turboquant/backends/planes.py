@@ -8,8 +8,9 @@ a word shared by two groups, one in the bits left over):
     byte of a word    [pair 5|pair 6|ss]                        shared
     left-over bits    [sss] = pair 7                            spare
 
-The same shift of all those halves, over all groups, words and tokens, is one *plane*: a
-matrix (rows, tokens) of codes that `cpu` multiplies as it lies. Nothing is gathered.
+The same bits of all those halves, over all groups, words and tokens, are one *plane*: a
+matrix (tokens, rows) of codes that `cpu` multiplies as it lies. Nothing is gathered or
+transposed, and codes are not even shifted down: `Planes.factors` makes up for it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..polynomial import levels_of
-from ..tokens import TokenArrays
+from ..polynomial import kernel_coefficients, odd_polynomial
 
-#: Planes to a compiled pass: MLX fuses up to some twenty arrays.
-_FUSED = 8
+#: Most terms of a polynomial in a plane's own unit; more leave the range of float32.
+_MONIC_TERMS = 3
 _GROUP = 16
 
 
@@ -33,25 +33,21 @@ class Layout:
     """Where the planes of a (bits, dim) lie; see ``packing.py``.
 
     Attributes:
-        own: Indices of the halves of the groups' own words, group by group.
-        shared: Indices of the halves of the shared words.
         own_shifts: Shifts of the planes in own halves.
-        shared_shifts: Shifts of the planes in shared halves.
+        field_shifts: Shifts of the planes in the groups' bytes of shared halves.
         spare_shifts: Shifts of the planes in what the spare bits spell.
-        order: Element of each row of all planes, below `padded`.
+        rows: Elements of the rows of each plane, below `padded`.
+        shifts: Shift of each element's plane.
         padded: Elements of a vector, rounded up to whole groups.
-        ends: Where planes end in `order`, but the last.
-        places: Row of each element: the inverse of `order`.
+        places: Row of each element when the planes' rows are joined.
     """
 
-    own: mx.array
-    shared: mx.array
     own_shifts: list[int]
-    shared_shifts: list[int]
+    field_shifts: list[int]
     spare_shifts: list[int]
-    order: mx.array
+    rows: list[mx.array]
+    shifts: list[int]
     padded: int
-    ends: list[int]
     places: mx.array
 
 
@@ -62,17 +58,10 @@ def layout_of(bits: int, dim: int) -> Layout:
     groups = -(-dim // _GROUP)
     own_words = bits // 2
     per_own = 16 // bits if own_words else 0
-    per_shared = 8 // bits if bits % 2 else 0
-    spare_pairs = 8 - own_words * per_own - per_shared
-    own, shared = [], []
-    for group in range(groups):
-        base = group // 2 * bits
-        own += [base + group % 2 * own_words + i for i in range(own_words)]
-        # Two groups share a word; a last group without a neighbour has it alone.
-        if bits % 2 and group % 2 == 0:
-            shared.append(base + own_words * (1 if group + 1 == groups else 2))
+    per_field = 8 // bits if bits % 2 else 0
+    spare_pairs = 8 - own_words * per_own - per_field
     own_shifts = [bits * i for i in range(per_own)]
-    shared_shifts = [8 * g + bits * i for g in (0, 1) for i in range(per_shared)]
+    field_shifts = [bits * i for i in range(per_field)]
     spare_shifts = [bits * i for i in range(spare_pairs)]
 
     def element(group: int, pair: int, half: int) -> int:
@@ -89,36 +78,23 @@ def layout_of(bits: int, dim: int) -> Layout:
         for pair in range(per_own)
     ]
     planes += [
-        [
-            element(2 * chunk + second, own_words * per_own + pair, half)
-            for chunk in range(len(shared))
-            for half in (0, 1)
-        ]
-        for second in (0, 1)
-        for pair in range(per_shared)
-    ]
-    planes += [
         [element(group, pair, half) for group in range(groups) for half in (0, 1)]
-        for pair in range(8 - spare_pairs, 8)
+        for pair in range(own_words * per_own, 8)
     ]
+    shifts = own_shifts + field_shifts + spare_shifts
     order = [element for plane in planes for element in plane]
-    ends, end = [], 0
-    for plane in planes[:-1]:
-        end += len(plane)
-        ends.append(end)
     where = {element: row for row, element in enumerate(order)}
+    shift_of = {e: s for s, plane in zip(shifts, planes, strict=True) for e in plane}
     layout = Layout(
-        own=_index([2 * word + half for word in own for half in (0, 1)]),
-        shared=_index([2 * word + half for word in shared for half in (0, 1)]),
         own_shifts=own_shifts,
-        shared_shifts=shared_shifts,
+        field_shifts=field_shifts,
         spare_shifts=spare_shifts,
-        order=_index(order),
-        padded=max(max(order) + 1, dim),
-        ends=ends,
+        rows=[_index(plane) for plane in planes],
+        shifts=[shift_of[element] for element in sorted(shift_of)],
+        padded=len(order),
         places=_index([where[d] for d in range(dim)]),
     )
-    mx.eval(layout.own, layout.shared, layout.order, layout.places)
+    mx.eval(layout.rows, layout.places)
     return layout
 
 
@@ -142,37 +118,61 @@ class Planes:
     coefficients: tuple[float, ...]
     layout: Layout
 
-    def levels(self, codes: TokenArrays) -> list[mx.array]:
-        """Levels (B, H, rows, T) float32 of every plane, in the order of `Layout`."""
-        bits, layout = self.bits, self.layout
-        halves = codes.arrays["words"].view(mx.uint16)[:, :, : codes.length]
-        halves = mx.contiguous(halves.swapaxes(-1, -2))
-        batch, heads, _, tokens = halves.shape
-        groups, own_words = -(-self.dim // _GROUP), bits // 2
-        planes, fields = [], []
-        if own_words:
-            own = halves[:, :, layout.own]
-            planes += self._extract(own, layout.own_shifts)
-            by_group = own.reshape(batch, heads, groups, own_words, 2, tokens)
-            fields = [by_group[:, :, :, i] for i in range(own_words)]
-        if bits % 2:
-            shared = halves[:, :, layout.shared]
-            planes += self._extract(shared, layout.shared_shifts)
-            pairs = shared.reshape(batch, heads, -1, 1, 2, tokens)
-            both = mx.concatenate([pairs, pairs >> 8], axis=3)
-            fields.append(both.reshape(batch, heads, -1, 2, tokens)[:, :, :groups])
+    def levels(self, words: mx.array) -> list[mx.array]:
+        """Levels over `factors` (B, H, T, rows) float32 of every plane, in order.
+
+        Args:
+            words: (B, H, T, W) of some tokens.
+        """
+        layout = self.layout
+        if self.bits % 2 == 0:
+            own, fields = words.view(mx.uint16), None
+        else:
+            own, fields = self._halves(words)
+        planes = self._extract(own, layout.own_shifts)
+        parts = []
+        if layout.own_shifts:
+            by_group = own.reshape(*own.shape[:-1], -1, self.bits // 2, 2)
+            parts = [by_group[..., i, :].flatten(-2) for i in range(self.bits // 2)]
+        if fields is not None:
+            planes += self._extract(fields, layout.field_shifts)
+            parts.append(fields)
         if layout.spare_shifts:
-            stream = _spare_bits(bits)(*fields).reshape(batch, heads, -1, tokens)
+            stream = _spare_bits(self.bits)(*parts)
             planes += self._extract(stream, layout.spare_shifts)
         return planes
 
+    def _halves(self, words: mx.array) -> tuple[mx.array, mx.array]:
+        """Words of odd widths to own halves and to fields, both group by group."""
+        groups = -(-self.dim // _GROUP)
+        in_chunks = groups // 2 * self.bits
+        lead = words.shape[:-1]
+        chunks = words[..., :in_chunks].reshape(*lead, -1, self.bits)
+        own, shared = chunks[..., :-1].flatten(-2), chunks[..., -1]
+        if groups % 2:  # the last group has a word of both kinds alone
+            last = words[..., in_chunks:]
+            own = mx.concatenate([own, last[..., :-1]], axis=-1)
+            shared = mx.concatenate([shared, last[..., -1:]], axis=-1)
+        # What the shift drags from high to low halves lies above their fields.
+        fields = mx.stack([shared, shared >> 8], axis=-1).flatten(-2)[..., :groups]
+        return own.view(mx.uint16), fields.view(mx.uint16)
+
     def _extract(self, halves: mx.array, shifts: list[int]) -> list[mx.array]:
-        extract = _extractor(self.bits, self.coefficients)
-        planes = []
-        for start in range(0, len(shifts), _FUSED):
-            some = [_scalar(shift) for shift in shifts[start : start + _FUSED]]
-            planes += extract(halves, *some)
-        return planes
+        return [
+            _extractor(self.bits, shift, self.coefficients)(halves) for shift in shifts
+        ]
+
+    @functools.cached_property
+    def factors(self) -> mx.array:
+        """What the levels of each element must be multiplied with: (padded,)."""
+        gain, degree = 1.0, 0
+        if len(self.coefficients) <= _MONIC_TERMS:
+            gain = kernel_coefficients(self.coefficients)[0]
+            degree = 2 * len(self.coefficients) - 1
+        shifts = self.layout.shifts
+        factors = mx.array([gain / 2.0 ** ((self.bits + s) * degree) for s in shifts])
+        mx.eval(factors)
+        return factors
 
 
 @functools.cache
@@ -200,21 +200,29 @@ def _spare_bits(bits: int) -> Callable[..., mx.array]:
 
 
 @functools.cache
-def _scalar(value: int) -> mx.array:
-    array = mx.array(value, dtype=mx.uint16)
-    mx.eval(array)
-    return array
-
-
-@functools.cache
 def _extractor(
-    bits: int, coefficients: tuple[float, ...]
-) -> Callable[..., list[mx.array]]:
-    def extract(halves: mx.array, *shifts: mx.array) -> list[mx.array]:
-        mask = 2**bits - 1
-        return [
-            levels_of((halves >> shift) & mask, bits, coefficients) for shift in shifts
-        ]
+    bits: int, shift: int, coefficients: tuple[float, ...]
+) -> Callable[[mx.array], mx.array]:
+    """Halves to the levels of one plane, over its factor.
 
-    compiled: Callable[..., list[mx.array]] = mx.compile(extract)
+    All numbers are constants of the compiled loop. With the shift as an input, or with
+    more operations in a row than MLX fuses, g++ makes it 1.5 to 4 times slower.
+    """
+    mask = (2**bits - 1) << shift
+    middle = (2**bits - 1) / 2 * 2**shift
+    unit = 2.0 ** (bits + shift)
+    shape = kernel_coefficients(coefficients)[1:]
+
+    def extract(halves: mx.array) -> mx.array:
+        u: mx.array = (halves & mask).astype(mx.float32) - middle
+        if len(coefficients) > _MONIC_TERMS:
+            return odd_polynomial(u * (1 / unit), coefficients)
+        if len(coefficients) == 1:
+            return u
+        total: mx.array = u * u + shape[0] * unit**2
+        if len(coefficients) == 3:
+            total = total * total + shape[1] * unit**4
+        return total * u
+
+    compiled: Callable[[mx.array], mx.array] = mx.compile(extract)
     return compiled

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .evals import EvalPlan as EvalPlan
     from .evals import evaluate as evaluate
     from .explanation import explain as explain
+    from .integrations.compiled_step import compiled as compiled
     from .integrations.factory import apply as apply
     from .integrations.factory import make_prompt_cache as make_prompt_cache
     from .integrations.factory import uninstall as uninstall
@@ -57,6 +58,7 @@ _HOMES = {
     "apply": "integrations.factory",
     "attend": "attention",
     "codec_for": "codecs",
+    "compiled": "integrations.compiled_step",
     "evaluate": "evals",
     "explain": "explanation",
     "footprint": "integrations.footprint",

@@ -97,12 +97,18 @@ class PromptCache(list[Any]):
 
     Args:
         caches: The caches, one for each layer.
-        entries: Their records, in the order of the leaves.
+        entries: Their records, in the order of the leaves; empty if there was no dry
+            run, as for saved caches.
+
+    Attributes:
+        uncompiled: Why a `CompiledModel` takes steps over them as its model is; "" if
+            it compiles them, or none does.
     """
 
     def __init__(self, caches: Iterable[Any], entries: Sequence[CacheEntry]) -> None:
         super().__init__(caches)
         self.entries = tuple(entries)
+        self.uncompiled = ""
 
 
 def nbytes_of(cache: Any) -> int:

@@ -48,9 +48,16 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns; ``print`` it for a table."""
+    """What `explain` returns; ``print`` it for a table.
+
+    Attributes:
+        layers: What each entry holds.
+        uncompiled: Why a compiled model takes its steps as they are; "" if there is
+            nothing to say.
+    """
 
     layers: tuple[LayerReport, ...]
+    uncompiled: str = ""
 
     @property
     def packed_layers(self) -> int:
@@ -107,7 +114,10 @@ class Explanation:
                 bits,
                 row.reason,
             )
-        return f"{table_text(table, width=120)}\n{self.summary()}"
+        lines = [table_text(table, width=120)]
+        if self.uncompiled:
+            lines.append(f"steps are not compiled: {self.uncompiled}")
+        return "\n".join([*lines, self.summary()])
 
     def __repr__(self) -> str:
         return f"Explanation({self.summary()})"
@@ -120,8 +130,9 @@ def explain(cache: Any) -> Explanation:
         cache: A prompt cache (list of layer caches) or one layer's cache.
     """
     caches = cache if isinstance(cache, Sequence) else [cache]
-    entries = cache.entries if isinstance(cache, PromptCache) else ()
-    return Explanation(tuple(_rows(caches, {e.label: e for e in entries})))
+    known = cache if isinstance(cache, PromptCache) else PromptCache(caches, ())
+    rows = _rows(caches, {entry.label: entry for entry in known.entries})
+    return Explanation(tuple(rows), known.uncompiled)
 
 
 def _rows(

@@ -63,6 +63,7 @@ def generate(
     from mlx_lm import stream_generate
 
     from ..explanation import explain
+    from ..integrations.compiled_step import compiled
     from ..integrations.stock import length_of
     from .session import Session
 
@@ -92,7 +93,9 @@ def generate(
     if max_kv_size is None:
         session.warn_if_tight(len(tokens) + max_tokens, spec, cache)
     session.check_context((length_of(cache) or 0) + len(tokens))
+    # A step that verifies drafted tokens is another one each time.
     draft, all_caches = None, cache
+    network = session.network if draft_model is not None else compiled(session.network)
     if draft_model is not None:
         draft, all_caches = _add_draft(
             session, draft_model, draft_spec, cache, len(tokens) + max_tokens
@@ -110,7 +113,7 @@ def generate(
     has_bar = session.is_verbose and draft is None  # mlx-lm reports no drafted prefill
     with prefill_progress(len(tokens), has_bar) as report:
         for response in stream_generate(
-            session.network,
+            network,
             session.tokenizer,
             tokens,
             max_tokens=max_tokens,
@@ -249,6 +252,8 @@ def _print_statistics(response: Any, explanation: Explanation) -> None:
         f"Peak memory: {response.peak_memory:.3f} GB\n"
         f"KV cache: {explanation.summary()}"
     )
+    if explanation.uncompiled:
+        typer.echo(f"  steps are not compiled: {explanation.uncompiled}")
     for row in explanation.left_alone if explanation.packed_layers else ():
         typer.echo(f"  layer {row.layer} stays {row.cache}: {row.reason}")
 

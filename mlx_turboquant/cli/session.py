@@ -137,7 +137,7 @@ class Session:
         if not self.is_verbose:
             return
         warning = tight_memory_warning(
-            of_network(self.network, entries=getattr(caches, "entries", None)),
+            of_network(self.network, entries=getattr(caches, "entries", None) or None),
             tokens,
             spec,
             machine_memory(),

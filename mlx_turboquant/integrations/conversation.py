@@ -18,6 +18,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..errors import FormatError
 from ..explanation import Explanation, explain
+from .compiled_step import compiled
 from .loading import check_context, context_length
 from .prompt_files import load_prompt_cache, save_prompt_cache
 from .stock import length_of
@@ -47,6 +48,7 @@ class Conversation:
         template: dict[str, Any] | None = None,
     ) -> None:
         self.network, self.tokenizer, self.name = network, tokenizer, name
+        self._stepping = compiled(network)
         self._make_cache, self._template = make_cache, template or {}
         self._system = system
         self.reset()
@@ -97,7 +99,7 @@ class Conversation:
         answer, generated = "", []
         try:
             for response in stream_generate(
-                self.network, self.tokenizer, rest, prompt_cache=self.cache, **options
+                self._stepping, self.tokenizer, rest, prompt_cache=self.cache, **options
             ):
                 answer += response.text
                 generated.append(int(response.token))

@@ -15,6 +15,7 @@ import mlx_lm.models.cache as host_cache
 from mlx.utils import tree_flatten
 
 from ..atomic import replacing
+from ..entries import PromptCache
 from ..errors import FormatError, UnsupportedModelError
 from ..explanation import explain
 from . import hook
@@ -85,6 +86,7 @@ def load_prompt_cache(
         )
     if model is not None:
         check_cache(model, cache, str(path))
+    cache = PromptCache(cache, entries=())
     return (cache, metadata) if return_metadata else cache
 
 

@@ -1,306 +1,448 @@
-// Decode attention, pass 1 (split-KV): one threadgroup attends TILE_ROWS = 8 query rows of one
-// KV head to a split, a run of tokens that its simdgroups share, and writes an unnormalised
-// partial result. The first splits are of tokens that are not packed (sink and recent), in
-// the model's basis, the others of packed ones, in the codes'. Pass 2 is merge_states.metal.
-// The entry is at the end.
+// Decode attention, pass 1 (split-KV): one threadgroup attends ROW_TILES tiles of 8 query rows
+// of one KV head to a split, a run of tokens, and writes an unnormalised partial result. The
+// first splits are of tokens that are not packed (sink and recent), in the model's basis, the
+// others of packed ones, in the codes'. Pass 2 is merge_states.metal. The entry is at the end.
 //
-// Tokens come in tiles of 32 (tiles.h says which lane decodes what). Per 8 tokens, the logits
-// of token `major` and rows 2 * minor and 2 * minor + 1 stay on a lane, where the softmax is
-// done once per tile. Logits are in units of log2. Products are of halves, every sum is float.
+// Its simdgroups go through the split in rounds. In each, a simdgroup makes the logits of a tile
+// of 32 tokens of its own (tiles.h says which lane decodes what), and the weights of all tiles
+// go through threadgroup memory; then it adds up a part of the elements of all tiles' values.
+// So every code is decoded once, for all rows, straight into the operands of matrix products,
+// no partial sum is held twice, and the threadgroup's result needs no merging. Logits are in
+// units of log2. Products are of halves, every sum is float.
 
 #include "formats.h"
 #include "format_plain.h"
-#include "merge_simdgroups.h"
 #include "page_means.h"
 #include "query_rows.h"
+#include "softmax_state.h"
 #include "token_runs.h"
-#include "tiles.h"
 
-// Logits may exceed the running maximum by MAX_LAG: then hardly any tile raises it. So weights
-// are at most 2^MAX_LAG, those times values' scales over `value_scale` too, and times
-// WEIGHT_UNIT at most the half 32768. Without the unit halves would be subnormal from 2^-14 of
-// the largest weight down, which a long tail together matters at, and matrix products may take
-// those for zero.
-constant constexpr float MAX_LAG = 4.0f;
-constant constexpr float WEIGHT_UNIT = 2048.0f;
+// Units of values that a simdgroup adds up, of those that there are.
+constexpr int tq_own_units(int padded, int simdgroups) {
+  return (tq_units(padded) + simdgroups - 1) / simdgroups;
+}
 
-// The running softmax of a lane's two rows over the tokens so far.
-struct RowState {
-  float maximum[2];
-  float denominator[2];
-  float value_scale;  // a running upper bound of the values' scales
-  float weight_factor;  // WEIGHT_UNIT over it
+// Threadgroup memory of a round, in words: weights of every tile, in two buffers that rounds use
+// in turns, so that one barrier a round is enough, and whether a simdgroup's tile exceeds the
+// bounds.
+constexpr int tq_weight_words(int simdgroups, int row_tiles) {
+  return simdgroups * row_tiles * 32 * 4;
+}
+constexpr int tq_round_words(int simdgroups, int row_tiles) {
+  return 2 * (tq_weight_words(simdgroups, row_tiles) + simdgroups);
+}
+
+// Whether codes of so many words of a lane are loaded long before their use; more would not
+// leave registers. 0: they are no codes.
+constexpr bool tq_is_ahead(int words) { return words > 0 && words <= 16; }
+constexpr int tq_units_ahead(int words, int padded) {
+  return tq_is_ahead(words) ? tq_units(padded) : 1;
+}
+
+// What the simdgroups of a threadgroup share.
+struct Shared {
+  threadgroup half2* queries;
+  threadgroup uint* rounds;
+  threadgroup float* maxima;
+  threadgroup float* logits_of_means;
 };
 
-TQ_FUNC RowState make_row_state() {
-  RowState state;
-  TQ_UNROLL
-  for (int e = 0; e < 2; e++) {
-    state.maximum[e] = -1e30f;
-    state.denominator[e] = 0.0f;
-  }
-  state.value_scale = 0.0f;
-  state.weight_factor = 0.0f;
-  return state;
-}
-
-// Where some lane's part of a tile exceeds the bounds, raise them to the tile's, on all lanes
-// of a row alike; what was summed so far shrinks to the new ones. sums: SUMS, of the two rows
-// in turns.
-template <int SUMS>
-TQ_FUNC void raise_bounds(
-    thread RowState& state, thread float* tile_maximum, float tile_scale, thread float* sums) {
-  bool exceeds = tile_maximum[0] > state.maximum[0] + MAX_LAG ||
-                 tile_maximum[1] > state.maximum[1] + MAX_LAG;
-  if (!simd_any(exceeds || tile_scale > state.value_scale)) return;
-  TQ_UNROLL
-  for (int i = 0; i < 3; i++) {
-    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
-    tile_scale = tq_max(tile_scale, simd_shuffle_xor(tile_scale, stride));
-    tile_maximum[0] = tq_max(tile_maximum[0], simd_shuffle_xor(tile_maximum[0], stride));
-    tile_maximum[1] = tq_max(tile_maximum[1], simd_shuffle_xor(tile_maximum[1], stride));
-  }
-  float shrink[2];
-  float next_scale = tq_max(2.0f * tile_scale, 1e-30f);
-  float scale_ratio = 1.0f;
-  if (tile_scale > state.value_scale) {
-    scale_ratio = state.value_scale / next_scale;
-    state.value_scale = next_scale;
-    state.weight_factor = WEIGHT_UNIT / next_scale;
-  }
-  TQ_UNROLL
-  for (int e = 0; e < 2; e++) {
-    float next = tq_max(state.maximum[e], tile_maximum[e]);
-    shrink[e] = tq_exp2(state.maximum[e] - next);
-    state.maximum[e] = next;
-    state.denominator[e] *= shrink[e];
-  }
-  TQ_UNROLL
-  for (int i = 0; i < SUMS; i++) sums[i] *= shrink[i % 2] * scale_ratio;
-}
-
-// Attend to a run of tokens: fills `state`, equal on all lanes of a row but for the
-// denominator, each lane's own, and `sums`, in units of its value_scale over WEIGHT_UNIT.
+// This lane's logits of its simdgroup's tile: scales, those of means, and what is not seen.
 //   mask     float (rows, mask_columns), log2 units, read if MASKED
-//   means    half (pages, DK), read if CENTER
+template <typename K, int ROW_TILES, bool MASKED>
+TQ_FUNC void finish_logits(
+    const thread float* k_scales, const thread float* mean_logits, const device float* mask,
+    const thread AttendArguments& args, int first_row, const thread TokenRun& run, int tile,
+    thread float* logits, uint lane) {
+  TQ_UNROLL
+  for (int i = 0; i < 8 * ROW_TILES; i++) {
+    logits[i] = logits[i] * k_scales[i % 8 / 2] + mean_logits[2 * (i / 8) + i % 2];
+  }
+  if (!MASKED && TILE_TOKENS * (tile + 1) <= run.end - run.hidden) return;
+  TQ_UNROLL
+  for (int e = 0; e < 2 * ROW_TILES; e++) {
+    int row = first_row + TILE_ROWS * (e / 2) + 2 * int(tq_minor(lane)) + e % 2;
+    int end = row_end(run, row, args);
+    TQ_UNROLL
+    for (int j = 0; j < 4; j++) {
+      thread float& logit = logits[8 * (e / 2) + 2 * j + e % 2];
+      int token = TILE_TOKENS * tile + 8 * j + int(tq_major(lane));
+      if (MASKED && row < args.rows && token < end) {
+        int column = token + (token < run.mask_gap_at ? 0 : run.mask_gap);
+        logit += mask[size_t(row) * args.mask_columns + column];
+      }
+      if (token >= end) logit = -3e38f;
+    }
+  }
+}
+
+// This lane's codes of a tile's keys, of the first UNITS units; and their logits.
+template <typename K, int UNITS, typename Tokens>
+TQ_FUNC void load_keys(
+    const thread Tokens& tokens, int tile, uint lane, thread typename K::Unit* keys) {
+  TQ_UNROLL
+  for (int u = 0; u < UNITS; u++) {
+    keys[u] = K::load(tokens, tile, u, unit_columns<K::PADDED>(u), lane);
+  }
+}
+template <typename K, int ROW_TILES>
+TQ_FUNC void add_logits(
+    const thread typename K::Params& params, const thread typename K::Unit* keys,
+    const threadgroup half2* queries, uint lane, thread float* logits) {
+  TQ_UNROLL
+  for (int u = 0; u < tq_units(K::PADDED); u++) {
+    half2 query[4 * ROW_TILES];
+    load_unit_query<K::PADDED, ROW_TILES>(queries, u, lane, query);
+    add_unit_logits<K, ROW_TILES, 4>(
+        params, keys[u], unit_columns<K::PADDED>(u), query, logits);
+  }
+}
+
+// The same where codes are too many for registers: one unit ahead, the first one given.
+template <typename K, int ROW_TILES, typename Tokens>
+TQ_FUNC void add_logits_by_unit(
+    const thread Tokens& tokens, const thread typename K::Params& params, int tile,
+    const thread typename K::Unit& first, const threadgroup half2* queries, uint lane,
+    thread float* logits) {
+  constexpr int UNITS = tq_units(K::PADDED);
+  typename K::Unit next = first;
+  TQ_ROLL
+  for (int u = 0; u < UNITS; u++) {
+    typename K::Unit keys = next;
+    if (u + 1 < UNITS) {
+      next = K::load(tokens, tile, u + 1, unit_columns<K::PADDED>(u + 1), lane);
+    }
+    half2 query[4 * ROW_TILES];
+    load_unit_query<K::PADDED, ROW_TILES>(queries, u, lane, query);
+    if (unit_columns<K::PADDED>(u) == 4) {
+      add_unit_logits<K, ROW_TILES, 4>(params, keys, 4, query, logits);
+    } else {
+      add_unit_logits<K, ROW_TILES, 4>(params, keys, 2, query, logits);
+    }
+  }
+}
+
+// A simdgroup's units of a tile's values; past the last unit it takes that one, for nothing.
+template <typename V, int SIMDGROUPS, typename Tokens>
+TQ_FUNC void load_values(
+    const thread Tokens& tokens, int tile, uint simdgroup, uint lane,
+    thread typename V::Unit* values) {
+  constexpr int UNITS = tq_units(V::PADDED);
+  constexpr int OWN = tq_own_units(V::PADDED, SIMDGROUPS);
+  TQ_UNROLL
+  for (int i = 0; i < OWN; i++) {
+    int unit = tq_min(int(simdgroup) * OWN + i, UNITS - 1);
+    values[i] = V::load(tokens, tile, unit, unit_columns<V::PADDED>(unit), lane);
+  }
+}
+template <typename V, int ROW_TILES, int SIMDGROUPS>
+TQ_FUNC void add_values(
+    const thread typename V::Params& params, const thread typename V::Unit* values,
+    const threadgroup uint* weights, uint simdgroup, uint lane, thread float* sums) {
+  constexpr int OWN = tq_own_units(V::PADDED, SIMDGROUPS);
+  half2 of_tile[4 * ROW_TILES];
+  TQ_UNROLL
+  for (int r = 0; r < ROW_TILES; r++) {
+    tq_load4(weights + (uint(r) * 32u + lane) * 4u, of_tile + 4 * r);
+  }
+  TQ_UNROLL
+  for (int i = 0; i < OWN; i++) {
+    if (unit_columns<V::PADDED>(int(simdgroup) * OWN + i) == 4) {
+      add_unit_values<V, ROW_TILES>(params, values[i], 4, of_tile, sums + 8 * i, 8 * OWN);
+    } else {
+      add_unit_values<V, ROW_TILES>(params, values[i], 2, of_tile, sums + 8 * i, 8 * OWN);
+    }
+  }
+}
+
+// Codes of keys, of the first unit at least, and scales of a simdgroup's next tile, loaded a
+// round before they are needed. Tokens that are not packed take one round: no keys are ahead.
+template <typename K>
+struct Ahead {
+  typename K::Unit keys[tq_units_ahead(K::LANE_WORDS, K::PADDED)];
+  half2 k_scales[2];
+  half2 v_scales[2];
+};
+template <typename K, typename V, typename KTokens, typename VTokens>
+TQ_FUNC void load_ahead(
+    const thread KTokens& k_tokens, const thread VTokens& v_tokens, int tile, uint lane,
+    thread Ahead<K>& ahead) {
+  if (K::LANE_WORDS > 0) {
+    load_keys<K, tq_units_ahead(K::LANE_WORDS, K::PADDED)>(k_tokens, tile, lane, ahead.keys);
+  }
+  load_scales<K>(k_tokens, tile, lane, ahead.k_scales);
+  load_scales<V>(v_tokens, tile, lane, ahead.v_scales);
+}
+
+// Attend to a run of tokens, the first of which are loaded ahead: fills `state` and `sums`, in units of its value_scale over
+// WEIGHT_UNIT: 8 floats for each row tile and own unit, as add_unit_values leaves them.
 // K and V are the formats of keys and values; keys decode in units of k_gain.
 template <
-    typename K, typename V, int DK, int DV, bool MASKED, bool CENTER, typename KTokens,
-    typename VTokens>
+    typename K, typename V, int DK, int ROW_TILES, int SIMDGROUPS, bool MASKED, bool CENTER,
+    typename KTokens, typename VTokens>
 TQ_FUNC void attend_tokens(
-    const threadgroup half* queries, const thread KTokens& k_tokens,
-    const thread VTokens& v_tokens, const device float* mask, const device half* means,
-    const thread typename K::DecodeParams& k_params,
-    const thread typename V::DecodeParams& v_params, float k_gain,
-    const thread AttendArguments& args, int first_row, const thread TokenRun& run,
-    thread RowState& state, thread float* sums, uint lane) {
-  constexpr uint K_GROUPS = (DK + 15) / 16;
-  constexpr uint V_GROUPS = (DV + 15) / 16;
-  constexpr int K_LANE_GROUPS = tq_key_groups(DK);
-  constexpr int V_LANE_GROUPS = tq_value_groups(DV);
-  constexpr int SUMS = V_LANE_GROUPS * GROUP_SUMS;
-  constexpr int AHEAD = tq_codes_ahead<V, DV>();
+    const thread Shared& shared, const thread KTokens& k_tokens, const thread VTokens& v_tokens,
+    const device float* mask, const thread typename K::Params& k_params,
+    const thread typename V::Params& v_params, float k_gain, const thread AttendArguments& args,
+    int first_row, const thread TokenRun& run, thread Ahead<K>& ahead,
+    const thread Means<DK, K::PADDED>& means, thread SoftmaxState<ROW_TILES>& state, thread float* sums, uint simdgroup, uint lane) {
+  constexpr int OWN_UNITS = tq_own_units(V::PADDED, SIMDGROUPS);
+  constexpr int SUMS = 8 * OWN_UNITS;
+  constexpr bool K_AHEAD = tq_is_ahead(K::LANE_WORDS);
+  constexpr bool V_AHEAD = tq_is_ahead(V::LANE_WORDS);
+  constexpr int WEIGHTS = tq_weight_words(SIMDGROUPS, ROW_TILES);
 
-  half2 query[K_LANE_GROUPS * 8];
-  load_query_fragments<DK, K_LANE_GROUPS>(queries, lane, query);
-  // This lane's groups of the tile at hand. A group past the last one has zero queries, or
-  // sums nobody reads: any group will do for it.
-  typename K::Cursor k_cursors[K_LANE_GROUPS];
-  typename V::Cursor v_cursors[V_LANE_GROUPS];
+  state = make_softmax_state<ROW_TILES>();
   TQ_UNROLL
-  for (int i = 0; i < K_LANE_GROUPS; i++) {
-    uint group = tq_minor(lane) * K_LANE_GROUPS + i;
-    if (K_LANE_GROUPS * 4 != K_GROUPS) group = tq_min(group, K_GROUPS - 1u);
-    k_cursors[i] = K::make_cursor(k_tokens, group, K_GROUPS);
-    K::advance(k_cursors[i], run.first + int(tq_major(lane)));
-  }
-  TQ_UNROLL
-  for (int i = 0; i < V_LANE_GROUPS; i++) {
-    uint group = tq_min(tq_major(lane) + 8 * i, V_GROUPS - 1u);
-    v_cursors[i] = V::make_cursor(v_tokens, group, V_GROUPS);
-    V::advance(v_cursors[i], run.first + 2 * int(tq_minor(lane)));
-  }
-
-  state = make_row_state();
-  float mean_logit[2] = {0.0f, 0.0f};
+  for (int i = 0; i < SUMS * ROW_TILES; i++) sums[i] = 0.0f;
   PageCursor pages;
-  if (CENTER) pages = make_page_cursor(run.first, args);
-  float inverse_k_gain = 1.0f / k_gain;
-  TQ_UNROLL
-  for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
+  if (CENTER) {
+    pages = make_logits_of_means<DK, K::PADDED, ROW_TILES>(
+        shared.queries, means, 1.0f / k_gain, run, args, shared.logits_of_means, simdgroup, lane);
+  }
+  uint buffer = 0u;
 
-  for (int tile = run.first; tile < run.end; tile += TILE_TOKENS) {
-    float logits[TILE_TOKENS / 4];
-    float scales[TILE_TOKENS / 8];
-    float tile_maximum[2] = {-1e30f, -1e30f};
-    float tile_scale = 0.0f;
-    typename V::Codes v_codes[AHEAD > 0 ? AHEAD : 1];
-    if (CENTER) {
-      next_tile<DK>(
-          pages, query, means, inverse_k_gain, args, lane, mean_logit, tile == run.first);
-    }
-    tile_logits<K, DK, TILE_TOKENS>(query, k_params, k_cursors, logits);
-    load_values<V, DV>(v_cursors, v_codes);  // in flight during the softmax
+  TQ_ROLL
+  for (int round_tile = run.first_tile; round_tile < run.end_tile; round_tile += SIMDGROUPS) {
+    int tile = round_tile + int(simdgroup);
+    bool has_tile = tile < run.end_tile;
+    if (!has_tile) tile = run.end_tile - 1;
+    float mean_logits[2 * ROW_TILES];
     TQ_UNROLL
-    for (int j = 0; j < TILE_TOKENS / 8; j++) {
-      int token = tile + 8 * j + int(tq_major(lane));
-      float k_scale = token_scale<K>(k_tokens, token);
-      scales[j] = token_scale<V>(v_tokens, token);
-      tile_scale = tq_max(tile_scale, scales[j]);
+    for (int e = 0; e < 2 * ROW_TILES; e++) mean_logits[e] = 0.0f;
+    if (CENTER) {
+      int at = pages.page * TILE_ROWS * ROW_TILES + 2 * int(tq_minor(lane));
       TQ_UNROLL
-      for (int e = 0; e < 2; e++) {
-        int row = first_row + int(2 * tq_minor(lane)) + e;
-        logits[2 * j + e] = logits[2 * j + e] * k_scale + mean_logit[e];
-        if (MASKED && row < args.rows && token < run.end) {
-          int column = token + (token < run.mask_gap_at ? 0 : run.mask_gap);
-          logits[2 * j + e] += mask[size_t(row) * args.mask_columns + column];
+      for (int e = 0; e < 2 * ROW_TILES; e++) {
+        mean_logits[e] = has_tile ? shared.logits_of_means[at + TILE_ROWS * (e / 2) + e % 2] : 0.0f;
+      }
+      next_round<SIMDGROUPS>(pages, args);
+    }
+
+    float logits[8 * ROW_TILES];
+    TQ_UNROLL
+    for (int i = 0; i < 8 * ROW_TILES; i++) logits[i] = 0.0f;
+    if (K_AHEAD) {
+      add_logits<K, ROW_TILES>(k_params, ahead.keys, shared.queries, lane, logits);
+    } else {
+      if (K::LANE_WORDS == 0) load_keys<K, 1>(k_tokens, tile, lane, ahead.keys);
+      add_logits_by_unit<K, ROW_TILES>(
+          k_tokens, k_params, tile, ahead.keys[0], shared.queries, lane, logits);
+    }
+    float k_scales[4];
+    float v_scales[4];
+    TQ_UNROLL
+    for (int j = 0; j < 4; j += 2) {
+      k_scales[j] = float(ahead.k_scales[j / 2].x);
+      k_scales[j + 1] = float(ahead.k_scales[j / 2].y);
+      v_scales[j] = float(ahead.v_scales[j / 2].x);
+      v_scales[j + 1] = float(ahead.v_scales[j / 2].y);
+    }
+    // Values of this round, in flight during the softmax.
+    constexpr int TILES_AHEAD = V_AHEAD ? SIMDGROUPS : 1;
+    typename V::Unit values[OWN_UNITS * TILES_AHEAD];
+    TQ_UNROLL
+    for (int t = 0; t < TILES_AHEAD; t++) {
+      int of_tile = tq_min(round_tile + t, run.end_tile - 1);
+      load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, values + OWN_UNITS * t);
+    }
+    finish_logits<K, ROW_TILES, MASKED>(
+        k_scales, mean_logits, mask, args, first_row, run, has_tile ? tile : run.end_tile, logits,
+        lane);
+
+    threadgroup uint* weights = shared.rounds + buffer * uint(WEIGHTS);
+    threadgroup uint* exceeding = shared.rounds + 2 * WEIGHTS + buffer * uint(SIMDGROUPS);
+    float added[2 * ROW_TILES];
+    bool raises = true;
+    while (raises) {
+      if (simd_any(exceeds_bounds<ROW_TILES>(state, logits, v_scales))) {
+        if (lane == 0u) exceeding[simdgroup] = 1u;
+      } else {
+        if (lane == 0u) exceeding[simdgroup] = 0u;
+        TQ_UNROLL
+        for (int r = 0; r < ROW_TILES; r++) {
+          half2 fragments[4];
+          added[2 * r] = added[2 * r + 1] = 0.0f;
+          TQ_UNROLL
+          for (int j = 0; j < 4; j++) {
+            float first = tq_exp2(logits[8 * r + 2 * j] - state.maximum[2 * r]);
+            float second = tq_exp2(logits[8 * r + 2 * j + 1] - state.maximum[2 * r + 1]);
+            float scale = v_scales[j] * state.weight_factor;
+            added[2 * r] += first;
+            added[2 * r + 1] += second;
+            fragments[j] = tq_weights(tq_half2(first * scale, second * scale));
+          }
+          tq_store4(weights + ((simdgroup * uint(ROW_TILES) + uint(r)) * 32u + lane) * 4u, fragments);
         }
-        if (token >= run.row_ends[e]) logits[2 * j + e] = -3e38f;
-        tile_maximum[e] = tq_max(tile_maximum[e], logits[2 * j + e]);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      uint any_exceeding = 0u;
+      TQ_UNROLL
+      for (int s = 0; s < SIMDGROUPS; s++) any_exceeding |= exceeding[s];
+      raises = any_exceeding != 0u;
+      if (raises) {
+        raise_bounds<ROW_TILES, SIMDGROUPS, SUMS>(
+            state, logits, v_scales, sums, shared.maxima, simdgroup, lane);
       }
     }
-    raise_bounds<SUMS>(state, tile_maximum, tile_scale, sums);
-    half2 weights[TILE_TOKENS / 8];
     TQ_UNROLL
-    for (int j = 0; j < TILE_TOKENS / 8; j++) {
-      float first = tq_exp2(logits[2 * j] - state.maximum[0]);
-      float second = tq_exp2(logits[2 * j + 1] - state.maximum[1]);
-      float scale = scales[j] * state.weight_factor;
-      state.denominator[0] += first;
-      state.denominator[1] += second;
-      weights[j] = tq_weights(tq_half2(first * scale, second * scale));
+    for (int e = 0; e < 2 * ROW_TILES; e++) state.denominator[e] += added[e];
+
+    // What the next round needs is in flight from now on.
+    load_ahead<K, V>(
+        k_tokens, v_tokens, tq_min(tile + SIMDGROUPS, run.end_tile - 1), lane, ahead);
+    constexpr int OF_TILE = WEIGHTS / SIMDGROUPS;
+    if (V_AHEAD) {
+      TQ_UNROLL
+      for (int t = 0; t < SIMDGROUPS; t++) {
+        add_values<V, ROW_TILES, SIMDGROUPS>(
+            v_params, values + (V_AHEAD ? OWN_UNITS * t : 0), weights + OF_TILE * t, simdgroup,
+            lane, sums);
+      }
+    } else {
+      TQ_ROLL
+      for (int t = 0; t < SIMDGROUPS; t++) {
+        typename V::Unit next[OWN_UNITS];
+        int of_tile = tq_min(round_tile + t + 1, run.end_tile - 1);
+        load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, next);
+        add_values<V, ROW_TILES, SIMDGROUPS>(
+            v_params, values, weights + OF_TILE * t, simdgroup, lane, sums);
+        TQ_UNROLL
+        for (int i = 0; i < OWN_UNITS; i++) values[i] = next[i];
+      }
     }
-    add_weighted_values<V, DV>(weights, v_params, v_cursors, v_codes, sums);
-    TQ_UNROLL
-    for (int i = 0; i < K_LANE_GROUPS; i++) K::advance(k_cursors[i], TILE_TOKENS);
-    TQ_UNROLL
-    for (int i = 0; i < V_LANE_GROUPS; i++) V::advance(v_cursors[i], TILE_TOKENS);
+    buffer ^= 1u;
   }
 }
 
-// Merge what the simdgroups of this threadgroup have and write it; values are in units of
-// v_gain. Every simdgroup must call it. Pointers are to this split's part, or row 0's of
+// Write the threadgroup's result; values are in units of v_gain. Every simdgroup must call it.
+// Pointers are to this split's part, of row 0 of
 //   partial_out   float (rows, all splits, DV): unnormalised sums
 //   partial_lse   float (rows, all splits, 2): their maximum and denominator
-template <int DV, int SIMDGROUPS>
+template <int DV, int PADDED, int ROW_TILES, int SIMDGROUPS>
 TQ_FUNC void write_partial(
-    thread RowState& state, thread float* sums, float v_gain, int first_row, int rows,
-    int splits, device float* partial_out, device float* partial_lse,
+    thread SoftmaxState<ROW_TILES>& state, const thread float* sums, float v_gain, int first_row,
+    int rows, int splits, device float* partial_out, device float* partial_lse,
     threadgroup float* exchange, uint simdgroup, uint lane) {
-  constexpr int V_LANE_GROUPS = tq_value_groups(DV);
-  constexpr int PART = GROUP_SUMS / SIMDGROUPS;
+  constexpr int OWN_UNITS = tq_own_units(PADDED, SIMDGROUPS);
+  add_denominators<ROW_TILES, SIMDGROUPS>(state, exchange, simdgroup, lane);
+  float scale = state.value_scale * v_gain * (1.0f / WEIGHT_UNIT);
   TQ_UNROLL
-  for (int i = 0; i < 3; i++) {
-    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
-    state.denominator[0] += simd_shuffle_xor(state.denominator[0], stride);
-    state.denominator[1] += simd_shuffle_xor(state.denominator[1], stride);
-  }
-  float factors[2];
-  merge_row_states<SIMDGROUPS>(
-      state.maximum, state.denominator, factors, exchange, simdgroup, lane);
-  float sum_scale = state.value_scale * v_gain * (1.0f / WEIGHT_UNIT);
-  TQ_UNROLL
-  for (int i = 0; i < V_LANE_GROUPS * GROUP_SUMS; i++) sums[i] *= factors[i % 2] * sum_scale;
-
-  int row = first_row + int(2 * tq_minor(lane));
-  TQ_UNROLL
-  for (int e = 0; e < 2; e++) {
-    if (simdgroup == 0u && tq_major(lane) == 0u && row + e < rows) {
-      device float* state_out = partial_lse + size_t(row + e) * splits * 2;
+  for (int e = 0; e < 2 * ROW_TILES; e++) {
+    int row = first_row + TILE_ROWS * (e / 2) + 2 * int(tq_minor(lane)) + e % 2;
+    if (row >= rows) continue;
+    if (simdgroup == 0u && tq_major(lane) == 0u) {
+      device float* state_out = partial_lse + size_t(row) * splits * 2;
       state_out[0] = state.maximum[e];
       state_out[1] = state.denominator[e];
     }
-  }
-  TQ_UNROLL
-  for (int i = 0; i < V_LANE_GROUPS; i++) {
-    float merged[PART];
-    if (i > 0) threadgroup_barrier(mem_flags::mem_threadgroup);
-    merge_group_sums<SIMDGROUPS>(sums + GROUP_SUMS * i, merged, exchange, simdgroup, lane);
-    int first_element = 16 * (int(tq_major(lane)) + 8 * i) + PART / 2 * int(simdgroup);
+    device float* out = partial_out + size_t(row) * splits * DV;
     TQ_UNROLL
-    for (int k = 0; k < PART; k++) {
-      int d = first_element + k / 2;
-      if (d < DV && row + k % 2 < rows) {
-        partial_out[size_t(row + k % 2) * splits * DV + d] = merged[k];
+    for (int i = 0; i < 4 * OWN_UNITS; i++) {
+      int column = 4 * int(simdgroup) * OWN_UNITS + i;
+      int d = int(tq_major(lane)) * tq_columns(PADDED) + column;
+      if (column < tq_columns(PADDED) && d < DV) {
+        out[d] = sums[8 * OWN_UNITS * (e / 2) + 2 * i + e % 2] * scale;
       }
     }
   }
 }
 
-// Threadgroups: (splits of either kind, KV heads * ROW_TILES, batch). SHARED_TABLE: whether
-// keys and values look up the same table. recent_* are whole buffers, of which `recent` tokens
-// are in use.
+// Threadgroups: (splits of either kind, KV heads * ROW_GROUPS, batch), a row group is ROW_TILES
+// row tiles. SHARED_TABLE: whether keys and values look up the same table. recent_* are whole
+// buffers, of which `recent` tokens are in use.
 TQ_ENTRY(decode_split_kv) {
-  // The queries, and when all simdgroups are through with them what they exchange.
-  threadgroup float exchange[tq_split_floats(DK, SIMDGROUPS)];
+  typedef Format<K_KIND, false, DK, K_BITS, K_TERMS, SINGLE_TABLE> K;
+  typedef Format<V_KIND, true, DV, V_BITS, V_TERMS, SINGLE_TABLE> V;
+  // Of a type that makes their addresses multiples of 16 bytes.
+  threadgroup uint4 query_words[tq_query_fragments(K::PADDED, ROW_TILES) / 4];
+  threadgroup uint4 round_words[(tq_round_words(SIMDGROUPS, ROW_TILES) + 3) / 4];
+  threadgroup float maxima[tq_maxima_floats(SIMDGROUPS, ROW_TILES)];
+  threadgroup float logits_of_means[CENTER ? tq_means_floats(SIMDGROUPS, ROW_TILES) : 1];
   threadgroup half2 k_table[tq_table_words(K_KIND, K_BITS, SINGLE_TABLE)];
   threadgroup half2 v_table[SHARED_TABLE ? 1 : tq_table_words(V_KIND, V_BITS, SINGLE_TABLE)];
-  threadgroup half* queries = (threadgroup half*)exchange;
-  typedef Format<K_KIND, DK, K_BITS, K_TERMS, SINGLE_TABLE> K;
-  typedef Format<V_KIND, DV, V_BITS, V_TERMS, SINGLE_TABLE> V;
+  Shared shared;
+  shared.queries = (threadgroup half2*)query_words;
+  shared.rounds = (threadgroup uint*)round_words;
+  shared.maxima = maxima;
+  shared.logits_of_means = logits_of_means;
   AttendArguments args = load_arguments(arguments);
   uint3 threadgroup_index = threadgroup_position_in_grid;
   uint lane = thread_index_in_simdgroup;
   uint simdgroup = simdgroup_index_in_threadgroup;
   uint thread_index = thread_index_in_threadgroup;
   size_t batch = threadgroup_index.z;
-  size_t head = threadgroup_index.y / ROW_TILES;
+  size_t head = threadgroup_index.y / ROW_GROUPS;
   size_t kv_head = batch * args.kv_heads + head;
   size_t row = kv_head * args.rows;
-  int first_row = int(threadgroup_index.y % ROW_TILES) * TILE_ROWS;
+  int first_row = int(threadgroup_index.y % ROW_GROUPS) * TILE_ROWS * ROW_TILES;
   int split = int(threadgroup_index.x) - args.plain_splits;
-  const device T* head_q = q + batch * q_strides[0] + head * (args.rows / args.steps) * q_strides[1];
+  const device T* head_q =
+      q + batch * q_strides[0] + head * (args.rows / args.steps) * q_strides[1];
   const device float* head_mask = mask + (MASKED ? row * args.mask_columns : 0);
-  RowState state;
-  float sums[tq_value_groups(DV) * GROUP_SUMS];
+  SoftmaxState<ROW_TILES> state;
+  float sums[8 * tq_own_units(V::PADDED, SIMDGROUPS) * ROW_TILES];
   if (split < 0) {
-    load_queries<T, DK, false, SIMDGROUPS>(
-        head_q, q_strides[1], q_strides[2], q_strides[3], k_signs, q_scale[1], first_row, args,
-        queries, simdgroup, lane);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    typedef PlainFormat<T, false, DK, K::PADDED> PlainKeys;
+    typedef PlainFormat<T, true, DV, V::PADDED> PlainValues;
     PlainTokens<T> k_tokens = make_plain_tokens(
-        sink_keys + kv_head * args.sink * DK,
-        recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1],
-        int(recent_keys_strides[2]), args);
+        sink_keys + kv_head * args.sink * DK, args.sink,
+        recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1], args.recent,
+        int(recent_keys_strides[2]));
     PlainTokens<T> v_tokens = make_plain_tokens(
-        sink_values + kv_head * args.sink * DV,
+        sink_values + kv_head * args.sink * DV, args.sink,
         recent_values + batch * recent_values_strides[0] + head * recent_values_strides[1],
-        int(recent_values_strides[2]), args);
-    typename PlainFormat<T, DK>::DecodeParams k_decode;
-    typename PlainFormat<T, DV>::DecodeParams v_decode;
-    int tile = int(threadgroup_index.x) * SIMDGROUPS + int(simdgroup);
-    TokenRun run = plain_run(tile, first_row, args, lane);
-    attend_tokens<PlainFormat<T, DK>, PlainFormat<T, DV>, DK, DV, MASKED, false>(
-        queries, k_tokens, v_tokens, head_mask, means, k_decode, v_decode, 1.0f, args, first_row,
-        run, state, sums, lane);
-  } else {
-    load_table<K_KIND, K_BITS, SINGLE_TABLE>(k_params, k_table, thread_index, 32 * SIMDGROUPS);
-    if (!SHARED_TABLE) {
-      load_table<V_KIND, V_BITS, SINGLE_TABLE>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
-    }
-    load_queries<T, DK, ROTATE_K, SIMDGROUPS>(
-        head_q, q_strides[1], q_strides[2], q_strides[3],
-        k_signs + kv_head * (ROTATE_K ? DK : 0), q_scale[0] * k_params[0], first_row, args,
-        queries, simdgroup, lane);
+        args.recent, int(recent_values_strides[2]));
+    TokenRun run = plain_run(int(threadgroup_index.x), SIMDGROUPS, args);
+    Ahead<PlainKeys> ahead;
+    Means<DK, K::PADDED> no_means;
+    load_ahead<PlainKeys, PlainValues>(k_tokens, v_tokens, run.first_tile, lane, ahead);
+    load_queries<T, DK, K::PADDED, ROW_TILES, false, SIMDGROUPS>(
+        head_q, q_strides[1], q_strides[2], q_strides[3], k_signs, q_scale[1], first_row, args,
+        (threadgroup half*)query_words, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    typename PlainKeys::Params k_decode;
+    typename PlainValues::Params v_decode;
+    attend_tokens<PlainKeys, PlainValues, DK, ROW_TILES, SIMDGROUPS, MASKED, false>(
+        shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, 1.0f, args, first_row,
+        run, ahead, no_means, state, sums, simdgroup, lane);
+  } else {
     PackedTokens k_tokens = make_packed_tokens(
         k_words + batch * k_words_strides[0] + head * k_words_strides[1],
         k_scales + batch * k_scales_strides[0] + head * k_scales_strides[1]);
     PackedTokens v_tokens = make_packed_tokens(
         v_words + batch * v_words_strides[0] + head * v_words_strides[1],
         v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1]);
-    typename K::DecodeParams k_decode = K::make_params(k_params, k_table, lane);
-    typename V::DecodeParams v_decode =
+    TokenRun run = packed_run(split, args);
+    Ahead<K> ahead;
+    load_ahead<K, V>(
+        k_tokens, v_tokens, tq_min(run.first_tile + int(simdgroup), run.end_tile - 1), lane,
+        ahead);
+    const device half* head_means =
+        means + (CENTER ? batch * means_strides[0] + head * means_strides[1] : 0);
+    load_table<K_KIND, K_BITS, SINGLE_TABLE>(k_params, k_table, thread_index, 32 * SIMDGROUPS);
+    if (!SHARED_TABLE) {
+      load_table<V_KIND, V_BITS, SINGLE_TABLE>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
+    }
+    load_queries<T, DK, K::PADDED, ROW_TILES, ROTATE_K, SIMDGROUPS>(
+        head_q, q_strides[1], q_strides[2], q_strides[3],
+        k_signs + kv_head * (ROTATE_K ? DK : 0), q_scale[0] * k_params[0], first_row, args,
+        (threadgroup half*)query_words, simdgroup, lane);
+    Means<DK, K::PADDED> split_means;
+    if (CENTER) {
+      load_means<DK, K::PADDED>(head_means, run, args, simdgroup, lane, split_means);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    typename K::Params k_decode = K::make_params(k_params, k_table, lane);
+    typename V::Params v_decode =
         V::make_params(v_params, SHARED_TABLE ? k_table : v_table, lane);
-    TokenRun run = packed_run(split, int(simdgroup), SIMDGROUPS, args);
-    attend_tokens<K, V, DK, DV, MASKED, CENTER>(
-        queries, k_tokens, v_tokens, head_mask,
-        means + (CENTER ? batch * means_strides[0] + head * means_strides[1] : 0), k_decode,
-        v_decode, k_params[0], args, first_row, run, state, sums, lane);
+    attend_tokens<K, V, DK, ROW_TILES, SIMDGROUPS, MASKED, CENTER>(
+        shared, k_tokens, v_tokens, head_mask,
+        k_decode, v_decode, k_params[0], args, first_row, run, ahead, split_means, state, sums, simdgroup, lane);
   }
   int splits = args.plain_splits + args.splits;
-  write_partial<DV, SIMDGROUPS>(
+  write_partial<DV, V::PADDED, ROW_TILES, SIMDGROUPS>(
       state, sums, split < 0 ? 1.0f : v_params[0], first_row, args.rows, splits,
       partial_out + (row * splits + threadgroup_index.x) * DV,
-      partial_lse + (row * splits + threadgroup_index.x) * 2, exchange, simdgroup, lane);
+      partial_lse + (row * splits + threadgroup_index.x) * 2, maxima, simdgroup, lane);
 }

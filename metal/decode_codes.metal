@@ -1,55 +1,72 @@
-// Codes to rotated vectors, for prefill: what ScalarCodec.decode and TableCodec.decode
-// define, in float. One thread decodes one group of 16 elements. The entry is at the end.
+// Codes in tile order to rotated vectors, for prefill: what ScalarCodec.decode,
+// TableCodec.decode and TurboAngle.decode define, in float. One thread decodes a unit of a
+// slot (tile_codes.h): of keys 8 elements of 4 tokens, of values 4 elements of 8 tokens; half
+// of them in a last unit of two columns. The entry is at the end.
 
-#include "formats.h"
+#include "tile_codes.h"
 #include "arguments.h"
 
-// Points of pairs by kind, in units of the vector's scale.
-template <int KIND, int DIM, int BITS, int TERMS>
+// A unit's share of a tile: where its codes come from, and its vectors go.
+template <typename T>
+struct UnitTask {
+  const device uint* tile;    // its words
+  const device half* scales;
+  device T* out;              // the vector of the tile's first token
+  uint tokens;                // that the tile has
+  uint slot, unit;
+};
+// Element d of a token, unless it is padding.
+template <int DIM, int FILLED_PAIRS, typename T>
+TQ_FUNC void write_element(const thread UnitTask<T>& task, uint token, uint d, float value) {
+  if (2 * FILLED_PAIRS == DIM || d < uint(DIM)) task.out[token * uint(DIM) + d] = T(value);
+}
+
+// The level of a code of BITS.
+template <int BITS, int TERMS>
+TQ_FUNC float exact_level(const thread float* coefficients, uint code) {
+  float u = (float(code) - 0.5f * float((1u << BITS) - 1u)) / float(1u << BITS);
+  float sum = coefficients[TERMS - 1];
+  TQ_UNROLL
+  for (int i = TERMS - 2; i >= 0; i--) sum = sum * (u * u) + coefficients[i];
+  return sum * u;
+}
+
+// Low and high code of a couple of a unit, in halves.
+template <int BITS, int COUPLES>
+TQ_FUNC uint couple_codes(const thread uint* words, int couple) {
+  typedef UnitWords<BITS, COUPLES> Unit;
+  constexpr int SPARE = Unit::SPARE > 0 ? int(Unit::SPARE) : 1;
+  if (couple < int(Unit::FITTING)) {
+    int shift = Unit::field_at(couple % int(Unit::FIELDS));
+    return (words[couple / int(Unit::FIELDS)] >> shift) & (((1u << BITS) - 1u) * 0x00010001u);
+  }
+  uint codes = 0u;
+  TQ_UNROLL
+  for (int i = 0; i < BITS; i++) {
+    int bit = (couple - int(Unit::FITTING)) * BITS + i;
+    codes |= ((words[bit / SPARE] >> Unit::spare_at(bit % SPARE)) & 0x00010001u) << i;
+  }
+  return codes;
+}
+
+// Points of pairs by what they are looked up by, in units of the token's scale.
+template <int KIND, int BITS, int TERMS>
 struct ExactPairs;
 
-// params: coefficients of u, u^3, ..., TERMS of them.
-template <int DIM, int BITS, int TERMS>
-struct ExactPairs<POLYNOMIAL, DIM, BITS, TERMS> {
-  static TQ_FUNC void decode(
-      const thread GroupCodes<BITS>& codes, int p, const device float* params,
-      thread float* pair) {
-    constexpr uint CODE_MASK = (1u << BITS) - 1u;
-    int index;
-    uint word = pair_word<BITS>(codes, p, index);
-    TQ_UNROLL
-    for (int e = 0; e < 2; e++) {
-      uint code = (word >> (BITS * index + 16 * e)) & CODE_MASK;
-      float u = (float(code) - 0.5f * float(CODE_MASK)) / float(1u << BITS);
-      float sum = params[TERMS - 1];
-      TQ_UNROLL
-      for (int i = TERMS - 2; i >= 0; i--) sum = sum * (u * u) + params[i];
-      pair[e] = sum * u;
-    }
-  }
-};
-
 // params: the gain, then points (x, y) in units of it.
-template <int DIM, int BITS, int TERMS>
-struct ExactPairs<PAIRS, DIM, BITS, TERMS> {
-  typedef Format<PAIRS, DIM, BITS, TERMS, true> F;
-  static TQ_FUNC void decode(
-      const thread typename F::Codes& codes, int p, const device float* params,
-      thread float* pair) {
-    const device float* point = params + 1 + 2 * F::code(codes, p);
+template <int BITS, int TERMS>
+struct ExactPairs<PAIRS, BITS, TERMS> {
+  static TQ_FUNC void decode(uint code, const device float* params, float, thread float* pair) {
+    const device float* point = params + 1 + 2 * code;
     pair[0] = point[0] * params[0];
     pair[1] = point[1] * params[0];
   }
 };
 
 // params: the gain, then magnitudes (even, odd) in units of it.
-template <int DIM, int BITS, int TERMS>
-struct ExactPairs<TRELLIS, DIM, BITS, TERMS> {
-  typedef Format<TRELLIS, DIM, BITS, TERMS, true> F;
-  static TQ_FUNC void decode(
-      const thread typename F::Codes& codes, int p, const device float* params,
-      thread float* pair) {
-    uint x = F::bits(codes, p);
+template <int BITS, int TERMS>
+struct ExactPairs<TRELLIS, BITS, TERMS> {
+  static TQ_FUNC void decode(uint x, const device float* params, float, thread float* pair) {
     TQ_UNROLL
     for (int e = 0; e < 2; e++) {
       uint window = x >> (TERMS * e);
@@ -59,54 +76,148 @@ struct ExactPairs<TRELLIS, DIM, BITS, TERMS> {
   }
 };
 
-// params: 1, then points (x, y) of the circle.
-template <int DIM, int BITS, int TERMS>
-struct ExactPairs<ANGLES, DIM, BITS, TERMS> {
-  typedef Format<ANGLES, DIM, BITS, TERMS, true> F;
+// params: 1, then points (x, y) of the circle. norm_range: the token's second scale, which says
+// how far below its largest norm the others reach: the least over the largest (8 bits, linear),
+// or log(largest / least) (4 bits, logarithmic).
+template <int BITS, int TERMS>
+struct ExactPairs<ANGLES, BITS, TERMS> {
   static TQ_FUNC void decode(
-      const thread typename F::Codes& codes, int p, const device float* params,
-      thread float* pair) {
-    const device float* point = params + 1 + 2 * F::Stream::code(codes.angles, p);
-    pair[0] = point[0] * F::norm(codes, p);
-    pair[1] = point[1] * F::norm(codes, p);
+      uint code, const device float* params, float norm_range, thread float* pair) {
+    const device float* point = params + 1 + 2 * (code & ((1u << BITS) - 1u));
+    float fraction = float(code >> BITS) / float((1u << TERMS) - 1u);
+    float norm = TERMS == 8 ? norm_range + (1.0f - norm_range) * fraction
+                            : tq_exp2(norm_range * (fraction - 1.0f) * 1.44269504f);
+    pair[0] = point[0] * norm;
+    pair[1] = point[1] * norm;
   }
 };
 
-// words and scales: of the vector; out: the vector.
-template <int KIND, typename T, int DIM, int BITS, int TERMS>
-TQ_FUNC void decode_group(
-    const device uint* words, const device half* scales, const device float* params,
-    uint group, device T* out) {
-  typedef Format<KIND, DIM, BITS, TERMS, true> F;
-  PackedTokens tokens = make_packed_tokens(words, scales);
-  typename F::Cursor cursor = F::make_cursor(tokens, group, (DIM + 15) / 16);
-  float scale = float(scales[0]);
-  typename F::Codes codes = F::load(cursor, 0);
-  TQ_UNROLL
-  for (int p = 0; p < 8; p++) {
-    float pair[2];
-    ExactPairs<KIND, DIM, BITS, TERMS>::decode(codes, p, params, pair);
-    int d = int(group) * 16 + 2 * p;
-    if (d < DIM) out[d] = T(pair[0] * scale);
-    if (d + 1 < DIM) out[d + 1] = T(pair[1] * scale);
-  }
-}
+template <int KIND, typename T, int DIM, int BITS, int TERMS, bool VALUES>
+struct UnitDecoder {
+  typedef TileOrder<KIND, DIM, BITS, TERMS, VALUES> Order;
+  // Pairs behind a run whose bits its last pair is looked up by, too.
+  enum {
+    FOLLOWING = KIND == TRELLIS ? (TERMS + 7) / BITS : 0,
+    READ_PAIRS = Order::RUN_PAIRS + FOLLOWING
+  };
 
-// Threads: one to a group of every vector, in the order (batch, head, token, group).
+  static TQ_FUNC void decode(const thread UnitTask<T>& task, const device float* params) {
+    uint run = Order::run_of(task.unit);
+    uint first = Order::first_pair(task.slot) + uint(Order::RUN_PAIRS) * task.unit;
+    TQ_UNROLL
+    for (int row = 0; row < int(Order::SLOT_TOKENS); row++) {
+      uint token = Order::slot_token(task.slot, uint(row));
+      if (token >= task.tokens) break;
+      const device half* scales = task.scales + Order::scale_at(token);
+      float scale = float(scales[0]);
+      float norm_range = KIND == ANGLES ? float(scales[TILE]) : 0.0f;
+      uint codes[READ_PAIRS];
+      TQ_UNROLL
+      for (int i = 0; i < int(READ_PAIRS); i++) codes[i] = code_of(task, token, first + uint(i));
+      TQ_UNROLL
+      for (int i = 0; i < int(Order::RUN_PAIRS); i++) {
+        if (uint(i) >= run) break;
+        uint bits = codes[i];
+        TQ_UNROLL
+        for (int f = 1; f <= int(FOLLOWING); f++) bits |= codes[i + f] << (BITS * f);
+        float pair[2];
+        ExactPairs<KIND, BITS, TERMS>::decode(bits, params, norm_range, pair);
+        TQ_UNROLL
+        for (int e = 0; e < 2; e++) {
+          uint d = 2u * (first + uint(i)) + uint(e);
+          write_element<DIM, Order::FILLED_PAIRS>(task, token, d, pair[e] * scale);
+        }
+      }
+    }
+  }
+  // Behind the last pair the first follows. What follows a run may be another slot's.
+  static TQ_FUNC uint code_of(const thread UnitTask<T>& task, uint token, uint pair) {
+    TilePair at;
+    at.token = token;
+    at.pair = pair < uint(Order::FILLED_PAIRS) ? pair : pair - uint(Order::FILLED_PAIRS);
+    PairPlace place = Order::place_of(at);
+    return stream_code<Order::CODE_BITS, TILE>(task.tile + place.slot, place.number);
+  }
+};
+// params: coefficients of u, u^3, ..., TERMS of them.
+template <typename T, int DIM, int BITS, int TERMS, bool VALUES>
+struct UnitDecoder<POLYNOMIAL, T, DIM, BITS, TERMS, VALUES> {
+  typedef TileOrder<POLYNOMIAL, DIM, BITS, TERMS, VALUES> Order;
+
+  static TQ_FUNC void decode(const thread UnitTask<T>& task, const device float* params) {
+    float coefficients[TERMS];
+    TQ_UNROLL
+    for (int i = 0; i < TERMS; i++) coefficients[i] = params[i];
+    if (Order::HAS_HALF_UNIT && task.unit + 1u == uint(Order::UNITS)) {
+      decode_columns<2>(task, coefficients);
+    } else {
+      decode_columns<4>(task, coefficients);
+    }
+  }
+  template <int WIDTH>
+  static TQ_FUNC void decode_columns(
+      const thread UnitTask<T>& task, const thread float* coefficients) {
+    constexpr int COUPLES = 4 * WIDTH;
+    typedef UnitWords<BITS, COUPLES> Unit;
+    uint words[Unit::COUNT];
+    TQ_UNROLL
+    for (int i = 0; i < int(Unit::COUNT); i++) {
+      words[i] = task.tile[uint(TILE) * (task.unit * uint(BITS) + uint(i)) + task.slot];
+    }
+    uint first_column = 4u * task.unit;
+    TQ_UNROLL
+    for (int row = 0; row < 4; row++) {
+      // Tokens of low and of high codes.
+      uint token[2];
+      float scale[2];
+      TQ_UNROLL
+      for (int e = 0; e < 2; e++) {
+        token[e] = Order::slot_token(task.slot, uint(VALUES ? 2 * row + e : row));
+        scale[e] = float(task.scales[Order::scale_at(token[e])]);
+      }
+      TQ_UNROLL
+      for (int c = 0; c < WIDTH; c++) {
+        uint codes = couple_codes<BITS, COUPLES>(words, 4 * c + row);
+        uint column = first_column + uint(c);
+        TQ_UNROLL
+        for (int e = 0; e < 2; e++) {
+          uint d = VALUES ? task.slot / 4u * uint(Order::COLUMNS) + column
+                          : 2u * (Order::first_pair(task.slot) + column) + uint(e);
+          uint code = e == 0 ? codes & 0xFFFFu : codes >> 16;
+          float level = exact_level<BITS, TERMS>(coefficients, code);
+          if (token[e] < task.tokens) {
+            write_element<DIM, Order::FILLED_PAIRS>(task, token[e], d, level * scale[e]);
+          }
+        }
+      }
+    }
+  }
+};
+
+// Threads: one to a unit of every slot, in the order (batch, head, tile, slot, unit): then
+// what a simdgroup reads at once are whole lines of 8 slots, and what it writes lies together.
 TQ_ENTRY(decode_codes) {
+  typedef TileOrder<KIND, DIM, BITS, TERMS, VALUES> Order;
   DecodeArguments args = load_arguments(arguments);
-  constexpr uint GROUPS = (DIM + 15) / 16;
   // 32 bits are enough to count threads, and GPUs divide them much faster than 64.
   uint index = threadgroup_position_in_grid.x * uint(THREADS) + thread_index_in_threadgroup;
   uint tokens = uint(args.tokens);
-  uint vector = index / GROUPS;
-  uint all_heads = vector / tokens;
-  size_t token = vector - all_heads * tokens;
+  uint tiles = (tokens + uint(TILE) - 1u) / uint(TILE);
+  uint slots = index / uint(Order::UNITS);
+  uint all_heads = slots / uint(TILE) / tiles;
+  size_t tile = slots / uint(TILE) % tiles;
   size_t batch = all_heads / uint(args.kv_heads);
   size_t head = all_heads % uint(args.kv_heads);
   if (batch >= size_t(args.batch)) return;
-  decode_group<KIND, T, DIM, BITS, TERMS>(
-      words + batch * words_strides[0] + head * words_strides[1] + token * words_strides[2],
-      scales + batch * scales_strides[0] + head * scales_strides[1] + token * scales_strides[2],
-      params, index % GROUPS, out + size_t(vector) * DIM);
+  uint first_token = uint(TILE) * uint(tile);
+  UnitTask<T> task;
+  task.tile = words + batch * words_strides[0] + head * words_strides[1]
+              + tile * words_strides[2];
+  task.scales = scales + batch * scales_strides[0] + head * scales_strides[1]
+                + tile * scales_strides[2];
+  task.out = out + (size_t(all_heads) * tokens + first_token) * DIM;
+  task.tokens = tq_min(uint(TILE), tokens - first_token);
+  task.slot = slots % uint(TILE);
+  task.unit = index % uint(Order::UNITS);
+  UnitDecoder<KIND, T, DIM, BITS, TERMS, VALUES>::decode(task, params);
 }

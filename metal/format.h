@@ -3,27 +3,25 @@
 //
 //   POLYNOMIAL  codes of coordinates: BITS each, levels by a polynomial of TERMS terms
 //               (format_polynomial.h)
-//   PAIRS       a stream of codes of pairs, BITS each, looked up in a table of points
+//   PAIRS       codes of pairs, BITS each, looked up in a table of points (format_points.h)
+//   TRELLIS     codes of pairs, BITS each, TERMS of them the even element's; a level is
+//               looked up by the 8 bits from an element's own on (format_trellis.h)
+//   ANGLES      as PAIRS, of points on a circle, and a norm of TERMS bits with each
 //               (format_points.h)
-//   TRELLIS     a stream of codes of pairs, BITS each, TERMS of them the even element's; a
-//               level is looked up by the 8 bits from an element's own on (format_trellis.h)
-//   ANGLES      as PAIRS, of points on a circle; behind the stream a norm of TERMS bits for
-//               each pair (format_points.h)
 //
-// A vector is read in groups of 16 elements, 8 pairs. A Format has
+// VALUES says which of the two ways tiles.h draws the tile is shared. A Format has
 //
-//   WORDS, SCALES, LOAD_WORDS        words and scales of a vector, words that a load reads
-//   DecodeParams make_params(..)     what its levels are computed or looked up with
-//   Cursor make_cursor(tokens, ..)   where a group lies in the vector at hand
-//   advance(cursor, tokens)          to the same group of a later vector
-//   Codes load(cursor, tokens)       the codes of that group, `tokens` vectors on
-//   half2 decode_pair(params, codes, p)                 pair p of one token
-//   TokenPair make_token_pair(codes, codes)             the codes of two tokens, and
-//   decode_even_odd(params, pair, p, even, odd)         their pair p by element
+//   PADDED, LANE_WORDS, SCALES       elements of a padded vector, words that a lane has of a
+//                                    tile, scales of a token
+//   Params make_params(..)           what its levels are computed or looked up with
+//   Unit load(tokens, tile, u, ..)   this lane's codes of unit u
+//   decode(params, unit, columns, c, j, four)
+//                                    the couples at (c, j), (c + 1, j), (c, j + 1) and
+//                                    (c + 1, j + 1), of a unit of so many columns
 //
-// Values are halves in units of a gain that the caller applies.
+// Levels are halves in units of a gain that the caller applies.
 
-#include "compat/base.h"
+#include "tiles.h"
 
 constant constexpr int POLYNOMIAL = 0;
 constant constexpr int PAIRS = 1;
@@ -31,24 +29,15 @@ constant constexpr int TRELLIS = 2;
 constant constexpr int ANGLES = 3;
 
 // SINGLE_TABLE: whether no other side's table is in threadgroup memory beside this one's.
-template <int KIND, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
+template <int KIND, bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
 struct Format;
 
-// The packed tokens of one KV head: WORDS words and SCALES scales each.
-struct PackedTokens {
-  const device uint* words;
-  const device half* scales;
-};
-TQ_FUNC PackedTokens make_packed_tokens(const device uint* words, const device half* scales) {
-  PackedTokens tokens;
-  tokens.words = words;
-  tokens.scales = scales;
-  return tokens;
-}
-// What a token's decoded vector is to be multiplied with, apart from the gain.
-template <typename F>
-TQ_FUNC float token_scale(const thread PackedTokens& tokens, int token) {
-  return float(tokens.scales[token * int(F::SCALES)]);
+// Elements of a vector, filled up as its codec does: a trellis' circle has whole words of bits
+// in its other order (mlx_turboquant/bitstream.py), 16 or 32 pairs at a time.
+constexpr int tq_padded(int kind, int dim, int bits) {
+  return kind != TRELLIS ? (dim + 15) / 16 * 16
+         : bits % 2 == 0 ? (dim + 31) / 32 * 32
+                         : (dim + 63) / 64 * 64;
 }
 
 // A trellis has its 128 magnitudes once per lane (or, of two tables, per two lanes): lanes
@@ -72,4 +61,12 @@ TQ_FUNC void load_table(
     const device float* point = params + 1u + 2u * (i / copies);
     table[i] = tq_half2(point[0], point[1]);
   }
+}
+
+// What this lane's tokens of a tile, 8 j + major, are to be multiplied with apart from the gain:
+// of j = 0, 1 and of j = 2, 3.
+template <typename F>
+TQ_FUNC void load_scales(
+    const thread PackedTokens& tokens, int tile, uint lane, thread half2* pairs) {
+  tq_load2(tokens.scales + (tile * (32 * F::SCALES) + 4 * int(tq_major(lane))), pairs);
 }

@@ -1,47 +1,126 @@
-// Format POLYNOMIAL: codes of coordinates, laid out as packing.h draws, whose levels are a
-// polynomial of the code (unpack.h).
+// Format POLYNOMIAL: codes of coordinates whose levels are a polynomial of the code. The levels
+// are defined in mlx_turboquant/polynomial.py, where codes lie in mlx_turboquant/tiles.py:
+// a word is two 16-bit halves, first elements of couples in low halves, second ones at the same
+// places of high halves, so that one shift yields both codes of a couple. A unit's 16 couples
+// fill its BITS words in order, 16 / BITS to a half. Where bits are left over, the codes begin
+// at bit 1, which saves half of the shifts, and the remaining couples are spelled by what is
+// left. At 3 bits (couples 0 .. 14, and the last one by bits a of three words):
+//
+//     bit    15 .. 13 | 12 .. 10 | 9 .. 7   | 6 .. 4   | 3 .. 1   | 0
+//            couple 4 | couple 3 | couple 2 | couple 1 | couple 0 | a
 
 #include "format.h"
-#include "unpack.h"
 
-template <int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
-struct Format<POLYNOMIAL, DIM, BITS, TERMS, SINGLE_TABLE> {
-  enum { WORDS = tq_words(DIM, BITS), SCALES = 1, LOAD_WORDS = BITS / 2 + 1 };
-  typedef GroupCursor<BITS> Cursor;
-  typedef GroupCodes<BITS> Codes;
-  typedef LevelPolynomial<TERMS> DecodeParams;
+// Levels are gain * u * P(u * u), P of degree TERMS - 1 in the form that polynomial.py
+// gives. The gain is the caller's to apply.
+template <int TERMS>
+struct LevelPolynomial {
+  half2 terms[TERMS > 1 ? TERMS - 1 : 1];
+};
 
-  static TQ_FUNC DecodeParams make_params(
-      const device float* params, const threadgroup half2*, uint) {
+// params: the gain, then the terms.
+template <int TERMS>
+TQ_FUNC LevelPolynomial<TERMS> make_polynomial(const device float* params) {
+  LevelPolynomial<TERMS> polynomial;
+  TQ_UNROLL
+  for (int i = 0; i + 1 < TERMS; i++) polynomial.terms[i] = tq_splat(params[1 + i]);
+  return polynomial;
+}
+
+// Words of a unit of so many columns.
+constexpr int tq_unit_words(int bits, int columns) { return (4 * columns * bits + 15) / 16; }
+
+// Codes of a couple at bits low_bit .. of each half, others there too.
+template <int BITS>
+TQ_FUNC uint couple_bits(const thread uint* words, int columns, int couple, thread int& low_bit) {
+  constexpr int PER_HALF = 16 / BITS;
+  constexpr int SPARE = 16 % BITS;
+  constexpr int BASE = SPARE > 0 ? 1 : 0;
+  constexpr int PER_SHIFT = 9 / BITS;  // that low mantissa bits have room for, from bit 1 on
+  int remaining = couple - PER_HALF * tq_unit_words(BITS, columns);
+  if (remaining < 0) {
+    int index = couple % PER_HALF;
+    int shift = BITS * PER_SHIFT * (index / PER_SHIFT) + BASE - 1;
+    uint word = words[couple / PER_HALF];
+    low_bit = 1 + BITS * (index % PER_SHIFT);
+    return shift < 0 ? word << 1 : word >> shift;
+  }
+  low_bit = 1;
+  uint spelled = 0u;
+  TQ_UNROLL
+  for (int i = 0; i < BITS; i++) {
+    // Spare bits of a half: bit 0, then the top ones, which may be moved together.
+    int spare = remaining * BITS + i;
+    int place = spare % (SPARE > 0 ? SPARE : 1);
+    if (i > 0 && place > 1) continue;
+    int count = place == 0 ? 1 : SPARE - place < BITS - i ? SPARE - place : BITS - i;
+    int bit = place == 0 ? 0 : BASE + BITS * PER_HALF + place - 1;
+    uint mask = (((1u << count) - 1u) << (i + 1)) * 0x00010001u;
+    uint word = words[spare / (SPARE > 0 ? SPARE : 1)];
+    spelled = tq_and_or(bit > i ? word >> (bit - i - 1) : word << (i + 1 - bit), mask, spelled);
+  }
+  return spelled;
+}
+
+// Levels of a couple over the gain. No gather: the codes become mantissa bits of a half,
+// 2^e + code / 2^BITS exactly, and one subtraction centres them; e depends on where they lie.
+template <int BITS, int TERMS>
+TQ_FUNC half2 couple_levels(
+    const thread LevelPolynomial<TERMS>& polynomial, const thread uint* words, int columns,
+    int couple) {
+  constexpr uint CODE_MASK = (1u << BITS) - 1u;
+  int low_bit;
+  uint bits = couple_bits<BITS>(words, columns, couple, low_bit);
+  uint exponent = uint(25 - low_bit - BITS) << 10;
+  uint raised = tq_and_or(bits, (CODE_MASK << low_bit) * 0x00010001u, exponent * 0x00010001u);
+  // u = (code - (n - 1) / 2) / n, n = 2^BITS.
+  half2 u = tq_half2(raised) - tq_half2((exponent | (CODE_MASK << (low_bit - 1))) * 0x00010001u);
+  if (TERMS == 1) return u;
+  if (TERMS <= 3) {
+    half2 sum = tq_fma(u, u, polynomial.terms[0]);
+    if (TERMS == 3) sum = tq_fma(sum, sum, polynomial.terms[1]);
+    return sum * u;
+  }
+  half2 square = u * u;
+  half2 sum = polynomial.terms[0];
+  TQ_UNROLL
+  for (int i = 1; i < TERMS - 1; i++) sum = tq_fma(sum, square, polynomial.terms[i]);
+  return tq_fma(sum, square, tq_splat(1.0f)) * u;
+}
+
+template <bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
+struct Format<POLYNOMIAL, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
+  enum {
+    PADDED = tq_padded(POLYNOMIAL, DIM, BITS),
+    LANE_WORDS = PADDED / 32 * BITS + tq_unit_words(BITS, PADDED % 32 / 8),
+    SCALES = 1
+  };
+  typedef LevelPolynomial<TERMS> Params;
+  struct Unit {
+    uint words[BITS];
+  };
+
+  static TQ_FUNC Params make_params(const device float* params, const threadgroup half2*, uint) {
     return make_polynomial<TERMS>(params);
   }
-  static TQ_FUNC Cursor make_cursor(
-      const thread PackedTokens& tokens, uint group, uint groups) {
-    return make_group_cursor<BITS>(tokens.words, group, groups);
+  static TQ_FUNC Unit load(
+      const thread PackedTokens& tokens, int tile, int unit, int columns, uint lane) {
+    int first = tile * (32 * LANE_WORDS) + 32 * BITS * unit + int(tq_slot(lane));
+    const device uint* words = tokens.words + first;
+    Unit codes;
+    TQ_UNROLL
+    for (int i = 0; i < BITS; i++) {
+      codes.words[i] = i < tq_unit_words(BITS, columns) ? words[32 * i] : 0u;
+    }
+    return codes;
   }
-  static TQ_FUNC void advance(thread Cursor& cursor, int tokens) {
-    cursor.own += tokens * int(WORDS);
-    cursor.shared_word += tokens * int(WORDS);
-  }
-  static TQ_FUNC Codes load(const thread Cursor& cursor, int tokens) {
-    return load_group<BITS>(cursor, tokens * int(WORDS));
-  }
-  static TQ_FUNC half2 decode_pair(
-      const thread DecodeParams& params, const thread Codes& codes, int p) {
-    return pair_levels<BITS, TERMS>(params, codes, p);
-  }
-  struct TokenPair {
-    Codes even, odd;
-  };
-  static TQ_FUNC TokenPair make_token_pair(const thread Codes& a, const thread Codes& b) {
-    TokenPair tokens;
-    split_even_odd<BITS>(a, b, tokens.even, tokens.odd);
-    return tokens;
-  }
-  static TQ_FUNC void decode_even_odd(
-      const thread DecodeParams& params, const thread TokenPair& tokens, int p,
-      thread half2& even, thread half2& odd) {
-    even = pair_levels<BITS, TERMS>(params, tokens.even, p);
-    odd = pair_levels<BITS, TERMS>(params, tokens.odd, p);
+  static TQ_FUNC void decode(
+      const thread Params& params, const thread Unit& codes, int columns, int c, int j,
+      thread half2* four) {
+    TQ_UNROLL
+    for (int i = 0; i < 4; i++) {
+      int couple = 4 * (c + i % 2) + j + i / 2;
+      four[i] = couple_levels<BITS, TERMS>(params, codes.words, columns, couple);
+    }
   }
 };

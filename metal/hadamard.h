@@ -27,18 +27,23 @@ TQ_FUNC void simd_hadamard(thread float* x, uint lane) {
   }
 }
 
-// Load a vector of DIM elements in that order, zeros behind it; rotate it if ROTATE:
-// signs first, then the transform. The caller applies DIM^-0.5.
-template <typename T, int DIM, bool ROTATE>
-TQ_FUNC void load_rotated(
-    const device T* x, size_t element_stride, const device float* signs, uint lane,
-    thread float* x_rot) {
+// Load a vector of DIM elements in that order, zeros behind it.
+template <typename T, int DIM>
+TQ_FUNC void load_elements(
+    const device T* x, size_t element_stride, uint lane, thread float* elements) {
+  TQ_UNROLL
+  for (int i = 0; i < (DIM + 31) / 32; i++) {
+    int d = int(lane) + 32 * i;
+    elements[i] = d < DIM ? float(x[d * element_stride]) : 0.0f;
+  }
+}
+
+// Rotate it if ROTATE: signs first, then the transform. The caller applies DIM^-0.5.
+template <int DIM, bool ROTATE>
+TQ_FUNC void rotate(thread float* x, const device float* signs, uint lane) {
+  if (!ROTATE) return;
   constexpr int PER_LANE = (DIM + 31) / 32;
   TQ_UNROLL
-  for (int i = 0; i < PER_LANE; i++) {
-    int d = int(lane) + 32 * i;
-    x_rot[i] = d < DIM ? float(x[d * element_stride]) : 0.0f;
-    if (ROTATE) x_rot[i] *= signs[d];
-  }
-  if (ROTATE) simd_hadamard<PER_LANE>(x_rot, lane);
+  for (int i = 0; i < PER_LANE; i++) x[i] *= signs[int(lane) + 32 * i];
+  simd_hadamard<PER_LANE>(x, lane);
 }

@@ -5,27 +5,36 @@
 #include "hadamard.h"
 #include "arguments.h"
 
-// Partial results in flight at once: one at a time, each would wait for memory.
-constant constexpr int IN_FLIGHT = 4;
+// Partial results in flight at once: one at a time, each would wait for memory; of long vectors
+// there are no registers for more.
+constexpr int tq_in_flight(int dim) { return dim <= 128 ? 4 : dim <= 256 ? 2 : 1; }
+
+// Elements lane + 32 * i of DV of the partial results split, split + step, .. before `end`.
+template <int DV>
+TQ_FUNC void load_partials(
+    const device float* partial_out, int split, int end, int step, uint lane, thread float* x) {
+  constexpr int PER_LANE = (DV + 31) / 32;
+  TQ_UNROLL
+  for (int a = 0; a < tq_in_flight(DV); a++) {
+    int at = split + a * step;
+    TQ_UNROLL
+    for (int i = 0; i < PER_LANE; i++) {
+      int d = int(lane) + 32 * i;
+      x[a * PER_LANE + i] = at < end && d < DV ? partial_out[at * DV + d] : 0.0f;
+    }
+  }
+}
 
 // Add partial results `first`, first + step, .. before `end`, as they weigh beside the maximum
-// `top`. sums: element lane + 32 * i of DV.
+// `top`, to sums. x: load_partials' of the first ones.
 template <int DV>
 TQ_FUNC void add_partials(
-    thread float* sums, const device float* partial_out, const device float* partial_lse,
-    float top, int first, int end, int step, uint lane) {
+    thread float* sums, thread float* x, const device float* partial_out,
+    const device float* partial_lse, float top, int first, int end, int step, uint lane) {
   constexpr int PER_LANE = (DV + 31) / 32;
+  constexpr int IN_FLIGHT = tq_in_flight(DV);
   for (int split = first; split < end; split += IN_FLIGHT * step) {
-    float x[IN_FLIGHT * PER_LANE];
-    TQ_UNROLL
-    for (int a = 0; a < IN_FLIGHT; a++) {
-      int at = split + a * step < end ? split + a * step : split;
-      TQ_UNROLL
-      for (int i = 0; i < PER_LANE; i++) {
-        int d = int(lane) + 32 * i;
-        x[a * PER_LANE + i] = d < DV ? partial_out[at * DV + d] : 0.0f;
-      }
-    }
+    if (split != first) load_partials<DV>(partial_out, split, end, step, lane, x);
     TQ_UNROLL
     for (int a = 0; a < IN_FLIGHT; a++) {
       if (split + a * step >= end) break;
@@ -49,6 +58,14 @@ TQ_FUNC void merge_row(
     threadgroup float* scratch, uint simdgroup, uint lane) {
   constexpr int PER_LANE = (DV + 31) / 32;
   int splits = args.plain_splits + args.splits;
+  // Partial results do not wait for the states. The last simdgroups have least to do with
+  // those of packed tokens, so they take the others.
+  int first = args.plain_splits + int(simdgroup);
+  int first_plain = SIMDGROUPS - 1 - int(simdgroup);
+  float x[tq_in_flight(DV) * PER_LANE];
+  float x_plain[tq_in_flight(DV) * PER_LANE];
+  load_partials<DV>(partial_out, first, splits, SIMDGROUPS, lane, x);
+  load_partials<DV>(partial_out, first_plain, args.plain_splits, SIMDGROUPS, lane, x_plain);
   float top = HAS_SINK_LOGITS ? sink_logit : -1e30f;
   for (int split = int(lane); split < splits; split += 32) {
     top = tq_max(top, partial_lse[2 * split]);
@@ -64,9 +81,7 @@ TQ_FUNC void merge_row(
   float sums[PER_LANE];
   TQ_UNROLL
   for (int i = 0; i < PER_LANE; i++) sums[i] = 0.0f;
-  add_partials<DV>(
-      sums, partial_out, partial_lse, top, args.plain_splits + int(simdgroup), splits,
-      SIMDGROUPS, lane);
+  add_partials<DV>(sums, x, partial_out, partial_lse, top, first, splits, SIMDGROUPS, lane);
   if (ROTATE_V) {
     simd_hadamard<PER_LANE>(sums, lane);
     TQ_UNROLL
@@ -74,10 +89,10 @@ TQ_FUNC void merge_row(
       sums[i] *= v_signs[int(lane) + 32 * i] * tq_rsqrt(float(DV));
     }
   }
-  // The others are in the model's basis. The last simdgroups have least to do until here.
+  // The others are in the model's basis.
   add_partials<DV>(
-      sums, partial_out, partial_lse, top, SIMDGROUPS - 1 - int(simdgroup), args.plain_splits,
-      SIMDGROUPS, lane);
+      sums, x_plain, partial_out, partial_lse, top, first_plain, args.plain_splits, SIMDGROUPS,
+      lane);
 
   TQ_UNROLL
   for (int i = 0; i < PER_LANE; i++) {

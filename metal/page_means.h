@@ -1,64 +1,105 @@
-// Logits of the means of pages, which a page's tokens have on top of their own: those of
-// MEANS_AT_ONCE pages come out of the products that logits of tokens do.
+// Logits of the means of pages, which a page's tokens have on top of their own. They come out
+// of the same products, once a split: 16 pages to a simdgroup, so a split may have tokens of
+// as many pages as its simdgroups together (backends/geometry.py).
 
 #include "arguments.h"
 #include "format_plain.h"
-#include "tiles.h"
+#include "query_rows.h"
+#include "token_runs.h"
 
-constant constexpr int MEANS_AT_ONCE = 16;
+constant constexpr int MEANS_OF_SIMDGROUP = 16;
 
-// Where a run of tokens is among pages. Divisions are slow: it counts down.
+// Threadgroup floats for them: rows of each page together.
+constexpr int tq_means_floats(int simdgroups, int row_tiles) {
+  return simdgroups * MEANS_OF_SIMDGROUP * TILE_ROWS * row_tiles;
+}
+
+// A simdgroup's means, of the first units at least: they do not wait for queries.
+constexpr int tq_means_ahead(int padded) { return tq_units(padded) <= 4 ? tq_units(padded) : 1; }
+template <int DIM, int PADDED>
+struct Means {
+  typedef PlainFormat<half, false, DIM, PADDED> Format;
+  PlainTokens<half> pages;
+  typename Format::Unit units[tq_means_ahead(PADDED)];
+};
+// means: half (pages, DIM)
+template <int DIM, int PADDED>
+TQ_FUNC void load_means(
+    const device half* means, const thread TokenRun& run, const thread AttendArguments& args,
+    uint simdgroup, uint lane, thread Means<DIM, PADDED>& ahead) {
+  typedef typename Means<DIM, PADDED>::Format Format;
+  int page = run.first_tile / (args.page / TILE_TOKENS) + MEANS_OF_SIMDGROUP * int(simdgroup);
+  // Behind the split's last page it is the last.
+  int last_page = (TILE_TOKENS * run.end_tile - 1) / args.page;
+  page = tq_min(page, last_page);
+  ahead.pages = make_plain_tokens(means, 0, means + page * DIM, last_page + 1 - page, DIM);
+  TQ_UNROLL
+  for (int u = 0; u < tq_means_ahead(PADDED); u++) {
+    ahead.units[u] = Format::load(ahead.pages, 0, u, unit_columns<PADDED>(u), lane);
+  }
+}
+
+// Where a simdgroup's tile is among the split's pages. Divisions are slow: it counts.
 struct PageCursor {
-  int page;        // the next one
-  int tiles;       // until it begins, at least 1
-  int next_tiles;  // between its begin and that of the one behind it
-  // A lane's two rows' logits of pages `major` and 8 + major from a multiple of
-  // MEANS_AT_ONCE on.
-  float logits[4];
+  int page;   // since the first
+  int tiles;  // of it before the one at hand
 };
 
-TQ_FUNC PageCursor make_page_cursor(int first_token, const thread AttendArguments& args) {
+// Fill `logits_of_means`, and find this simdgroup's first tile among them. Every simdgroup must
+// call it. `factor` undoes the queries'.
+template <int DIM, int PADDED, int ROW_TILES>
+TQ_FUNC PageCursor make_logits_of_means(
+    const threadgroup half2* queries, const thread Means<DIM, PADDED>& means, float factor,
+    const thread TokenRun& run, const thread AttendArguments& args,
+    threadgroup float* logits_of_means, uint simdgroup, uint lane) {
+  typedef typename Means<DIM, PADDED>::Format Format;
+  constexpr int UNITS = tq_units(PADDED);
+  typename Format::Params params;
+  float logits[8 * ROW_TILES];
+  TQ_UNROLL
+  for (int i = 0; i < 8 * ROW_TILES; i++) logits[i] = 0.0f;
+  if (tq_means_ahead(PADDED) == UNITS) {
+    TQ_UNROLL
+    for (int u = 0; u < UNITS; u++) {
+      half2 query[4 * ROW_TILES];
+      load_unit_query<PADDED, ROW_TILES>(queries, u, lane, query);
+      add_unit_logits<Format, ROW_TILES, 2>(
+          params, means.units[tq_means_ahead(PADDED) == UNITS ? u : 0], unit_columns<PADDED>(u),
+          query, logits);
+    }
+  } else {
+    typename Format::Unit next = means.units[0];
+    TQ_ROLL
+    for (int u = 0; u < UNITS; u++) {
+      typename Format::Unit unit = next;
+      int next_unit = tq_min(u + 1, UNITS - 1);
+      next = Format::load(means.pages, 0, next_unit, unit_columns<PADDED>(next_unit), lane);
+      half2 query[4 * ROW_TILES];
+      load_unit_query<PADDED, ROW_TILES>(queries, u, lane, query);
+      add_unit_logits<Format, ROW_TILES, 2>(params, unit, unit_columns<PADDED>(u), query, logits);
+    }
+  }
+  TQ_UNROLL
+  for (int i = 0; i < 4 * ROW_TILES; i++) {
+    int page = MEANS_OF_SIMDGROUP * int(simdgroup) + 8 * (i % 4 / 2) + int(tq_major(lane));
+    int row = TILE_ROWS * (i / 4) + 2 * int(tq_minor(lane)) + i % 2;
+    logits_of_means[page * TILE_ROWS * ROW_TILES + row] = logits[8 * (i / 4) + i % 4] * factor;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
   PageCursor cursor;
-  cursor.page = first_token / args.page;
-  cursor.tiles = 1;
-  cursor.next_tiles = (args.page - first_token % args.page) / TILE_TOKENS;
+  int page_tiles = args.page / TILE_TOKENS;
+  cursor.tiles = run.first_tile % page_tiles + int(simdgroup);
+  cursor.page = cursor.tiles / page_tiles;
+  cursor.tiles -= cursor.page * page_tiles;
   return cursor;
 }
 
-// On to the next tile; mean_logit: of a lane's two rows, changes when a page begins. means:
-// half (pages, DIM). `inverse_factor` undoes the queries'.
-template <int DIM>
-TQ_FUNC void next_tile(
-    thread PageCursor& cursor, const thread half2* query, const device half* means,
-    float inverse_factor, const thread AttendArguments& args, uint lane,
-    thread float* mean_logit, bool is_first) {
-  if (--cursor.tiles > 0) return;
-  constexpr int LANE_GROUPS = tq_key_groups(DIM);
-  typedef PlainFormat<half, DIM> Means;
-  int index = cursor.page % MEANS_AT_ONCE;
-  if (is_first || index == 0) {
-    PlainTokens<half> pages;
-    pages.sink = pages.recent = means;
-    pages.recent_stride = DIM;
-    pages.sink_count = 0;
-    pages.count = (args.packed + args.page - 1) / args.page;
-    typename Means::DecodeParams params;
-    typename Means::Cursor cursors[LANE_GROUPS];
-    TQ_UNROLL
-    for (int i = 0; i < LANE_GROUPS; i++) {
-      uint group = tq_min(tq_minor(lane) * LANE_GROUPS + i, uint((DIM + 15) / 16 - 1));
-      cursors[i] = Means::make_cursor(pages, group, (DIM + 15) / 16);
-      Means::advance(cursors[i], cursor.page - index + int(tq_major(lane)));
-    }
-    tile_logits<Means, DIM, MEANS_AT_ONCE>(query, params, cursors, cursor.logits);
+// On to this simdgroup's tile of the next round.
+template <int SIMDGROUPS>
+TQ_FUNC void next_round(thread PageCursor& cursor, const thread AttendArguments& args) {
+  cursor.tiles += SIMDGROUPS;
+  while (cursor.tiles >= args.page / TILE_TOKENS) {
+    cursor.tiles -= args.page / TILE_TOKENS;
+    cursor.page++;
   }
-  ushort source = ushort(tq_lane(uint(index % 8), tq_minor(lane)));
-  TQ_UNROLL
-  for (int e = 0; e < 2; e++) {
-    float logit = index < 8 ? cursor.logits[e] : cursor.logits[2 + e];
-    mean_logit[e] = simd_shuffle(logit, source) * inverse_factor;
-  }
-  cursor.page++;
-  cursor.tiles = cursor.next_tiles;
-  cursor.next_tiles = args.page / TILE_TOKENS;
 }

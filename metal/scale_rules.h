@@ -12,7 +12,8 @@ TQ_FUNC float load_rms_normalized(
     thread float* y) {
   constexpr int PER_LANE = (DIM + 31) / 32;
   float norm_sq = 0.0f;
-  load_rotated<T, DIM, ROTATE>(x, 1, signs, lane, y);
+  load_elements<T, DIM>(x, 1, lane, y);
+  rotate<DIM, ROTATE>(y, signs, lane);
   TQ_UNROLL
   for (int i = 0; i < PER_LANE; i++) {
     int d = int(lane) + 32 * i;

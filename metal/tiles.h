@@ -1,127 +1,87 @@
-// A tile of 32 tokens: their logits, and their weighted values. Every code is decoded once
-// for all query rows, straight into the fragments of matrix products. A lane, of `major`
-// index 0..7 and `minor` index 0..3 (compat/*/fragments.h), decodes of the tile
+// How codes lie for attention (mlx_turboquant/tiles.py defines it): 32 tokens of a head are a
+// tile, shared by the 32 lanes of a simdgroup. A lane has of every tile COLUMNS columns of 4
+// token rows j, and at each a couple of elements, the operand of a matrix product. With `major`
+// 0..7 and `minor` 0..3 of the lane (compat/*/fragments.h) the couple at (column, j) is of
 //
-//     keys     token `major` of each 8,                LANE_GROUPS groups from
-//                                                      minor * LANE_GROUPS on
-//     values   tokens 2 * minor, 2 * minor + 1 of each 8,   groups major + 8 * i
+//     keys     token 8 j + major, elements 2 column, 2 column + 1 of the minor-th quarter
+//     values   tokens 8 j + 2 minor, 8 j + 2 minor + 1, element `column` of the major-th eighth
 //
-// Codes of 16 tokens go into a product together: tokens 0-7 and tokens 8-15.
+// of the vector, padded. 4 columns are a unit, 16 couples. A tile's words are rows of 32, one
+// word of each lane: word w of the lane with slot s = 4 major + minor is at 32 w + s. So loads
+// of a simdgroup are whole lines, and addresses are a tile's begin and constants.
 
+#include "compat/base.h"
 #include "compat/fragments.h"
-#include "format.h"
 
 constant constexpr int TILE_TOKENS = 32;
+constant constexpr int UNIT_COLUMNS = 4;
 
-// Groups that a lane decodes of every key and of every value that is its own.
-constexpr int tq_key_groups(int dim) { return ((dim + 15) / 16 + 3) / 4; }
-constexpr int tq_value_groups(int dim) { return ((dim + 15) / 16 + 7) / 8; }
+TQ_FUNC uint tq_slot(uint lane) { return 4u * tq_major(lane) + tq_minor(lane); }
 
-// Whether codes that take this many words of a lane are loaded before they are needed.
-// Registers are too few for more.
-constexpr bool tq_loads_ahead(int words) { return words <= 48; }
+// Of vectors of `padded` elements, a multiple of 16: columns of a lane, and units; the last
+// unit may have 2 columns.
+constexpr int tq_columns(int padded) { return padded / 8; }
+constexpr int tq_units(int padded) { return (padded + 31) / 32; }
 
-// Logits of TOKENS tokens, not yet scaled: of rows 2 * minor and 2 * minor + 1 for token
-// `major` of each 8. query: as load_query_fragments leaves it.
-template <typename F, int DIM, int TOKENS>
-TQ_FUNC void tile_logits(
-    const thread half2* query, const thread typename F::DecodeParams& params,
-    const thread typename F::Cursor* cursors, thread float* logits) {
-  constexpr int LANE_GROUPS = tq_key_groups(DIM);
-  // Blocks of 16 tokens loaded before any is decoded: their loads are in flight together.
-  constexpr int BLOCKS = TOKENS >= 32 && LANE_GROUPS * F::LOAD_WORDS <= 8 ? 2 : 1;
-  constexpr bool AHEAD = tq_loads_ahead(2 * BLOCKS * LANE_GROUPS * F::LOAD_WORDS);
+template <int PADDED>
+TQ_FUNC int unit_columns(int unit) {
+  return PADDED % 32 == 0 || unit < tq_units(PADDED) - 1 ? 4 : 2;
+}
+
+// The packed tokens of one KV head, of either side.
+struct PackedTokens {
+  const device uint* words;
+  const device half* scales;
+};
+TQ_FUNC PackedTokens make_packed_tokens(const device uint* words, const device half* scales) {
+  PackedTokens tokens;
+  tokens.words = words;
+  tokens.scales = scales;
+  return tokens;
+}
+
+// Add a unit's part of the logits, not yet scaled: logits[8 * r + 2 * j + e] is of token row j
+// and row 2 minor + e of row tile r. ROWS: token rows that count, the first 2 or all 4. query:
+// the row tiles' fragments of the unit's 4 columns.
+template <typename F, int ROW_TILES, int ROWS>
+TQ_FUNC void add_unit_logits(
+    const thread typename F::Params& params, const thread typename F::Unit& unit, int columns,
+    const thread half2* query, thread float* logits) {
   TQ_UNROLL
-  for (int first = 0; first < TOKENS / 16; first += BLOCKS) {
-    typename F::Codes codes[2 * BLOCKS * LANE_GROUPS];
+  for (int c = 0; c < UNIT_COLUMNS; c += 2) {
+    if (c >= columns) continue;
     TQ_UNROLL
-    for (int j = 0; AHEAD && j < 2 * BLOCKS; j++) {
+    for (int j = 0; j < ROWS; j += 2) {
+      half2 keys[4];
+      F::decode(params, unit, columns, c, j, keys);
       TQ_UNROLL
-      for (int i = 0; i < LANE_GROUPS; i++) {
-        codes[j * LANE_GROUPS + i] = F::load(cursors[i], 16 * first + 8 * j);
-      }
-    }
-    TQ_UNROLL
-    for (int b = 0; b < BLOCKS; b++) {
-      thread float* block_logits = logits + 4 * (first + b);
-      TQ_UNROLL
-      for (int i = 0; i < 4; i++) block_logits[i] = 0.0f;
-      TQ_UNROLL
-      for (int i = 0; i < LANE_GROUPS; i++) {
-        typename F::Codes tokens_0_7;
-        typename F::Codes tokens_8_15;
-        if (AHEAD) {
-          tokens_0_7 = codes[2 * b * LANE_GROUPS + i];
-          tokens_8_15 = codes[(2 * b + 1) * LANE_GROUPS + i];
-        } else {
-          tokens_0_7 = F::load(cursors[i], 16 * (first + b));
-          tokens_8_15 = F::load(cursors[i], 16 * (first + b) + 8);
-        }
-        TQ_UNROLL
-        for (int p = 0; p < 8; p += 2) {
-          tq_logits_product(
-              block_logits, query[i * 8 + p], query[i * 8 + p + 1],
-              F::decode_pair(params, tokens_0_7, p), F::decode_pair(params, tokens_0_7, p + 1),
-              F::decode_pair(params, tokens_8_15, p),
-              F::decode_pair(params, tokens_8_15, p + 1));
-        }
+      for (int r = 0; r < ROW_TILES; r++) {
+        tq_logits_product(
+            logits + 8 * r + 2 * j, query[4 * r + c], query[4 * r + c + 1], keys[0], keys[1],
+            keys[2], keys[3]);
       }
     }
   }
 }
 
-// Codes of a tile's values that a lane loads ahead, before it needs them: all or none.
-template <typename F, int DIM>
-constexpr int tq_codes_ahead() {
-  return tq_loads_ahead(tq_value_groups(DIM) * (TILE_TOKENS / 4) * int(F::LOAD_WORDS))
-             ? tq_value_groups(DIM) * (TILE_TOKENS / 4)
-             : 0;
-}
-
-// Those of 2 tokens of each 8, of each of this lane's groups.
-template <typename F, int DIM>
-TQ_FUNC void load_values(
-    const thread typename F::Cursor* cursors, thread typename F::Codes* codes) {
-  constexpr int AHEAD = tq_codes_ahead<F, DIM>();
+// Add a unit's weighted values to sums[row_stride * r + 2 * c ..]: of row tile r and every two
+// columns 4 floats, the first column's of rows 2 minor and 2 minor + 1, then the second's.
+template <typename F, int ROW_TILES>
+TQ_FUNC void add_unit_values(
+    const thread typename F::Params& params, const thread typename F::Unit& unit, int columns,
+    const thread half2* weights, thread float* sums, int row_stride) {
   TQ_UNROLL
-  for (int j = 0; j < AHEAD; j++) {
-    int token = j % (TILE_TOKENS / 4);
-    codes[j] = F::load(cursors[j / (TILE_TOKENS / 4)], 8 * (token / 2) + token % 2);
-  }
-}
-
-// Add a tile's weighted values to `sums`: per group of this lane and pair 4 floats, the
-// even element of rows 2 * minor and 2 * minor + 1, then the odd one. codes: as load_values
-// leaves them.
-template <typename F, int DIM>
-TQ_FUNC void add_weighted_values(
-    const thread half2* weights, const thread typename F::DecodeParams& params,
-    const thread typename F::Cursor* cursors, const thread typename F::Codes* codes,
-    thread float* sums) {
-  constexpr bool AHEAD = tq_codes_ahead<F, DIM>() > 0;
-  TQ_UNROLL
-  for (int i = 0; i < tq_value_groups(DIM); i++) {
+  for (int c = 0; c < UNIT_COLUMNS; c += 2) {
+    if (c >= columns) continue;
     TQ_UNROLL
-    for (int b = 0; b < TILE_TOKENS / 16; b++) {
-      typename F::Codes block[4];
+    for (int j = 0; j < 4; j += 2) {
+      half2 values[4];
+      F::decode(params, unit, columns, c, j, values);
       TQ_UNROLL
-      for (int j = 0; j < 4; j++) {
-        if (AHEAD) {
-          block[j] = codes[i * (TILE_TOKENS / 4) + 4 * b + j];
-        } else {
-          block[j] = F::load(cursors[i], 16 * b + 8 * (j / 2) + j % 2);
-        }
-      }
-      typename F::TokenPair tokens_0_7 = F::make_token_pair(block[0], block[1]);
-      typename F::TokenPair tokens_8_15 = F::make_token_pair(block[2], block[3]);
-      TQ_UNROLL
-      for (int p = 0; p < 8; p++) {
-        half2 even_0_7, odd_0_7, even_8_15, odd_8_15;
-        F::decode_even_odd(params, tokens_0_7, p, even_0_7, odd_0_7);
-        F::decode_even_odd(params, tokens_8_15, p, even_8_15, odd_8_15);
+      for (int r = 0; r < ROW_TILES; r++) {
         tq_values_product(
-            sums + (i * 8 + p) * 4, even_0_7, odd_0_7, even_8_15, odd_8_15, weights[2 * b],
-            weights[2 * b + 1]);
+            sums + row_stride * r + 2 * c, values[0], values[1], values[2], values[3],
+            weights[4 * r + j], weights[4 * r + j + 1]);
       }
     }
   }

@@ -18,6 +18,7 @@ import mlx.core as mx
 from .codecs import Codec, codec_for
 from .codecs.base import Side
 from .spec import CodecSpec
+from .tiles import TileLayout, in_vectors, tile_layout
 from .tokens import TokenArrays
 from .transform import ChannelTransform
 
@@ -105,6 +106,7 @@ class Quantizer:
     Attributes:
         codec: What turns vectors in the codes' basis into codes.
         transform: Into that basis.
+        side: What the vectors are.
         means: Means of the pages encoded so far; None to take none off. The only part
             that grows.
 
@@ -115,6 +117,7 @@ class Quantizer:
 
     codec: Codec
     transform: ChannelTransform
+    side: Side
     means: PageMeans | None = None
 
     @classmethod
@@ -133,7 +136,16 @@ class Quantizer:
             UnsupportedError: if the codec or its rotation cannot do ``dim``.
         """
         codec = codec_for(spec, dim, side, seed)
-        return cls(codec, ChannelTransform(codec.rotation))
+        return cls(codec, ChannelTransform(codec.rotation), side)
+
+    @property
+    def layout(self) -> TileLayout:
+        """Where codes lie in tile order.
+
+        Raises:
+            ValueError: if kernels cannot read the codec's codes.
+        """
+        return tile_layout(self.codec, self.side)
 
     def add_means(self, x: mx.array, first: int) -> None:
         """Add the means of the pages that begin within x.
@@ -182,26 +194,30 @@ class Quantizer:
         dtype: mx.Dtype = mx.float32,
         heads: slice = slice(None),
         centered_rot: mx.array | None = None,
+        first: int = 0,
     ) -> mx.array:
         """Vectors (B, heads, N, D) in the codes' basis, means put back.
 
         Args:
-            codes: What `encode` returned, from the first encoded vector on.
+            codes: What `encode` returned, in any order.
             dtype: Of the result; the arithmetic is float32.
             heads: Which KV heads.
             centered_rot: The decoded codes without means, where a kernel made them.
+            first: Encoded vectors before them.
         """
         if centered_rot is None:
-            centered_rot = self.codec.decode(codes, dtype, heads)
+            centered_rot = self.codec.decode(in_vectors(codes, heads), dtype)
         if self.means is None:
             return centered_rot
-        means = self.means.of_tokens(0, codes.length, heads)
+        means = self.means.of_tokens(first, codes.length, heads)
         return (centered_rot.astype(mx.float32) + means).astype(dtype)
 
-    def decode(self, codes: TokenArrays, heads: slice = slice(None)) -> mx.array:
+    def decode(
+        self, codes: TokenArrays, heads: slice = slice(None), first: int = 0
+    ) -> mx.array:
         """Vectors (B, heads, N, D) float32 in the model's basis: undoes `encode`."""
         return self.transform.of_heads(heads).decode(
-            self.decode_rot(codes, mx.float32, heads)
+            self.decode_rot(codes, mx.float32, heads, first=first)
         )
 
     @property
@@ -217,4 +233,4 @@ class Quantizer:
             return self
         means = PageMeans(self.means.page)
         means.state = self.means.state
-        return Quantizer(self.codec, self.transform, means)
+        return Quantizer(self.codec, self.transform, self.side, means)

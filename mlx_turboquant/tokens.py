@@ -1,15 +1,23 @@
 """`TokenArrays`: named arrays that share one token axis and a length.
 
 Owns capacity, length and the in-place write. Tokens are axis 2 of every array,
-(B, H, capacity, .). What the arrays mean is their owner's: codes and scales of a codec,
-recent keys and values, means of pages.
+(B, H, capacity, .), or tiles of tokens for codes in tile order (`tiles`). What the
+arrays mean is their owner's: codes and scales of a codec, recent keys and values, means
+of pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from .tiles import TileLayout
+
+#: Tokens of a tile.
+TILE = 32
 
 
 class TokenArrays:
@@ -24,56 +32,80 @@ class TokenArrays:
             ``length`` says less.
         length: Tokens in use.
         growth: Capacity is a multiple of this many tokens from the first growth on.
+        layout: Of codes in tile order, whose rows are tiles; None for a row per token.
 
     Attributes:
         arrays: Whole buffers, never slices, so that a kernel can take them without a
             copy. A new dict whenever a buffer is new.
     """
 
-    __slots__ = ("arrays", "growth", "length")
+    __slots__ = ("arrays", "growth", "layout", "length")
 
     def __init__(
         self,
         arrays: Mapping[str, mx.array] | None = None,
         length: int | None = None,
         growth: int = 1,
+        layout: TileLayout | None = None,
     ) -> None:
         self.arrays: dict[str, mx.array] = dict(arrays or {})
-        self.growth = growth
+        self.growth, self.layout = growth, layout
         if length is None:
-            length = next((a.shape[2] for a in self.arrays.values()), 0)
+            rows = next((a.shape[2] for a in self.arrays.values()), 0)
+            length = rows * self._row_tokens
         self.length = length
+
+    @property
+    def _row_tokens(self) -> int:
+        """Tokens of a row of axis 2."""
+        return 1 if self.layout is None else TILE
 
     def snapshot(self) -> TokenArrays:
         """The same buffers with today's length, whatever is appended later."""
-        return TokenArrays(self.arrays, self.length, self.growth)
+        return TokenArrays(self.arrays, self.length, self.growth, self.layout)
 
     def append(self, new: Mapping[str, mx.array]) -> None:
         """Write tokens (B, H, N, .) of every array behind the present ones."""
-        start = stop = self.length
-        for name, tokens in new.items():
-            stop = start + tokens.shape[2]
+        self.extend(TokenArrays(new, layout=self.layout))
+
+    def extend(self, new: TokenArrays) -> None:
+        """Write another's tokens behind the present ones.
+
+        Raises:
+            ValueError: if they are in another order, or the last tile is not whole.
+        """
+        if not self.length and self.layout != new.layout:
+            self.arrays, self.layout = {}, new.layout
+        per_row = self._row_tokens
+        if self.layout != new.layout or self.length % per_row:
+            raise ValueError(
+                f"{new!r} cannot follow {self!r}: codes of one order follow whole tiles"
+            )
+        start, count = self.length // per_row, -(-new.length // per_row)
+        stop = start + count
+        for name, rows in new.arrays.items():
             buffer = self.arrays.get(name)
             if buffer is None or stop > buffer.shape[2]:
-                buffer = self._grown(name, tokens, stop)
+                buffer = self._grown(name, rows, stop)
                 self.arrays = {**self.arrays, name: buffer}
-            buffer[:, :, start:stop] = tokens
-        self.length = stop
+            buffer[:, :, start:stop] = rows[:, :, :count]
+        self.length += new.length
 
-    def _grown(self, name: str, like: mx.array, length: int) -> mx.array:
+    def _grown(self, name: str, like: mx.array, rows: int) -> mx.array:
         batch, heads, _, width = like.shape
+        growth = max(1, self.growth // self._row_tokens)
         # At least one growth: kernels do not take arrays of under 8 elements.
-        capacity = max(1, -(-length // self.growth)) * self.growth
-        # Zeros, because kernels read whole tiles: what lies behind the last token is
-        # counted for nothing, but must not be NaN.
+        capacity = max(1, -(-rows // growth)) * growth
+        # Zeros: what lies behind the last token must not be NaN.
         buffer = mx.zeros((batch, heads, capacity, width), like.dtype)
         if self.length:
-            buffer[:, :, : self.length] = self.view(name)
+            used = self.view(name)
+            buffer[:, :, : used.shape[2]] = used
         return buffer
 
     def view(self, name: str, heads: slice = slice(None)) -> mx.array:
-        """The tokens in use of one array: (B, heads, length, .)."""
-        return self.arrays[name][:, heads, : self.length]
+        """The rows in use of one array: (B, heads, tokens or tiles, .)."""
+        return self.arrays[name][:, heads, : -(-self.length // self._row_tokens)]
 
     def views(self) -> dict[str, mx.array]:
         """`view` of every array."""
@@ -84,14 +116,22 @@ class TokenArrays:
         self.length -= count
 
     def drop_first(self, count: int) -> None:
-        """Forget the first ``count`` tokens; what is left moves to new buffers."""
-        self.replace({k: v[:, :, count:] for k, v in self.views().items()})
+        """Forget the first ``count`` tokens; what is left moves to new buffers.
+
+        Of tiles, whole ones.
+        """
+        first = count // self._row_tokens
+        left = {name: rows[:, :, first:] for name, rows in self.views().items()}
+        self.assign(TokenArrays(left, self.length - count, layout=self.layout))
 
     def replace(self, tokens: Mapping[str, mx.array]) -> None:
         """Start over in new buffers holding just ``tokens``, which may be empty."""
+        self.assign(TokenArrays(tokens, layout=self.layout))
+
+    def assign(self, new: TokenArrays) -> None:
+        """Start over in new buffers holding just another's tokens."""
         self.arrays, self.length = {}, 0
-        if tokens:
-            self.append(tokens)
+        self.extend(new)
 
     @property
     def nbytes(self) -> int:

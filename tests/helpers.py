@@ -1,13 +1,18 @@
 """What several tests measure with: paths, float64 attention, relative error."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 import mlx_turboquant as tq
+from mlx_turboquant.backends import select, specialize
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.segments import CompressedKV
+from mlx_turboquant.tiles import in_tiles
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "books-20m"
@@ -45,6 +50,37 @@ def stored(side):
         return side.recent_tokens.astype(mx.float32)
     whole_rot = Reference().materialize_rot(side, slice(None), mx.float32)
     return side.quantizer.transform.decode(whole_rot)
+
+
+def in_tile_order(side):
+    """The same tokens with codes as GPU kernels read them."""
+    if side.packed is None:
+        return side
+    return replace(side, packed=in_tiles(side.packed, side.quantizer.layout))
+
+
+class InTiles(Reference):
+    """The reference on codes in tile order, which it keeps as `Gpu` does."""
+
+    name = "tiles"
+
+    def refuse(self, keys, values):
+        return specialize.refuse(keys.codec, values.codec)
+
+    def encode(self, quantizer, x, first):
+        return self.arranged(quantizer, quantizer.encode(x, first))
+
+    def arranged(self, quantizer, codes):
+        return in_tiles(codes, quantizer.layout)
+
+
+@contextmanager
+def backend(chosen):
+    """Caches that choose a backend meanwhile choose this one; None for the CPU's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "gpu_backend", lambda: chosen)
+        patch.setattr(select, "DEFAULT_ON", (getattr(chosen, "name", ""),))
+        yield
 
 
 def attend(q, keys, values, scale, mask=None, sinks=None):

@@ -105,7 +105,7 @@ def test_a_newer_format_is_one_clear_error_and_the_file_stays(model, tmp_path):
     finally:
         state.FORMAT_VERSION = known
     before = file.read_bytes()
-    with pytest.raises(FormatError, match=r"format 99 is not 4.*update"):
+    with pytest.raises(FormatError, match=rf"format 99 is not {known}.*update"):
         tq.load_prompt_cache(file, model)
     assert file.read_bytes() == before
 

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import InTiles, backend
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -166,7 +167,9 @@ class WindowMachine(Machine):
 
 
 @pytest.mark.parametrize("machine", [Machine, WindowMachine])
-def test_any_order_of_operations(machine):
+@pytest.mark.parametrize("chosen", [None, InTiles()], ids=["vectors", "tiles"])
+def test_any_order_of_operations(machine, chosen):
     case = machine.TestCase
     case.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
-    case().runTest()
+    with backend(chosen):
+        case().runTest()

@@ -6,10 +6,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant.backends import geometry
-from mlx_turboquant.backends.geometry import MIN_TOKENS_PER_SPLIT, tokens_per_split
+from mlx_turboquant.backends.geometry import tokens_per_split
 
 
-@pytest.mark.parametrize("packed", [1, 128, 100, 512, 3000, 8064, 131072])
+@pytest.mark.parametrize("packed", [1, 128, 100, 512, 3000, 8064, 32768, 131072])
 @pytest.mark.parametrize("sharers", [1, 8, 64, 4096])
 @pytest.mark.parametrize("threadgroups", [1, 30, 128, 528])
 def test_splits_fill_the_machine_and_are_not_too_short(packed, sharers, threadgroups):
@@ -18,10 +18,20 @@ def test_splits_fill_the_machine_and_are_not_too_short(packed, sharers, threadgr
     assert tokens % 128 == 0
     assert splits * sharers <= max(threadgroups, sharers)
     if splits > 1:
-        assert tokens >= MIN_TOKENS_PER_SPLIT
-    # As many as fit; rounding to whole shares takes at most a third off.
-    most = max(1, min(threadgroups // sharers, -(-packed // MIN_TOKENS_PER_SPLIT)))
+        assert tokens >= 256
+    if splits > max(1, threadgroups // sharers // 2):
+        assert tokens >= 1024
+    # As many as may be; rounding to whole shares takes at most a third off.
+    fitting = threadgroups // sharers
+    most = max(1, min(fitting // 2, -(-packed // 256)), min(fitting, packed // 1024))
     assert most / 1.5 <= splits <= most
+
+
+def test_a_split_has_no_more_tokens_than_a_threadgroup_can_take():
+    assert tokens_per_split(1 << 20, 128, 8, 528, most=8064) == 8064
+    assert tokens_per_split(1 << 20, 128, 8, 528, most=8100) == 8064
+    assert tokens_per_split(4096, 128, 8, 528, most=64) == 128
+    assert tokens_per_split(8192, 128, 8, 528, most=8064) == 256
 
 
 @pytest.fixture

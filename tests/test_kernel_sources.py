@@ -119,8 +119,8 @@ def test_a_split_kernel_has_the_formats_of_its_sides_only(kinds):
     names = ("POLYNOMIAL", "PAIRS", "TRELLIS", "ANGLES")
     defined = set(re.findall(r"struct Format<(\w+),", header))
     assert {names[kind] for kind in kinds} <= defined
-    assert ("GroupCodes" in header) == (0 in kinds)
-    assert ("PairStream" in header) == bool({1, 2, 3} & set(kinds))
+    assert ("LevelPolynomial" in header) == (0 in kinds)
+    assert ("PairCodes" in header) == bool({1, 2, 3} & set(kinds))
     assert len(header) < len(attention.DECODE_SPLIT_KV.header("metal"))
 
 

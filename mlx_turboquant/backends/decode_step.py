@@ -13,22 +13,36 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 
 import mlx.core as mx
 
-from ..kernels.arguments import pack_rows
+from ..kernels.arguments import pack, pack_rows
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
-from ..tokens import TokenArrays
 from . import specialize
 from .call import AttendCall
 from .geometry import tokens_per_split
 from .reference import packed_of
-from .specialize import LOG2E, MERGE_SIMDGROUPS, SPLIT_SIMDGROUPS, TILE, placeholder
+from .specialize import LOG2E, MERGE_SIMDGROUPS, TILE, placeholder
 
 #: Numbers of recent tokens whose arguments are made at once: a page and more.
 _BLOCK = 256
+#: 1 where the arguments have the number of recent tokens, else 0.
+_RECENT = AttendArguments(*(int(f == "recent") for f in AttendArguments._fields))
+
+
+def kind_of(call: AttendCall) -> tuple[Hashable, ...]:
+    """What calls that one `DecodeStep` serves have in common."""
+    mask = call.mask
+    return (
+        call.q.shape,
+        call.keys.recent.shape[2],
+        call.scale,
+        "array" if isinstance(mask, mx.array) else mask,
+        call.sink_logits is None,
+    )
 
 
 class DecodeStep:
@@ -58,16 +72,20 @@ class DecodeStep:
             v_quantizer.codec.rotation
         )
 
-        row_tiles = specialize.row_tiles(rows)
-        sharers = batch * kv_heads * row_tiles
-        # A split's tokens: whole tiles for each simdgroup of its threadgroup.
-        share = TILE * SPLIT_SIMDGROUPS
+        row_groups = specialize.row_groups(k_quantizer, v_quantizer, rows)
+        team = specialize.split_simdgroups(v_quantizer)
+        # A split's tokens: a whole tile for each simdgroup of its threadgroup.
+        share = TILE * team
+        means = k_quantizer.means
         split_tokens = tokens_per_split(
-            packed, share, sharers, simdgroups // SPLIT_SIMDGROUPS
+            packed,
+            share,
+            batch * kv_heads * row_groups,
+            simdgroups // team,
+            None if means is None else specialize.most_tokens(means.page, team),
         )
         splits = -(-packed // split_tokens)
         plain_splits = -(-(keys.sink_length + keys.recent.shape[2]) // share)
-        means = k_quantizer.means
         arguments = AttendArguments(
             packed=packed,
             splits=splits,
@@ -86,7 +104,7 @@ class DecodeStep:
         self._rows: dict[int, list[mx.array]] = {}
 
         partials = batch * query_heads * steps * (plain_splits + splits)
-        threads = 32 * SPLIT_SIMDGROUPS
+        threads = 32 * team
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
         ]
@@ -95,7 +113,7 @@ class DecodeStep:
             specialize.split_template(k_quantizer, v_quantizer, dtype, rows, masked),
             grid=(
                 threads * (plain_splits + splits),
-                kv_heads * row_tiles,
+                kv_heads * row_groups,
                 batch,
             ),
             threadgroup=(threads, 1, 1),
@@ -112,9 +130,12 @@ class DecodeStep:
             output_shapes=[(batch, query_heads, steps, v_dim)],
             output_dtypes=[dtype],
         )
+        if packed_of(keys).layout is None:
+            raise ValueError("codes are in vector order; see Gpu.arranged")
         self._codes = [
-            *_whole_tiles(packed_of(keys)),
-            *_whole_tiles(packed_of(values)),
+            packed_of(side).arrays[name]
+            for side in (keys, values)
+            for name in ("words", "scales")
         ]
         rows_of_means = None if means is None else means.rows
         heads = batch * kv_heads
@@ -130,8 +151,34 @@ class DecodeStep:
             _sink_in_basis(values, self._kernel_rotates_out),
         )
 
-    def __call__(self, call: AttendCall) -> mx.array:
-        """The output (B, Hq, L, Dv) in q's dtype."""
+    def arguments_at(self, recent: mx.array) -> mx.array:
+        """The arguments of a call in a trace, where no number is known yet.
+
+        Args:
+            recent: Number (1,) of recent tokens, int32.
+
+        Raises:
+            ValueError: if there is a mask, whose columns would have to be known.
+        """
+        if self._masked:
+            raise ValueError("a mask has as many columns as there are tokens")
+        # Equal arguments of many layers are one computation: `mx.compile` sees to it.
+        return pack(self._arguments) + recent * pack(_RECENT)
+
+    def __call__(self, call: AttendCall, arguments: mx.array | None = None) -> mx.array:
+        """The output (B, Hq, L, Dv) in q's dtype.
+
+        Args:
+            call: What to attend to.
+            arguments: Of its number of recent tokens; None to look them up.
+        """
+        if arguments is None:
+            block, row = divmod(call.keys.recent_length, _BLOCK)
+            rows = self._rows.get(block)
+            if rows is None:
+                rows = _rows_of(self._arguments, self._masked, block)
+                self._rows[block] = rows
+            arguments = rows[row]
         q, keys, values = call.q, call.keys, call.values
         dtype = q.dtype
         recent_keys, recent_values = keys.recent, values.recent
@@ -147,11 +194,7 @@ class DecodeStep:
             mask = _additive(call.mask, (*q.shape[:3], keys.stored_length))
         if call.sink_logits is not None:
             sink_logits = _sink_logits_of_rows(call.sink_logits, q.shape[0], q.shape[2])
-        block, row = divmod(keys.recent_length, _BLOCK)
-        rows = self._rows.get(block)
-        if rows is None:
-            rows = self._rows[block] = _rows_of(self._arguments, self._masked, block)
-        launch, arguments = self._launcher, rows[row]
+        launch = self._launcher
         sink_keys, sink_values = self._sink_tokens
         partial = launch(
             self._split,
@@ -196,19 +239,6 @@ def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:
     if side.sink is None or rotates:
         return side.sink
     return _in_basis(side, side.sink)
-
-
-def _whole_tiles(codes: TokenArrays) -> list[mx.array]:
-    """Words and scales whose capacity reaches to the end of the last tile.
-
-    The kernel reads there and counts it for nothing, which zeros allow and NaN would
-    not. A cache's buffers always reach there.
-    """
-    arrays = [codes.arrays["words"], codes.arrays["scales"]]
-    missing = -(-codes.length // TILE) * TILE - arrays[0].shape[2]
-    if missing <= 0:
-        return arrays
-    return [mx.pad(a, [(0, 0), (0, 0), (0, missing), (0, 0)]) for a in arrays]
 
 
 def _additive(mask: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -15,16 +15,19 @@ import subprocess
 import mlx.core as mx
 
 #: Simdgroups of the attention kernel that a core (a multiprocessor) takes. CUDA's is
-#: measured: of 8 and 16 on an H100, 8 are 12% faster at 131,072 tokens (dev/LOG.md).
-#: Metal's is what 208 kB of registers hold at 128 a thread; no Mac has been measured.
-_PER_CORE = {"cuda": 8, "metal": 12}
+#: measured: of 8, 12, 16 and 20 on an H100, 16 are fastest at 131,072 tokens, by 11%
+#: against 8 (dev/LOG.md). Metal's is what 208 kB of registers hold at 128 a thread; no
+#: Mac has been measured.
+_PER_CORE = {"cuda": 16, "metal": 12}
 #: Taken where the machine does not say how many cores it has, by the last letter of an
 #: Apple GPU's architecture: a base chip, a Pro or Max, an Ultra.
 _APPLE_CORES = {"g": 8, "s": 20, "d": 60}
 #: For launchers that are no machine, such as a simulator.
 _UNKNOWN = 512
-#: Packed tokens that a split (a threadgroup) has at least; the last may have fewer.
-MIN_TOKENS_PER_SPLIT = 256
+#: Packed tokens that a split (a threadgroup) has at least, but for the last: while they
+#: fill less than half of the machine, and to fill it whole. More splits mean a longer
+#: merge; below half, more of them also mean more cores.
+_TOKENS_OF_A_FEW, _TOKENS_OF_MANY = 256, 1024
 _CU_MULTIPROCESSOR_COUNT = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 
 
@@ -37,7 +40,9 @@ def machine_simdgroups(dialect: str) -> int:
     return cores * _PER_CORE[dialect] if cores else _UNKNOWN
 
 
-def tokens_per_split(packed: int, share: int, sharers: int, threadgroups: int) -> int:
+def tokens_per_split(
+    packed: int, share: int, sharers: int, threadgroups: int, most: int | None = None
+) -> int:
     """Packed tokens that each threadgroup attends to, a multiple of ``share``.
 
     Args:
@@ -46,11 +51,15 @@ def tokens_per_split(packed: int, share: int, sharers: int, threadgroups: int) -
         sharers: Threadgroups that take the same tokens: one for each row of the batch,
             KV head and tile of query rows.
         threadgroups: How many fill the machine.
+        most: Tokens that a threadgroup can take; None for any number.
     """
     shares = -(-packed // share)
-    enough = -(-packed // MIN_TOKENS_PER_SPLIT)
-    splits = max(1, min(threadgroups // sharers, enough))
-    return -(-shares // splits) * share
+    most_splits = threadgroups // sharers
+    few = min(-(-packed // _TOKENS_OF_A_FEW), most_splits // 2)
+    many = min(packed // _TOKENS_OF_MANY, most_splits)
+    splits = max(1, few, many)
+    tokens = -(-shares // splits) * share
+    return tokens if most is None else max(share, min(tokens, most // share * share))
 
 
 def _cuda_cores() -> int:

@@ -15,11 +15,11 @@ import mlx.core as mx
 from ..codecs.kernel_format import EncodeFormat
 from ..kernels.arguments import pack
 from ..kernels.codes import (
-    DECODE_CODES,
     ENCODE_SCALAR,
     ENCODE_TRELLIS,
     DecodeArguments,
     EncodeArguments,
+    OrderArguments,
 )
 from ..kernels.kernel import Launch, Launcher
 from ..quantizer import Quantizer
@@ -27,7 +27,8 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from . import specialize
 from .call import AttendCall
-from .decode_step import DecodeStep
+from .code_launches import decode_launch, order_launch
+from .decode_step import DecodeStep, kind_of
 from .geometry import machine_simdgroups
 from .reference import Reference, packed_of
 from .specialize import MAX_DIM, placeholder, rotates_in_kernel
@@ -35,7 +36,6 @@ from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 #: Query tokens that one fused step takes; more of them are prefill.
 MAX_STEP = 8
 _ENCODE_SIMDGROUPS = 4
-_DECODE_THREADS = 128
 #: Vectors that a simdgroup searches for: their ways back go side by side.
 _SEARCHES = 2
 #: Threadgroup memory that one threadgroup's searches may take, in bytes.
@@ -68,15 +68,7 @@ class Gpu(Reference):
         """As `Reference.attend`; up to `MAX_STEP` query tokens are fused."""
         if call.q.shape[2] > MAX_STEP:
             return super().attend(call)
-        mask, prepared = call.mask, call.keys.prepared
-        # What calls that one `DecodeStep` serves have in common.
-        key = (
-            call.q.shape,
-            call.keys.recent.shape[2],
-            call.scale,
-            "array" if isinstance(mask, mx.array) else mask,
-            call.sink_logits is None,
-        )
+        prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
             step = prepared[key] = DecodeStep(self.launcher, call, self.simdgroups)
@@ -88,26 +80,13 @@ class Gpu(Reference):
     ) -> mx.array:
         """As `Reference.decode_rot`, the codes decoded by a kernel."""
         quantizer, codes = side.quantizer, packed_of(side)
+        if codes.layout is None:
+            return super().decode_rot(side, dtype, heads)
         form = specialize.format_of(quantizer.codec)
         words, scales = codes.view("words", heads), codes.view("scales", heads)
-        batch, kv_heads, tokens, _ = words.shape
-        dim = quantizer.codec.dim
-        threads = batch * kv_heads * tokens * -(-dim // 16)
-        launch = Launch(
-            DECODE_CODES,
-            [
-                ("T", dtype),
-                ("DIM", dim),
-                ("KIND", form.kind),
-                ("BITS", form.bits),
-                ("TERMS", form.terms),
-                ("THREADS", _DECODE_THREADS),
-            ],
-            grid=(_DECODE_THREADS * -(-threads // _DECODE_THREADS), 1, 1),
-            threadgroup=(_DECODE_THREADS, 1, 1),
-            output_shapes=[(batch, kv_heads, tokens, dim)],
-            output_dtypes=[dtype],
-        )
+        batch, kv_heads = words.shape[:2]
+        tokens = codes.length
+        launch = decode_launch(codes.layout, dtype, batch, kv_heads, tokens)
         arguments = pack(DecodeArguments(tokens, kv_heads, batch))
         (centered,) = self.launcher(
             launch, [words, scales, form.exact_params, arguments]
@@ -115,10 +94,13 @@ class Gpu(Reference):
         return quantizer.decode_rot(codes, dtype, heads, centered)
 
     def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
-        """As `Quantizer.encode`; codecs without an encoding kernel are left to it."""
+        """As `Quantizer.encode`, in tile order.
+
+        Codecs without an encoding kernel are left to it.
+        """
         codec, form = quantizer.codec, quantizer.codec.encode_format
         if form is None or codec.dim > MAX_DIM:
-            return quantizer.encode(x, first)
+            return self.arranged(quantizer, quantizer.encode(x, first))
         quantizer.add_means(x, first)
         means = quantizer.means
         batch, kv_heads, tokens, _ = x.shape
@@ -142,7 +124,23 @@ class Gpu(Reference):
                 ),
             ],
         )
-        return TokenArrays({"words": words, "scales": scales}, tokens)
+        codes = TokenArrays({"words": words, "scales": scales}, tokens)
+        return self.arranged(quantizer, codes)
+
+    def arranged(self, quantizer: Quantizer, codes: TokenArrays) -> TokenArrays:
+        """Codes in tile order."""
+        if codes.layout is not None:
+            return codes
+        layout = quantizer.layout
+        words, scales = mx.contiguous(codes.view("words")), codes.view("scales")
+        batch, kv_heads, tokens, _ = words.shape
+        arrays = self.launcher(
+            order_launch(layout, batch, kv_heads, tokens),
+            [words, mx.contiguous(scales), pack(OrderArguments(tokens))],
+        )
+        return TokenArrays(
+            dict(zip(("words", "scales"), arrays, strict=True)), tokens, layout=layout
+        )
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
+from ..tiles import in_vectors
 from ..tokens import TokenArrays
 from .call import AttendCall, Mask
 
@@ -43,6 +44,10 @@ class Reference:
     def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
         """`Quantizer.encode` of vectors x (B, H, N, D)."""
         return quantizer.encode(x, first)
+
+    def arranged(self, quantizer: Quantizer, codes: TokenArrays) -> TokenArrays:
+        """Codes in the order this backend keeps: vector by vector."""
+        return in_vectors(codes)
 
     def decode_rot(
         self, side: CompressedTokens, dtype: mx.Dtype, heads: slice

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 
 from ..codecs import Codec
-from ..codecs.kernel_format import KernelFormat
+from ..codecs.kernel_format import TRELLIS, KernelFormat
 from ..quantizer import Quantizer
 from ..rotation import Rotation, SplitRotation
 from ..transform import ChannelTransform
@@ -22,12 +22,19 @@ from ..transform import ChannelTransform
 LOG2E = math.log2(math.e)
 #: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
 MAX_DIM = 512
-#: Tokens that the attention kernel takes at once: ``TILE_TOKENS`` of tiles.h.
+#: Tokens that a simdgroup takes at once: ``TILE_TOKENS`` of tiles.h.
 TILE = 32
-#: Query rows that a simdgroup takes at once: ``TILE_ROWS`` of query_rows.h.
+#: Query rows of a row tile: ``TILE_ROWS`` of query_rows.h.
 _ROWS = 8
-#: Simdgroups to a threadgroup, in pass 1 and in pass 2.
-SPLIT_SIMDGROUPS, MERGE_SIMDGROUPS = 4, 8
+#: Elements of a unit of values (tiles.h), and the most simdgroups that share them.
+_UNIT, _MOST_SIMDGROUPS = 32, 4
+#: Head_dim up to which a threadgroup takes two row tiles: beyond, or beside a trellis'
+#: table, threadgroup memory has no room for them.
+_TWO_ROW_TILES_DIM = 256
+#: Pages that a simdgroup makes the logits of means of: ``MEANS_OF_SIMDGROUP``.
+_PAGES = 16
+#: Simdgroups to a threadgroup of pass 2.
+MERGE_SIMDGROUPS = 8
 
 
 def refuse(*codecs: Codec) -> str | None:
@@ -69,10 +76,11 @@ def split_template(
         ("MASKED", masked),
         ("ROTATE_K", rotates_in_kernel(k_codec.rotation)),
         ("CENTER", keys.means is not None),
-        ("ROW_TILES", row_tiles(rows)),
+        ("ROW_TILES", row_tiles(keys, values, rows)),
+        ("ROW_GROUPS", row_groups(keys, values, rows)),
         ("SHARED_TABLE", shared),
         ("SINGLE_TABLE", shared or not (k_format.has_table and v_format.has_table)),
-        ("SIMDGROUPS", SPLIT_SIMDGROUPS),
+        ("SIMDGROUPS", split_simdgroups(values)),
         ("K_KIND", k_format.kind),
         ("K_BITS", k_format.bits),
         ("K_TERMS", k_format.terms),
@@ -95,9 +103,31 @@ def merge_template(
     ]
 
 
-def row_tiles(rows: int) -> int:
-    """Simdgroups that share the query rows of a KV head."""
-    return -(-rows // _ROWS)
+def split_simdgroups(values: Quantizer) -> int:
+    """Simdgroups to a threadgroup of pass 1: each adds up as many units of values."""
+    units = -(-values.codec.dim // _UNIT)
+    return -(-units // -(-units // _MOST_SIMDGROUPS))
+
+
+def most_tokens(page: int, simdgroups: int) -> int:
+    """Packed tokens of a split that threadgroup memory has the logits of means for.
+
+    Its first page may have begun before it.
+    """
+    return (_PAGES * simdgroups - 1) * page
+
+
+def row_tiles(keys: Quantizer, values: Quantizer, rows: int) -> int:
+    """Tiles of query rows of a threadgroup of pass 1, which decodes codes once."""
+    kinds = {format_of(side.codec).kind for side in (keys, values)}
+    dim = max(keys.codec.dim, values.codec.dim)
+    fits = TRELLIS not in kinds and dim <= _TWO_ROW_TILES_DIM
+    return 2 if fits and rows > _ROWS else 1
+
+
+def row_groups(keys: Quantizer, values: Quantizer, rows: int) -> int:
+    """Threadgroups that share the query rows of a KV head."""
+    return -(-rows // (_ROWS * row_tiles(keys, values, rows)))
 
 
 def query_scales(keys: Quantizer, scale: float) -> mx.array:

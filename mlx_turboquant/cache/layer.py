@@ -215,14 +215,23 @@ class TurboQuantCache(SequenceCache):
         if self.empty():
             self._clear()
             return n
-        # Codes go token by token: those of a cut page keep the page's mean, so what is
-        # appended again fits them up to the codes' own error, not bit for bit.
+        # Codes of a cut page keep the page's mean, so what is appended again fits them
+        # up to the codes' own error, not bit for bit.
         tokens, before = self._tokens, self._tokens.packed_length
         tokens.drop_last(n)
         if tokens.packed_length < before:
+            self._decode_cut_tile()
             self._set_packed(self._schedule.packed - before + tokens.packed_length)
         self._quantizers.trim(self.offset, tokens.packed_length)
         return n
+
+    def _decode_cut_tile(self) -> None:
+        """Codes follow whole tiles only: those of a cut one become recent tokens."""
+        tokens = self._tokens
+        count = tokens.cut_length
+        if count:
+            decoded = self._quantizers.decode_last(tokens.packed, count)
+            tokens.drop_last_codes(count, decoded)
 
     # Sizes.
 
@@ -272,20 +281,27 @@ class TurboQuantCache(SequenceCache):
 
     def _numbers(self) -> saved.Numbers:
         """What a file says of the cache besides spec and arrays."""
-        return {"returns_arrays": int(self.returns_arrays)}
+        tiles = self._tokens.packed.keys.layout is not None
+        return {"returns_arrays": int(self.returns_arrays), "tiles": int(tiles)}
 
     def _restore(
         self, spec: CacheSpec, groups: saved.Groups, numbers: saved.Numbers
     ) -> None:
         self.returns_arrays = bool(numbers["returns_arrays"])
         self._start(spec)
-        self._tokens.load(groups)
-        self.offset = self._tokens.length
-        recent = self._tokens.recent.arrays
+        recent = groups["recent"]
         if recent:
             calibrated = bool(groups["packed"] or groups["gains"])
             dims = recent["keys"].shape[3], recent["values"].shape[3]
             self._quantizers.load(groups, dims, calibrated)
+        tokens, quantizers = self._tokens, self._quantizers
+        tokens.load(groups, quantizers.layouts if numbers["tiles"] else None)
+        if tokens.packed_length:
+            # Into the order of this machine's backend.
+            tokens.arrange(quantizers.arranged)
+            self._decode_cut_tile()
+            quantizers.trim(tokens.length, tokens.packed_length)
+        self.offset = self._tokens.length
         self._set_packed(self._tokens.packed_length)
 
     @classmethod

@@ -15,9 +15,11 @@ import mlx.core as mx
 from ..backends import select
 from ..backends.select import Choice
 from ..codecs import codec_for
+from ..codecs.base import Side
 from ..quantizer import PageMeans, Quantizer, Sides
-from ..spec import CacheSpec
-from ..tokens import TokenArrays
+from ..spec import CacheSpec, CodecSpec
+from ..tiles import TileLayout
+from ..tokens import TILE, TokenArrays
 from ..transform import ChannelTransform
 from .bit_allocation import LayerSlot
 from .calibration import Calibration, by_power
@@ -57,10 +59,9 @@ class LayerQuantizers:
         """
         spec, gains = self.spec, self._gains
         quantizers = []
-        for side, codec_spec, dim in (
-            ("keys", spec.keys, k_dim),
-            ("values", spec.values, v_dim),
-        ):
+        of_sides: tuple[tuple[Side, CodecSpec, int], ...]
+        of_sides = (("keys", spec.keys, k_dim), ("values", spec.values, v_dim))
+        for side, codec_spec, dim in of_sides:
             codec = codec_for(codec_spec, dim, side, spec.seed)
             transform = ChannelTransform(
                 codec.rotation, gains.get(side), gains.get(f"{side}_order")
@@ -70,7 +71,7 @@ class LayerQuantizers:
                 side == "keys" and spec.center == "page" and codec.wants_centering
             )
             means = PageMeans(spec.page) if has_means else None
-            quantizers.append(Quantizer(codec, transform, means))
+            quantizers.append(Quantizer(codec, transform, side, means))
         self.sides, self._choice = Sides(*quantizers), None
         return self.sides
 
@@ -78,9 +79,7 @@ class LayerQuantizers:
     def choice(self) -> Choice:
         """The backend for these quantizers, and why it is not a faster one."""
         if self._choice is None:
-            if self.sides is None:
-                raise ValueError("no vectors were seen yet, so nothing can be chosen")
-            self._choice = select.resolve(*self.sides)
+            self._choice = select.resolve(*self._built)
         return self._choice
 
     def observe_queries(
@@ -160,6 +159,32 @@ class LayerQuantizers:
             backend.encode(self.sides.values, values, first),
         )
 
+    def arranged(self, side: Side, codes: TokenArrays) -> TokenArrays:
+        """Codes of a side in the order that the backend keeps them in."""
+        return self.choice.backend.arranged(getattr(self._built, side), codes)
+
+    @property
+    def layouts(self) -> Sides[TileLayout | None]:
+        """Of codes in tile order."""
+        return Sides(*(quantizer.layout for quantizer in self._built))
+
+    def decode_last(self, packed: Sides[TokenArrays], count: int) -> Arrays:
+        """The last ``count`` codes, of one tile, as vectors by side, float32."""
+        decoded: Arrays = {}
+        for (side, codes), quantizer in zip(packed.items(), self._built, strict=True):
+            first = codes.length - count
+            tile = slice(first // TILE, first // TILE + 1)
+            rows = {name: array[:, :, tile] for name, array in codes.arrays.items()}
+            cut = TokenArrays(rows, count, layout=codes.layout)
+            decoded[side] = quantizer.decode(cut, first=first)
+        return decoded
+
+    @property
+    def _built(self) -> Sides[Quantizer]:
+        if self.sides is None:
+            raise ValueError("no vectors were seen yet, so there are no quantizers")
+        return self.sides
+
     def trim(self, stored: int, packed: int) -> None:
         """Keep what ``stored`` tokens need, ``packed`` of them codes; gains stay."""
         if self._calibration is not None:
@@ -200,9 +225,9 @@ class LayerQuantizers:
             calibrated: Whether gains were fixed, so that there may be codes.
         """
         self._gains = dict(groups["gains"])
-        means = self.build(*dims).keys.means
-        if means is not None:
-            means.state = groups["means"]
+        sides = self.build(*dims)
+        if sides.keys.means is not None:
+            sides.keys.means.state = groups["means"]
         if calibrated:
             self._calibration = None
             chosen = not self.spec.adaptive

@@ -21,7 +21,7 @@ from ..tokens import TokenArrays
 from ..version import __version__
 
 #: Raised by any change to bit layout, levels, signs or array names.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _MAGIC = "mlx_turboquant"
 _GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]
@@ -89,8 +89,9 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
         spec = CacheSpec.parse(words[2])
         pairs = [word.partition("=") for word in words[3:]]
         numbers = {name: int(number) for name, _, number in pairs}
-        if "returns_arrays" not in numbers:
-            raise ValueError("it does not say returns_arrays=")
+        for name in ("returns_arrays", "tiles"):
+            if name not in numbers:
+                raise ValueError(f"it does not say {name}=")
     except ValueError as error:  # as is SpecError
         raise FormatError(f"the cache's header is damaged: {error}") from error
     groups: Groups = {group: {} for group in _GROUPS}

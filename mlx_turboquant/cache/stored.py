@@ -9,14 +9,16 @@ When tokens move is `schedule`'s, what codes are made with `quantizers`'.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
 
+from ..codecs.base import Side
 from ..quantizer import Quantizer, Sides
 from ..segments import CompressedTokens, PreparedSteps, QueryObserver
-from ..tokens import TokenArrays
+from ..tiles import TileLayout
+from ..tokens import TILE, TokenArrays
 from . import state as saved
 
 Arrays = dict[str, mx.array]
@@ -54,6 +56,11 @@ class StoredTokens:
     def packed_length(self) -> int:
         """Tokens stored as codes."""
         return self.packed.keys.length
+
+    @property
+    def cut_length(self) -> int:
+        """Codes in a tile that is not whole, in tile order; else 0."""
+        return self.packed_length % TILE if self.packed.keys.layout else 0
 
     @property
     def length(self) -> int:
@@ -114,7 +121,7 @@ class StoredTokens:
             }
         packed = self._packed_snapshot()
         for side, new in zip(packed, codes, strict=True):
-            side.append(new.arrays)
+            side.extend(new)
         self.packed = packed
         self.recent.drop_first(sink + codes.keys.length)
 
@@ -135,6 +142,35 @@ class StoredTokens:
             kept = {name: tokens[:, :, :keep] for name, tokens in self.sink.items()}
             self.sink = {}
             self.recent.replace(kept or self.recent.views())
+
+    def drop_last_codes(self, count: int, decoded: Arrays) -> None:
+        """Put ``decoded`` in the place of the last ``count`` codes.
+
+        Args:
+            count: Codes to forget.
+            decoded: ``keys`` and ``values`` that they stand for; from now on they are
+                the first recent tokens.
+        """
+        self.packed = self._packed_snapshot()
+        for side in self.packed:
+            side.drop_last(count)
+        parts = [decoded, self.recent.views()]
+        if not self.packed_length and self.sink:
+            # As in `drop_last`: the next page brings the sink again.
+            parts, self.sink = [self.sink, *parts], {}
+        recent = {
+            name: mx.concatenate([part[name].astype(array.dtype) for part in parts], 2)
+            for name, array in self.recent.arrays.items()
+        }
+        self.recent.replace(recent)
+
+    def arrange(self, arranged: Callable[[Side, TokenArrays], TokenArrays]) -> None:
+        """Bring codes into the order that ``arranged`` returns them in."""
+        growth = PACKED_GROWTH
+        packed = Sides(TokenArrays(growth=growth), TokenArrays(growth=growth))
+        for (name, side), new in zip(self.packed.items(), packed, strict=True):
+            new.assign(arranged(name, side))
+        self.packed = packed
 
     def drop_first_codes(self, count: int) -> None:
         """Forget the first ``count`` tokens that are codes."""
@@ -168,11 +204,14 @@ class StoredTokens:
             "recent": self.recent.views(),
         }
 
-    def load(self, groups: Mapping[str, Arrays]) -> None:
-        """Take over what `state` gave."""
+    def load(
+        self, groups: Mapping[str, Arrays], layouts: Sides[TileLayout | None] | None
+    ) -> None:
+        """Take over what `state` gave, codes in tile order if they have layouts."""
+        layouts = layouts or Sides(None, None)
         self.sink = groups["sink"]
-        for side, arrays in zip(
-            self.packed, saved.split_sides(groups["packed"]), strict=True
+        for side, arrays, layout in zip(
+            self.packed, saved.split_sides(groups["packed"]), layouts, strict=True
         ):
-            side.replace(arrays)
+            side.assign(TokenArrays(arrays, layout=layout))
         self.recent.replace(groups["recent"])

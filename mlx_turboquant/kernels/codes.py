@@ -1,8 +1,8 @@
 """The kernels that move vectors in and out of codes: their buffers and arguments.
 
 Owns no arithmetic (``metal/encode_scalar.metal``, ``metal/encode_trellis.metal``,
-``metal/decode_codes.metal``) and no choice of launch sizes (`backends.gpu`). Each
-launch is for one side, keys or values.
+``metal/order_codes.metal``, ``metal/decode_codes.metal``) and no choice of launch sizes
+(`backends.gpu`, `backends.code_launches`). Each launch is for one side, keys or values.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ class EncodeArguments(NamedTuple):
     first: int
     #: Tokens to a row of means.
     page: int
+
+
+class OrderArguments(NamedTuple):
+    """What the kernel that makes tile order is told besides its template."""
+
+    #: Tokens of every head.
+    tokens: int
 
 
 class DecodeArguments(NamedTuple):
@@ -51,7 +58,15 @@ ENCODE_TRELLIS = Kernel(
     outputs=("words", "scales"),
     arguments=EncodeArguments,
 )
-#: Codes to vectors, a thread to a group of 16 elements.
+#: Codes from vector order to tile order (`tiles`), a threadgroup to a tile.
+ORDER_CODES = Kernel(
+    name="order_codes",
+    file="order_codes.metal",
+    inputs=("words", "scales", "arguments"),
+    outputs=("tile_words", "tile_scales"),
+    arguments=OrderArguments,
+)
+#: Codes in tile order to vectors, a thread to a unit of a slot.
 DECODE_CODES = Kernel(
     name="decode_codes",
     file="decode_codes.metal",

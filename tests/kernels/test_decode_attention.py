@@ -6,10 +6,11 @@ definition by a few 1e-3, far below what quantization itself costs (0.18 at 3 bi
 
 import copy
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from helpers import relative_error, softmax_attention
+from helpers import in_tile_order, relative_error, softmax_attention
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import select
@@ -17,6 +18,8 @@ from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.errors import BackendUnavailableError
+from mlx_turboquant.tiles import in_vectors
+from mlx_turboquant.tokens import TokenArrays
 
 TOLERANCE = 4e-3
 
@@ -32,7 +35,8 @@ def filled(spec, length, heads, k_dim, v_dim, dtype=mx.float32, batch=1):
     k, v = made(k_dim, 2), made(v_dim, 0)
     cache = tq.TurboQuantCache(spec)
     cache.update_and_fetch(k[:, :, :-3], v[:, :, :-3])
-    return cache.update_and_fetch(k[:, :, -3:], v[:, :, -3:])
+    sides = cache.update_and_fetch(k[:, :, -3:], v[:, :, -3:])
+    return [in_tile_order(side) for side in sides]
 
 
 def mask_of(kind, heads, steps, length):
@@ -171,7 +175,8 @@ def test_error_falls_with_every_bit(launcher):
         k, v = (mx.random.normal((1, 1, 300, 64)) for _ in range(2))
         cache = tq.TurboQuantCache(f"k{bits}v{bits}")
         cache.update_and_fetch(k[:, :, :290], v[:, :, :290])
-        keys, values = cache.update_and_fetch(k[:, :, 290:], v[:, :, 290:])
+        sides = cache.update_and_fetch(k[:, :, 290:], v[:, :, 290:])
+        keys, values = (in_tile_order(side) for side in sides)
         q = mx.random.normal((1, 2, 1, 64))
         got = Gpu(launcher).attend(AttendCall(q, keys, values, 0.2))
         errors.append(relative_error(got, softmax_attention(q, k, v, 0.2)))
@@ -191,11 +196,12 @@ def test_one_prepared_step_serves_until_the_next_page(launcher):
             cache.trim(2)
             at = 300
         part = slice(at, at + 1)
-        keys, values = cache.update_and_fetch(k[:, :, part], v[:, :, part])
+        sides = cache.update_and_fetch(k[:, :, part], v[:, :, part])
         if at == 419:  # the next page is due
             part = slice(301, 420)
             cache.update_and_fetch(k[:, :, part], v[:, :, part])
-            keys, values = cache.compressed()
+            sides = cache.compressed()
+        keys, values = (in_tile_order(side) for side in sides)
         q = mx.random.normal((1, 4, 1, 64))
         call = AttendCall(q, keys, values, 0.125)
         got, want = backend.attend(call), Reference().attend(call)
@@ -205,11 +211,45 @@ def test_one_prepared_step_serves_until_the_next_page(launcher):
     assert len(prepared) == 2
 
 
+@pytest.mark.parametrize("spec", ["k3v4", "k3v2.5,codec=trellis"])
+def test_tiles_behind_the_last_token_are_not_read(spec, launcher, mode):
+    """Buffers have room: here of words all ones, and of scales that are no numbers."""
+    keys, values = filled(f"{spec},page=32,window=9", 120, 2, 64, 64)
+    q = mx.random.normal((1, 4, 1, 64))
+    outputs, backend = [], Gpu(launcher, simdgroups=6)
+    for fill in (None, math.nan):
+        sides = [keys, values]
+        if fill is not None:
+            sides = [replace(side, packed=with_room(side.packed)) for side in sides]
+        keys.prepared.clear()
+        outputs.append(backend.attend(AttendCall(q, *sides, 0.125)))
+        assert sides[0].packed_length == 96
+    assert mx.array_equal(*outputs).item()
+
+
+def with_room(codes):
+    """The same codes in buffers of five more tiles of rubbish."""
+    arrays = {}
+    for name, array in codes.views().items():
+        rubbish = math.nan if name == "scales" else 0xFFFFFFFF
+        tail = mx.full((*array.shape[:2], 5, array.shape[3]), rubbish, array.dtype)
+        arrays[name] = mx.concatenate([array, tail], axis=2)
+    return TokenArrays(arrays, codes.length, layout=codes.layout)
+
+
+def test_codes_in_vector_order_are_refused(launcher):
+    keys, values = filled("k3v3", 200, 1, 64, 64)
+    sides = [replace(s, packed=in_vectors(s.packed)) for s in (keys, values)]
+    call = AttendCall(mx.zeros((1, 1, 1, 64)), *sides, 0.125)
+    with pytest.raises(ValueError, match=r"in vector order; see Gpu\.arranged"):
+        Gpu(launcher).attend(call)
+
+
 def test_refusals_are_words(launcher):
     backend = Gpu(launcher)
 
     def refusal(spec, k_dim):
-        sides = filled(spec, 200, 1, k_dim, 64)
+        sides = filled(spec, 20, 1, k_dim, 64)
         return backend.refuse(*(side.quantizer for side in sides))
 
     assert "identity:16 has no kernel" in refusal("k16v3", 64)
@@ -331,4 +371,5 @@ def stored_sides(spec, k, v):
     """Handles after a prefill of all but the last token."""
     cache = tq.TurboQuantCache(spec)
     cache.update_and_fetch(k[:, :, :-1], v[:, :, :-1])
-    return cache.update_and_fetch(k[:, :, -1:], v[:, :, -1:])
+    sides = cache.update_and_fetch(k[:, :, -1:], v[:, :, -1:])
+    return [in_tile_order(side) for side in sides]

@@ -13,14 +13,20 @@ from mlx_turboquant.kernels.attention import (
     MERGE_STATES,
     AttendArguments,
 )
-from mlx_turboquant.kernels.codes import DecodeArguments, EncodeArguments
+from mlx_turboquant.kernels.codes import (
+    DecodeArguments,
+    EncodeArguments,
+    OrderArguments,
+)
 from mlx_turboquant.kernels.kernel import Launch
 
 HEADS, GROUP, STEPS, DIM = 2, 2, 3, 64
 SINK, RECENT, SPLITS = 4, 21, 3
 
 
-@pytest.mark.parametrize("cls", [AttendArguments, EncodeArguments, DecodeArguments])
+@pytest.mark.parametrize(
+    "cls", [AttendArguments, EncodeArguments, OrderArguments, DecodeArguments]
+)
 def test_a_loader_puts_each_argument_into_its_field(cls, lane):
     if lane != "simulator":
         pytest.skip("the text is the same everywhere")
@@ -109,10 +115,11 @@ def attend_plain(launcher, capacity, poison):
     recent = [mx.random.normal((1, HEADS, RECENT, DIM)) for _ in range(2)]
     tail = mx.full((1, HEADS, capacity - RECENT, DIM), poison)
     dims = {"T": mx.float32, "DK": DIM, "DV": DIM, "MASKED": False, "ROTATE_K": False}
-    tables = {"CENTER": False, "ROW_TILES": 1, "SHARED_TABLE": False}
-    formats = {"K_KIND": 0, "K_BITS": 3, "K_TERMS": 1}
-    formats |= {"V_KIND": 0, "V_BITS": 3, "V_TERMS": 1}
-    template = dims | tables | {"SINGLE_TABLE": True, "SIMDGROUPS": 2} | formats
+    tables = {"CENTER": False, "ROW_TILES": 1, "ROW_GROUPS": 1}
+    tables |= {"SHARED_TABLE": False, "SINGLE_TABLE": True, "SIMDGROUPS": 2}
+    formats = {"K_KIND": 0, "K_BITS": 3, "K_TERMS": 2}
+    formats |= {"V_KIND": 0, "V_BITS": 3, "V_TERMS": 2}
+    template = dims | tables | formats
     plain_splits = -(-(SINK + capacity) // 64)
     launch = Launch(
         DECODE_SPLIT_KV,

@@ -19,7 +19,7 @@ from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
-from mlx_turboquant.tokens import TokenArrays
+from mlx_turboquant.tiles import in_tiles
 from mlx_turboquant.transform import ChannelTransform
 
 AXES = {
@@ -100,8 +100,8 @@ def made_up(spec, dim, length, dtype):
         if side == "keys":
             means = PageMeans(PAGE)
             means.append(mx.random.normal((2, 1, -(-length // PAGE), dim)))
-        codes = TokenArrays(codec.encode(x).arrays, length)
-        quantizer = Quantizer(codec, transform, means)
+        quantizer = Quantizer(codec, transform, side, means)
+        codes = in_tiles(codec.encode(x), quantizer.layout)
         sides.append(CompressedTokens(quantizer, sink, codes, recent, 20))
     return sides
 

@@ -7,6 +7,7 @@ typedef __half2 half2;
 
 #define TQ_FUNC __device__ __forceinline__
 #define TQ_UNROLL _Pragma("unroll")
+#define TQ_ROLL _Pragma("unroll 1")
 
 struct tq_uint3 {
   uint x, y, z;
@@ -50,6 +51,23 @@ TQ_FUNC void tq_load4(const float* from, float* four) {
   float4 loaded = *reinterpret_cast<const float4*>(from);
   four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
 }
+TQ_FUNC void tq_load2(const half* from, half2* two) {
+  uint2 loaded = *reinterpret_cast<const uint2*>(from);
+  two[0] = tq_half2(loaded.x), two[1] = tq_half2(loaded.y);
+}
+TQ_FUNC void tq_load4(const half2* from, half2* four) {
+  uint4 loaded = *reinterpret_cast<const uint4*>(from);
+  four[0] = tq_half2(loaded.x), four[1] = tq_half2(loaded.y);
+  four[2] = tq_half2(loaded.z), four[3] = tq_half2(loaded.w);
+}
+TQ_FUNC void tq_load4(const uint* from, half2* four) {
+  tq_load4(reinterpret_cast<const half2*>(from), four);
+}
+TQ_FUNC void tq_store4(uint* to, const half2* four) {
+  *reinterpret_cast<uint4*>(to) =
+      make_uint4(tq_bits(four[0]), tq_bits(four[1]), tq_bits(four[2]), tq_bits(four[3]));
+}
+TQ_FUNC int tq_min(int a, int b) { return a < b ? a : b; }
 TQ_FUNC uint tq_min(uint a, uint b) { return a < b ? a : b; }
 TQ_FUNC uint tq_low_halves(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
 TQ_FUNC uint tq_funnel(uint low, uint high, uint shift) {

@@ -12,9 +12,8 @@ TQ_FUNC uint tq_minor(uint lane) { return lane % 4u; }
 TQ_FUNC uint tq_lane(uint major, uint minor) { return 4u * major + minor; }
 __device__ constexpr int TQ_MAJOR_STRIDES[3] = {4, 8, 16};
 
-TQ_FUNC uint tq_query_row(uint lane, int) { return tq_major(lane); }
-TQ_FUNC uint tq_query_owner(uint lane) { return tq_minor(lane); }
-TQ_FUNC int tq_query_element(uint, int e, int p) { return 2 * p + e; }
+TQ_FUNC uint tq_query_lane(uint row, uint quarter, uint) { return tq_lane(row, quarter); }
+TQ_FUNC int tq_query_half(int, int e) { return e; }
 
 TQ_FUNC void tq_multiply_add(
     float* c, half2 a0, half2 a1, half2 a2, half2 a3, half2 b0, half2 b1) {

@@ -2,6 +2,8 @@
 // "compat/base.h" gets compat/metal/base.h or compat/cuda/base.h (kernels/source.py).
 #define TQ_FUNC inline __attribute__((__always_inline__))
 #define TQ_UNROLL _Pragma("clang loop unroll(full)")
+// Where instructions would be more than their cache holds.
+#define TQ_ROLL _Pragma("clang loop unroll(disable)")
 
 TQ_FUNC half2 tq_half2(uint bits) { return as_type<half2>(bits); }
 TQ_FUNC uint tq_bits(half2 pair) { return as_type<uint>(pair); }
@@ -21,6 +23,25 @@ TQ_FUNC void tq_load4(const threadgroup float* from, thread float* four) {
   float4 loaded = *reinterpret_cast<const threadgroup float4*>(from);
   four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
 }
+// Two pairs of halves from an address that is a multiple of 8 bytes.
+TQ_FUNC void tq_load2(const device half* from, thread half2* two) {
+  uint2 loaded = *reinterpret_cast<const device uint2*>(from);
+  two[0] = tq_half2(loaded.x), two[1] = tq_half2(loaded.y);
+}
+// Four couples from an address, or to one, that is a multiple of 16 bytes.
+TQ_FUNC void tq_load4(const threadgroup uint* from, thread half2* four) {
+  uint4 loaded = *reinterpret_cast<const threadgroup uint4*>(from);
+  four[0] = tq_half2(loaded.x), four[1] = tq_half2(loaded.y);
+  four[2] = tq_half2(loaded.z), four[3] = tq_half2(loaded.w);
+}
+TQ_FUNC void tq_load4(const threadgroup half2* from, thread half2* four) {
+  tq_load4(reinterpret_cast<const threadgroup uint*>(from), four);
+}
+TQ_FUNC void tq_store4(threadgroup uint* to, const thread half2* four) {
+  *reinterpret_cast<threadgroup uint4*>(to) =
+      uint4(tq_bits(four[0]), tq_bits(four[1]), tq_bits(four[2]), tq_bits(four[3]));
+}
+TQ_FUNC int tq_min(int a, int b) { return metal::min(a, b); }
 TQ_FUNC uint tq_min(uint a, uint b) { return metal::min(a, b); }
 TQ_FUNC uint tq_low_halves(uint a, uint b) { return (a & 0xFFFFu) | (b << 16); }
 TQ_FUNC uint tq_outer_halves(uint a, uint b) { return (a & 0xFFFFu) | (b & 0xFFFF0000u); }

@@ -18,11 +18,12 @@ TQ_FUNC uint tq_lane(uint major, uint minor) {
 // Lanes of one `minor` are these distances of a butterfly apart.
 constant constexpr int TQ_MAJOR_STRIDES[3] = {2, 4, 16};
 
-// Element e of a lane's query pair p: its row, the lane group that owns it, where in the
-// group of 16 elements it lies.
-TQ_FUNC uint tq_query_row(uint lane, int e) { return 2u * tq_minor(lane) + uint(e); }
-TQ_FUNC uint tq_query_owner(uint lane) { return tq_major(lane) / 2u; }
-TQ_FUNC int tq_query_element(uint lane, int, int p) { return 2 * p + int(tq_major(lane) % 2u); }
+// Which lane's fragment of a column has the element 2 column + e of a quarter of a query row,
+// and which half of it.
+TQ_FUNC uint tq_query_lane(uint row, uint quarter, uint e) {
+  return tq_lane(2u * quarter + e, row / 2u);
+}
+TQ_FUNC int tq_query_half(int row, int) { return row % 2; }
 
 TQ_FUNC void tq_multiply_add(thread float* sum, half2 a, half2 b) {
   simdgroup_matrix<half, 8, 8> left, right;

@@ -1,8 +1,9 @@
 """One decode attention over a long cache, as a step waits for it.
 
-Llama-3.1-8B's shape (32 query heads, 8 KV heads, head_dim 128), one query token, on
-whatever GPU MLX finds: MLX's fp16 attention, mlx-lm's 4 bits and ours, each codec first
-checked against the reference backend. A step is serial, so attention is timed alone:
+By default Llama-3.1-8B's shape (32 query heads, 8 KV heads, head_dim 128) and one query
+token, on whatever GPU MLX finds: MLX's fp16 attention, mlx-lm's 4 bits and ours, each
+codec first checked against the reference backend. A step is serial, so attention is
+timed alone:
 
     kernels     microseconds of each kernel of one call, by Nsight Compute, where it is
                 (NVIDIA): the script runs itself under ``ncu``. The least of four calls
@@ -12,6 +13,7 @@ checked against the reference backend. A step is serial, so attention is timed a
                 throughput, only with ``--throughput``
 
     python benchmarks/bench_attention.py [LENGTH ...] [--specs SPEC ...] [--throughput]
+        [--kv-heads 8] [--group 4] [--dim 128] [--steps 1]
 
 The last line is JSON.
 """
@@ -29,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -37,13 +40,14 @@ from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import codec_for
+from mlx_turboquant.codecs.base import Side
 from mlx_turboquant.kernels.kernel import MlxLauncher
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
-from mlx_turboquant.tokens import TokenArrays
+from mlx_turboquant.tiles import in_tiles, tile_layout
+from mlx_turboquant.tokens import TILE, TokenArrays
 from mlx_turboquant.transform import ChannelTransform
 
-HEADS, GROUP, DIM = 8, 4, 128
 CALLS, REPEATS = 64, 7
 LENGTHS = (1024, 4096, 8192, 32768, 131072, 524288)
 SPECS = (
@@ -61,42 +65,63 @@ _DISTINCT = 4096
 Attention = Callable[[mx.array], mx.array]
 
 
-def made_up(spec: str, length: int) -> tuple[CompressedTokens, CompressedTokens]:
+class Shape(NamedTuple):
+    """Of the attention that is timed."""
+
+    kv_heads: int = 8
+    #: Query heads to a KV head.
+    group: int = 4
+    dim: int = 128
+    #: Query tokens.
+    steps: int = 1
+
+
+LLAMA = Shape()
+
+
+def made_up(
+    spec: str, length: int, shape: Shape = LLAMA
+) -> tuple[CompressedTokens, CompressedTokens]:
     """Handles over random tokens: 4 in the sink, 64 recent, the rest packed."""
     parsed = tq.CacheSpec.parse(spec)
     sides = []
-    for side, codec_spec in (("keys", parsed.keys), ("values", parsed.values)):
-        codec = codec_for(codec_spec, DIM, side, 0)
-        some = codec.encode(mx.random.normal((1, HEADS, _DISTINCT, DIM))).arrays
-        times = -(-length // _DISTINCT)
+    of_sides: tuple[tuple[Side, tq.CodecSpec], ...]
+    of_sides = (("keys", parsed.keys), ("values", parsed.values))
+    for side, codec_spec in of_sides:
+        codec = codec_for(codec_spec, shape.dim, side, 0)
+        x = mx.random.normal((1, shape.kv_heads, _DISTINCT, shape.dim))
+        layout = tile_layout(codec, side)
+        some = in_tiles(codec.encode(x), layout).arrays
+        times, tiles = -(-length // _DISTINCT), -(-length // TILE)
         arrays = {
-            name: mx.contiguous(mx.tile(array, (1, 1, times, 1))[:, :, :length])
+            name: mx.contiguous(mx.tile(array, (1, 1, times, 1))[:, :, :tiles])
             for name, array in some.items()
         }
         mx.eval(arrays)
         ends = [
-            mx.random.normal((1, HEADS, n, DIM)).astype(mx.float16) for n in (4, 64)
+            mx.random.normal((1, shape.kv_heads, n, shape.dim)).astype(mx.float16)
+            for n in (4, 64)
         ]
-        gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
+        gains = mx.exp(mx.random.normal((1, shape.kv_heads, 1, shape.dim)) / 2)
         transform = ChannelTransform(codec.rotation, gains)
         means = None
         if side == "keys":
             means = PageMeans(parsed.page)
             pages = -(-length // parsed.page)
-            means.append(mx.random.normal((1, HEADS, pages, DIM)))
+            means.append(mx.random.normal((1, shape.kv_heads, pages, shape.dim)))
             mx.eval(means.state)
         mx.eval(ends, transform.signs_times_gains)
-        quantizer = Quantizer(codec, transform, means)
-        codes = TokenArrays(arrays, length)
+        quantizer = Quantizer(codec, transform, side, means)
+        codes = TokenArrays(arrays, length, layout=layout)
         sides.append(CompressedTokens(quantizer, ends[0], codes, ends[1], 64))
     return sides[0], sides[1]
 
 
-def dependent_us(call: Attention) -> float:
+def dependent_us(call: Attention, shape: Shape) -> float:
     """Microseconds per call when each output is the next call's query."""
 
     def chain() -> list[mx.array]:
-        q = _query()
+        q = _query(shape)
         for _ in range(CALLS):
             q = call(q)
         return [q]
@@ -104,13 +129,14 @@ def dependent_us(call: Attention) -> float:
     return _median_us(chain)
 
 
-def together_us(call: Attention) -> float:
+def together_us(call: Attention, shape: Shape) -> float:
     """Microseconds per call when `CALLS` independent ones are evaluated together."""
-    return _median_us(lambda: [call(q) for q in [_query() for _ in range(CALLS)]])
+    return _median_us(lambda: [call(q) for q in [_query(shape) for _ in range(CALLS)]])
 
 
-def _query() -> mx.array:
-    q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
+def _query(shape: Shape) -> mx.array:
+    heads = shape.kv_heads * shape.group
+    q = mx.random.normal((1, heads, shape.steps, shape.dim)).astype(mx.float16)
     mx.eval(q)
     return q
 
@@ -128,9 +154,9 @@ def _median_us(build: Callable[[], list[mx.array]]) -> float:
     return statistics.median(times[2:])
 
 
-def host_us(call: Attention, count: int = 200) -> float:
+def host_us(call: Attention, shape: Shape, count: int = 200) -> float:
     """Microseconds the host needs to build the graph of one call."""
-    q = _query()
+    q = _query(shape)
     mx.eval(call(q))
     start = time.perf_counter()
     outputs = [call(q) for _ in range(count)]
@@ -139,52 +165,60 @@ def host_us(call: Attention, count: int = 200) -> float:
     return elapsed / count * 1e6
 
 
-def affine(length: int) -> Attention:
+def affine(length: int, shape: Shape) -> Attention:
     """mlx-lm's 4-bit attention: two quantized products and a softmax."""
     from mlx_lm.models.base import quantized_scaled_dot_product_attention as attention
 
-    shape = (1, HEADS, length, DIM)
+    whole = (1, shape.kv_heads, length, shape.dim)
     kv = [
-        mx.quantize(mx.random.normal(shape).astype(mx.float16), group_size=64, bits=4)
+        mx.quantize(mx.random.normal(whole).astype(mx.float16), group_size=64, bits=4)
         for _ in range(2)
     ]
     mx.eval(kv)
     return lambda q: attention(q * 1.0, *kv, 0.09, None, 64, 4)
 
 
-def fp16(length: int) -> Attention:
+def fp16(length: int, shape: Shape) -> Attention:
     """MLX's own attention on an uncompressed cache."""
-    shape = (1, HEADS, length, DIM)
-    kv = [mx.random.normal(shape).astype(mx.float16) for _ in range(2)]
+    whole = (1, shape.kv_heads, length, shape.dim)
+    kv = [mx.random.normal(whole).astype(mx.float16) for _ in range(2)]
     mx.eval(kv)
-    return lambda q: mx.fast.scaled_dot_product_attention(q, *kv, scale=0.09)
+    mask = _mask(shape)
+    return lambda q: mx.fast.scaled_dot_product_attention(q, *kv, scale=0.09, mask=mask)
 
 
-def packed(backend: Gpu, spec: str, length: int) -> Attention:
+def _mask(shape: Shape) -> str | None:
+    return "causal" if shape.steps > 1 else None
+
+
+def packed(backend: Gpu, spec: str, length: int, shape: Shape) -> Attention:
     """Our kernels on made-up codes."""
-    keys, values = made_up(spec, length)
-    return lambda q: backend.attend(AttendCall(q, keys, values, 0.09))
+    keys, values = made_up(spec, length, shape)
+    mask = _mask(shape)
+    return lambda q: backend.attend(AttendCall(q, keys, values, 0.09, mask))
 
 
-def check(backend: Gpu, spec: str) -> float:
+def check(backend: Gpu, spec: str, shape: Shape = LLAMA) -> float:
     """Relative error of the kernels against the reference at 3,000 tokens."""
-    keys, values = made_up(spec, 3000)
-    q = mx.random.normal((1, HEADS * GROUP, 1, DIM)).astype(mx.float16)
-    call = AttendCall(q, keys, values, 0.09)
+    keys, values = made_up(spec, 3000, shape)
+    q = _query(shape)
+    call = AttendCall(q, keys, values, 0.09, _mask(shape))
     got = backend.attend(call).astype(mx.float32)
     want = Reference().attend(call._replace(q=q.astype(mx.float32)))
     return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
 
 
-def attentions(lengths: list[int], specs: list[str]) -> Iterator[tuple]:
+def attentions(
+    lengths: list[int], specs: list[str], shape: Shape
+) -> Iterator[tuple[int, str, Attention]]:
     """(length, name, call) of everything that is timed."""
     backend = Gpu(MlxLauncher("metal" if mx.metal.is_available() else "cuda"))
     for length in lengths:
-        yield length, "fp16", fp16(length)
-        if length <= _AFFINE_UP_TO:
-            yield length, "mlx-lm 4", affine(length)
+        yield length, "fp16", fp16(length, shape)
+        if length <= _AFFINE_UP_TO and shape == LLAMA:
+            yield length, "mlx-lm 4", affine(length, shape)
         for spec in specs:
-            yield length, spec, packed(backend, spec, length)
+            yield length, spec, packed(backend, spec, length, shape)
 
 
 # Kernels one by one: a child under ncu makes the calls between marks; the parent reads.
@@ -197,7 +231,7 @@ _TIMED = "regex:bench_mark|tq_|sdpa|attention"
 _PROFILED_CALLS = 4
 
 
-def profiled(lengths: list[int], specs: list[str]) -> None:
+def profiled(lengths: list[int], specs: list[str], shape: Shape) -> None:
     """Make every call some times, each between two launches of a kernel of ours."""
     mark = mx.fast.cuda_kernel(
         name=_MARK, input_names=["x"], output_names=["y"], source="y[0] = x[0];"
@@ -214,15 +248,17 @@ def profiled(lengths: list[int], specs: list[str]) -> None:
             )
         )
 
-    for _, _, call in attentions(lengths, specs):
+    for _, _, call in attentions(lengths, specs, shape):
         for _ in range(_PROFILED_CALLS):
-            q = _query()
+            q = _query(shape)
             put_mark()
             mx.eval(call(q))
             put_mark()
 
 
-def kernels_us(lengths: list[int], specs: list[str]) -> list[list[float]] | None:
+def kernels_us(
+    lengths: list[int], specs: list[str], shape: Shape
+) -> list[list[float]] | None:
     """Microseconds of each kernel of the fastest call, in the order of `attentions`.
 
     None where there is no ncu, or it cannot read this GPU.
@@ -237,6 +273,8 @@ def kernels_us(lengths: list[int], specs: list[str]) -> list[list[float]] | None
         options += ["--metrics", "gpu__time_duration.sum", "--log-file", str(log)]
         child = [sys.executable, __file__, "--profiled", *map(str, lengths)]
         run = [ncu, *options, *child, "--specs", *specs]
+        for name, number in shape._asdict().items():
+            run += [f"--{name.replace('_', '-')}", str(number)]
         done = subprocess.run(run, capture_output=True, text=True)
         rows = list(csv.reader(log.open())) if log.exists() else []
     times: list[tuple[str, float]] = []
@@ -269,29 +307,39 @@ def main() -> None:
     parser.add_argument("--specs", nargs="+", default=list(SPECS))
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
+    for name, number in LLAMA._asdict().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=number)
     options = parser.parse_args()
+    shape = Shape(options.kv_heads, options.group, options.dim, options.steps)
     lengths = options.lengths or list(LENGTHS)
     if options.profiled:
-        profiled(lengths, options.specs)
+        profiled(lengths, options.specs, shape)
         return
     backend = Gpu(MlxLauncher("metal" if mx.metal.is_available() else "cuda"))
     print(f"{backend.name}, {backend.simdgroups} simdgroups to a launch")
     for spec in options.specs:
-        print(f"{spec}: error against the reference {check(backend, spec):.1e}")
-    hosts = {"fp16": fp16(64), "k3v3": packed(backend, "k3v3", 64)}
+        print(f"{spec}: error against the reference {check(backend, spec, shape):.1e}")
+    hosts = {
+        "fp16": fp16(64, shape),
+        "k3v3": packed(backend, "k3v3", 64, shape),
+    }
     print(
         "host, us to build one call's graph: "
-        + ", ".join(f"{name} {host_us(call):.0f}" for name, call in hosts.items())
+        + ", ".join(
+            f"{name} {host_us(call, shape):.0f}" for name, call in hosts.items()
+        )
     )
-    kernels = kernels_us(lengths, options.specs)
+    kernels = kernels_us(lengths, options.specs, shape)
     results: dict[int, dict[str, dict]] = {}
     fp16_us = {}
-    for index, (length, name, call) in enumerate(attentions(lengths, options.specs)):
-        row: dict = {"dependent": round(dependent_us(call), 1)}
+    for index, (length, name, call) in enumerate(
+        attentions(lengths, options.specs, shape)
+    ):
+        row: dict = {"dependent": round(dependent_us(call, shape), 1)}
         if kernels is not None and kernels[index]:
             row["kernels"] = [round(us, 1) for us in kernels[index]]
         if options.throughput:
-            row["together"] = round(together_us(call), 1)
+            row["together"] = round(together_us(call, shape), 1)
         alone = sum(row.get("kernels", [row["dependent"]]))
         fp16_us[length] = fp16_us.get(length) or alone
         if length not in results:
@@ -305,6 +353,7 @@ def main() -> None:
         )
     device = mx.device_info().get("device_name", str(mx.default_device()))
     report = {"device": device, "mlx": mx.__version__, "us": results}
+    report["shape"] = shape._asdict()
     print(json.dumps(report))
 
 

@@ -19,12 +19,13 @@ from dataclasses import replace
 import mlx.core as mx
 
 # A sibling: the script's own folder is on the path.
-from bench_attention import DIM, HEADS, median_us, packed
+from bench_attention import LLAMA, dependent_us, packed
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import Codec, codec_for
+from mlx_turboquant.codecs.base import Side
 from mlx_turboquant.kernels.kernel import MlxLauncher
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
@@ -41,12 +42,13 @@ SPECS = (
     "k3.5v3.5,codec=trellis",
     "k4v4,codec=trellis",
 )
+SIDES: tuple[Side, Side] = ("keys", "values")
 Tokens = tuple[mx.array, mx.array]
 
 
 def fresh(count: int) -> Tokens:
     """Keys and values of some tokens."""
-    shape = (1, HEADS, count, DIM)
+    shape = (1, LLAMA.kv_heads, count, LLAMA.dim)
     k, v = (mx.random.normal(shape).astype(mx.float16) for _ in range(2))
     mx.eval(k, v)
     return k, v
@@ -68,9 +70,10 @@ def timed(call: Callable[[Tokens], object], count: int) -> float:
 
 def costs(backend: Reference, codecs: tuple[Codec, Codec]) -> dict[str, float]:
     """Microseconds of each kind of work, by number of tokens."""
-    gains = mx.exp(mx.random.normal((1, HEADS, 1, DIM)) / 2)
+    gains = mx.exp(mx.random.normal((1, LLAMA.kv_heads, 1, LLAMA.dim)) / 2)
     keys, values = (
-        Quantizer(codec, ChannelTransform(codec.rotation, gains)) for codec in codecs
+        Quantizer(codec, ChannelTransform(codec.rotation, gains), side)
+        for codec, side in zip(codecs, SIDES, strict=True)
     )
     codes = backend.encode(values, fresh(8192)[1], 0)
     mx.eval(list(codes.arrays.values()))
@@ -87,7 +90,7 @@ def costs(backend: Reference, codecs: tuple[Codec, Codec]) -> dict[str, float]:
     row = {}
     for count in (PAGE, CHUNK):
         row[f"encode {count}"] = timed(encode, count)
-    heads = slice(0, HEADS)
+    heads = slice(0, LLAMA.kv_heads)
     row["decode 8192"] = timed(lambda _: backend.decode_rot(side, mx.float16, heads), 1)
     return row
 
@@ -99,15 +102,15 @@ def main() -> None:
     for spec in SPECS:
         parsed = tq.CacheSpec.parse(spec)
         codecs = (
-            codec_for(parsed.keys, DIM, "keys", 0),
-            codec_for(parsed.values, DIM, "values", 0),
+            codec_for(parsed.keys, LLAMA.dim, "keys", 0),
+            codec_for(parsed.values, LLAMA.dim, "values", 0),
         )
         rows = {"kernel": costs(backend, codecs)}
         # Searches in mx hold the costs of all states at all steps of every call.
         searched = "trellis" in spec
         if not searched:
             rows["mlx"] = costs(Reference(), codecs)
-        step = median_us(packed(backend, spec, 32768))
+        step = dependent_us(packed(backend, spec, 32768, LLAMA), LLAMA)
         print(f"\n{spec}: us of keys and values    kernel       mlx")
         for name, us in rows["kernel"].items():
             plain = "" if searched else f"{rows['mlx'][name]:9.1f}"

@@ -1,0 +1,111 @@
+"""What decode attention would cost on Apple GPUs: counted operations, modelled times.
+
+**Nothing here was measured on a Mac.** A *slot* is one instruction of a simdgroup on
+one of a core's four schedulers. Costs of instructions are
+philipturner/metal-benchmarks' (M1, M2): a half2 operation 2 slots, a shift 1, and
+with 4 cycles in a pipe of its own beside, an 8x8x8 matrix product of halves 17. The
+inner loop of ``metal/decode_attention.metal`` is counted below, by hand, of one lane
+and tile of 32 tokens, keys and values: 2 * head_dim elements. Times are slots over
+cores, clock and the share of slots that such kernels were seen to use, plus a fixed
+part for two launches; fp16's are bytes over 0.855 of the bandwidth, or its 5.3 slots
+an element and query head.
+
+    python benchmarks/model_apple.py
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Terms of the levels' polynomial by bits (docs/format.md).
+TERMS = {1: 1, 2: 2, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 8: 6}
+TOKENS = (4096, 32768, 131072)
+KV_HEADS, GROUP = 8, 4
+#: Softmax, scales, addresses, loads and the barrier of a tile, for up to 8 query rows.
+_TILE_SLOTS = 150
+_FIXED_US = 12
+
+
+class Chip(NamedTuple):
+    """A GPU: cores, GHz, GB/s, and the share of its slots that kernels use."""
+
+    name: str
+    cores: int
+    ghz: float
+    bandwidth: float
+    used: float
+
+
+CHIPS = (
+    Chip("M1 Pro, 16 cores", 16, 1.296, 200, 0.77),
+    Chip("M2 Ultra, 76 cores", 76, 1.398, 800, 0.75),
+    Chip("M3 Max, 40 cores", 40, 1.4, 400, 0.86),
+    Chip("M4, 10 cores", 10, 1.47, 120, 0.86),
+    Chip("M4 Max, 40 cores", 40, 1.6, 546, 0.86),
+)
+
+
+def slots_of_unit(bits: int) -> dict[str, float]:
+    """Slots of a lane for one unit: 16 couples, 32 elements."""
+    per_half, spare = divmod(16, bits)
+    direct = min(16, per_half * bits)
+    # Couples that a shift serves; the first needs none if codes begin at bit 1.
+    shifts_of_word = -(-per_half // (9 // bits)) - (1 if spare else 0)
+    spelled = (16 - direct) * bits
+    terms = TERMS[bits]
+    # Centre, then u * P(u^2): nothing at one term, one fused operation fewer at two.
+    level = 1 + (0 if terms == 1 else terms if terms <= 3 else terms + 1)
+    return {
+        "matrix products": 16 * 17,
+        "levels": 16 * 2 * level,
+        "and, or": 2 * (16 + spelled),
+        "shifts": bits * shifts_of_word + spelled,
+    }
+
+
+def slots_per_element(bits: int, dim: int) -> float:
+    """Slots an element of a tile, of keys and values of the same bits."""
+    units = 2 * dim / 32
+    return (units * sum(slots_of_unit(bits).values()) + _TILE_SLOTS) / (2 * dim)
+
+
+def modelled_us(chip: Chip, tokens: int, bits: int, dim: int = 128) -> float:
+    """Microseconds of one attention, both launches."""
+    elements = 2 * KV_HEADS * tokens * dim
+    per_us = chip.cores * 128 * chip.ghz * 1e3 * chip.used
+    read = elements * (bits + 16 / dim) / 8 / (0.855 * chip.bandwidth * 1e3)
+    return max(elements * slots_per_element(bits, dim) / per_us, read) + _FIXED_US
+
+
+def modelled_fp16_us(chip: Chip, tokens: int, dim: int = 128) -> float:
+    """Microseconds of MLX's attention."""
+    elements = 2 * KV_HEADS * tokens * dim
+    read = elements * 2 / (0.855 * chip.bandwidth * 1e3)
+    computed = elements * 5.3 * GROUP / (chip.cores * 128 * chip.ghz * 1e3 * chip.used)
+    return max(read, computed)
+
+
+def main() -> None:
+    """Print slots, then modelled times."""
+    print("slots of a unit of 32 elements, counted")
+    for bits in TERMS:
+        parts = slots_of_unit(bits)
+        text = ", ".join(f"{name} {slots:.0f}" for name, slots in parts.items())
+        print(f"  {bits} bits: {text}")
+    print("slots an element, with the tile's own")
+    for dim in (64, 80, 96, 128, 256, 512):
+        row = " ".join(f"{slots_per_element(b, dim):6.1f}" for b in (2, 3, 4, 8))
+        print(f"  head_dim {dim:3}, 2, 3, 4, 8 bits: {row}")
+    print("MODELLED us of one attention, 32 query heads on 8 KV heads, head_dim 128")
+    for chip in CHIPS:
+        for tokens in TOKENS:
+            fp16 = modelled_fp16_us(chip, tokens)
+            ours = [modelled_us(chip, tokens, bits) for bits in (2, 3, 4)]
+            row = ", ".join(f"{us:6.0f} ({fp16 / us:.1f}x)" for us in ours)
+            print(
+                f"  {chip.name:18} {tokens:7} fp16 {fp16:6.0f}; k2v2, k3v3, k4v4 {row}"
+            )
+
+
+if __name__ == "__main__":
+    main()

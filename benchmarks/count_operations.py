@@ -3,9 +3,10 @@
 Compiles the CUDA text of DECODE_SPLIT_KV for sm_90 with nvcc and counts what nvdisasm
 prints (the CUDA toolkit has both; the latter is also the package nvidia-cuda-nvdisasm).
 For each codec and head_dim: registers a thread and bytes spilled, instructions of the
-whole kernel, and those of the loop over tiles of packed tokens, also an element (a tile
-has 32 tokens; a lane decodes 2 * head_dim of its elements). Counts are static: what a
-tile seldom does (rescaling, a page's begin) is in the loop, too.
+whole kernel, and those of the loop over tiles of packed tokens. Counts are static: what
+a tile seldom does (raising its bounds) is in the loop, too; what an inner loop does
+unit by unit, where codes of a tile are over 16 words a lane, is counted once, so only
+the others have a count an element (a lane decodes 2 * head_dim of them).
 
     python benchmarks/count_operations.py [NVDISASM]
 """
@@ -146,10 +147,14 @@ def main() -> None:
         spilled = re.search(r"(\d+) bytes spill stores", log.stderr)
         opcodes = tile_loop(code, labels)
         count = opcodes.total()
+        bits = int(spec[1])
+        an_element = (
+            f" ({count / (2 * dim):.2f} an element)" if bits * dim <= 512 else ""
+        )
         print(
             f"{spec:20} {dim:3}: {registers[1] if registers else '?':>3} registers,"
             f" {spilled[1] if spilled else '?':>4} bytes spilled; {len(code):5}"
-            f" instructions, {count:4} in the loop ({count / (2 * dim):.2f} an element)"
+            f" instructions, {count:4} in the loop{an_element}"
         )
         print("    " + ", ".join(f"{op} {n}" for op, n in opcodes.most_common(14)))
 

@@ -253,9 +253,11 @@ TQ_FUNC void attend_tokens(
     threadgroup uint* weights = shared.rounds + buffer * uint(WEIGHTS);
     threadgroup uint* exceeding = shared.rounds + 2 * WEIGHTS + buffer * uint(SIMDGROUPS);
     float added[2 * ROW_TILES];
+    // One raise is enough, so there is no third pass, whatever numbers are.
     bool raises = true;
-    while (raises) {
-      if (simd_any(exceeds_bounds<ROW_TILES>(state, logits, v_scales))) {
+    TQ_ROLL
+    for (int pass = 0; raises; pass++) {
+      if (pass == 0 && simd_any(exceeds_bounds<ROW_TILES>(state, logits, v_scales))) {
         if (lane == 0u) exceeding[simdgroup] = 1u;
       } else {
         if (lane == 0u) exceeding[simdgroup] = 0u;

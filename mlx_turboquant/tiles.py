@@ -56,6 +56,7 @@ from .tokens import TILE, TokenArrays
 
 _ROWS, _MAJORS = 4, 8
 _WORD, _HALF = 32, 16
+_TILES_AT_ONCE = 64
 
 _Ints = npt.NDArray[np.int64]
 
@@ -219,7 +220,20 @@ def _orders(layout: TileLayout) -> _Orders:
 
 
 def _moved(words: mx.array, sources: mx.array) -> mx.array:
-    """Words (.., W) uint32 of the bits that ``sources`` names of those of ``words``."""
+    """Words (B, H, tiles, W) uint32 of the bits that ``sources`` names of ``words``'.
+
+    Some tiles at a time: every bit is a byte in between.
+    """
+    parts = []
+    for first in range(0, words.shape[2], _TILES_AT_ONCE):
+        parts.append(
+            _moved_at_once(words[:, :, first : first + _TILES_AT_ONCE], sources)
+        )
+        mx.eval(parts[-1])
+    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+
+
+def _moved_at_once(words: mx.array, sources: mx.array) -> mx.array:
     places = mx.arange(8, dtype=mx.uint8)
     bits = ((words.view(mx.uint8)[..., None] >> places) & 1).flatten(-2)
     bits = mx.pad(bits, [(0, 0)] * (bits.ndim - 1) + [(0, 1)])

@@ -167,6 +167,9 @@ def test_state_round_trips_and_copies_are_independent(spec):
         ({"header": "mlx_turboquant 5 k3v3 returns_arrays=x tiles=0"}, "damaged"),
         ({"header": "mlx_turboquant 5 k3v3 tiles=0"}, "not say returns_arrays="),
         ({"header": "mlx_turboquant 5 k3v3 returns_arrays=0"}, "not say tiles="),
+        ({"header": "mlx_turboquant 5 k3v3 returns_arrays=0 tiles=2"}, "neither 0 nor"),
+        # Words of vectors said to be tiles: a kernel would read past their end.
+        ({"header": "mlx_turboquant 5 k3v3 returns_arrays=0 tiles=1"}, "do not fit"),
         ({"packed:keys_scales": None}, "do not fit"),
         ({"recent:values": None}, "do not fit"),
     ],

@@ -17,6 +17,7 @@ from ..codecs.registry import RESEARCH
 from ..errors import FormatError
 from ..quantizer import Sides
 from ..spec import CacheSpec, CodecSpec
+from ..tiles import tile_layout
 from ..tokens import TokenArrays
 from ..version import __version__
 
@@ -92,6 +93,8 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
         for name in ("returns_arrays", "tiles"):
             if name not in numbers:
                 raise ValueError(f"it does not say {name}=")
+        if numbers["tiles"] not in (0, 1):
+            raise ValueError(f"tiles={numbers['tiles']} is neither 0 nor 1")
     except ValueError as error:  # as is SpecError
         raise FormatError(f"the cache's header is damaged: {error}") from error
     groups: Groups = {group: {} for group in _GROUPS}
@@ -99,7 +102,7 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
         group, _, name = key.partition(":")
         if group in groups:
             groups[group][name] = array
-    _check(spec, groups)
+    _check(spec, groups, bool(numbers["tiles"]))
     return spec, groups, numbers
 
 
@@ -113,7 +116,7 @@ def _version_of(spec: str) -> str:
     )
 
 
-def _check(spec: CacheSpec, groups: Groups) -> None:
+def _check(spec: CacheSpec, groups: Groups, in_tiles: bool) -> None:
     recent = groups["recent"]
     if not recent and not groups["packed"]:
         return
@@ -123,9 +126,25 @@ def _check(spec: CacheSpec, groups: Groups) -> None:
     sides = (("keys", spec.keys), ("values", spec.values))
     for side, codec in sides:
         held = recent.get(side, groups["sink"].get(side))
-        names = () if held is None else codec_for(codec, held.shape[3], side).arrays
-        wanted = {f"{side}_{name}" for name in names}
+        made = None if held is None else codec_for(codec, held.shape[3], side)
+        wanted = {f"{side}_{name}" for name in made.arrays} if made else set()
         whole = whole and (not packed or wanted <= packed)
+        if whole and packed and made and in_tiles:
+            # Kernels find tiles by these widths.
+            has_tiles = made.kernel_format is not None
+            layout = tile_layout(made, side) if has_tiles else None
+            words = groups["packed"].get(f"{side}_words")
+            scales = groups["packed"].get(f"{side}_scales")
+            whole = (
+                layout is not None
+                and words is not None
+                and scales is not None
+                and words.shape[3] == layout.tile_words
+                and scales.shape[3] == layout.tile_scales
+            )
+        elif whole and packed and made and made.kernel_format is not None:
+            words = groups["packed"][f"{side}_words"]
+            whole = words.shape[3] == tile_layout(made, side).vector_words
     lengths = {array.shape[2] for array in groups["packed"].values()}
     if not whole or len(lengths) > 1:
         raise FormatError(

@@ -354,6 +354,32 @@ def test_a_long_tail_counts_beside_one_large_weight(at, simdgroups, launcher):
     assert relative_error(got, want) < TOLERANCE
 
 
+def rising(q, tokens):
+    """Keys whose logits rise by 1/16 from token to token, and values."""
+    k = 0.1 * mx.random.normal((1, 1, tokens, 64))
+    steps = mx.arange(tokens, dtype=mx.float32)[:, None] / 16
+    k = k + steps * q[:, :1, 0, None] / mx.sum(q[:, :1] * q[:, :1])
+    return k, mx.random.normal((1, 1, tokens, 64))
+
+
+def test_every_round_may_raise_the_maximum(launcher, mode):
+    q = mx.random.normal((1, 1, 1, 64))
+    keys, values = stored_sides("k8v8,sink=0,window=0,center=off", *rising(q, 700))
+    call = AttendCall(q, keys, values, 1.0)
+    got, want = Gpu(launcher, simdgroups=2).attend(call), Reference().attend(call)
+    assert relative_error(got, want) < 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_queries_that_are_no_numbers_spoil_their_own_row_only(number, launcher):
+    q = mx.random.normal((1, 2, 1, 64))
+    keys, values = stored_sides("k4v4,center=off", *rising(q, 400))
+    spoilt = mx.concatenate([q[:, :1], mx.full((1, 1, 1, 64), number)], axis=1)
+    got = Gpu(launcher).attend(AttendCall(spoilt, keys, values, 1.0))
+    want = Reference().attend(AttendCall(q, keys, values, 1.0))
+    assert relative_error(got[:, :1], want[:, :1]) < 2 * TOLERANCE
+
+
 def test_scales_of_values_may_differ_by_six_decades(launcher):
     q = mx.random.normal((1, 4, 1, 64))
     k, v = (mx.random.normal((1, 1, 1000, 64)) for _ in range(2))

@@ -22,8 +22,11 @@ def _text(path):
 
 
 def _write(path, text):
-    with open(path, "w") as file:
+    # Another process' clang may be reading the same source: it keeps the file it has.
+    tmp = f"{path}.{os.getpid()}"
+    with open(tmp, "w") as file:
         file.write(text)
+    os.replace(tmp, path)
 
 
 class MetalSimError(RuntimeError):

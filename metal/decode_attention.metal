@@ -49,7 +49,7 @@ struct Shared {
 
 // This lane's logits of its simdgroup's tile: scales, those of means, and what is not seen.
 //   mask     float (rows, mask_columns), log2 units, read if MASKED
-template <typename K, int ROW_TILES, bool MASKED>
+template <int ROW_TILES, bool MASKED>
 TQ_FUNC void finish_logits(
     const thread float* k_scales, const thread float* mean_logits, const device float* mask,
     const thread AttendArguments& args, int first_row, const thread TokenRun& run, int tile,
@@ -174,8 +174,9 @@ TQ_FUNC void load_ahead(
   load_scales<V>(v_tokens, tile, lane, ahead.v_scales);
 }
 
-// Attend to a run of tokens, the first of which are loaded ahead: fills `state` and `sums`, in units of its value_scale over
-// WEIGHT_UNIT: 8 floats for each row tile and own unit, as add_unit_values leaves them.
+// Attend to a run of tokens, the first of which are loaded ahead: fills `state` and `sums`, in
+// units of its value_scale over WEIGHT_UNIT: 8 floats for each row tile and own unit, as
+// add_unit_values leaves them.
 // K and V are the formats of keys and values; keys decode in units of k_gain.
 template <
     typename K, typename V, int DK, int ROW_TILES, int SIMDGROUPS, bool MASKED, bool CENTER,
@@ -185,7 +186,8 @@ TQ_FUNC void attend_tokens(
     const device float* mask, const thread typename K::Params& k_params,
     const thread typename V::Params& v_params, float k_gain, const thread AttendArguments& args,
     int first_row, const thread TokenRun& run, thread Ahead<K>& ahead,
-    const thread Means<DK, K::PADDED>& means, thread SoftmaxState<ROW_TILES>& state, thread float* sums, uint simdgroup, uint lane) {
+    const thread Means<DK, K::PADDED>& means, thread SoftmaxState<ROW_TILES>& state,
+    thread float* sums, uint simdgroup, uint lane) {
   constexpr int OWN_UNITS = tq_own_units(V::PADDED, SIMDGROUPS);
   constexpr int SUMS = 8 * OWN_UNITS;
   constexpr bool K_AHEAD = tq_is_ahead(K::LANE_WORDS);
@@ -246,7 +248,7 @@ TQ_FUNC void attend_tokens(
       int of_tile = tq_min(round_tile + t, run.end_tile - 1);
       load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, values + OWN_UNITS * t);
     }
-    finish_logits<K, ROW_TILES, MASKED>(
+    finish_logits<ROW_TILES, MASKED>(
         k_scales, mean_logits, mask, args, first_row, run, has_tile ? tile : run.end_tile, logits,
         lane);
 
@@ -274,7 +276,8 @@ TQ_FUNC void attend_tokens(
             added[2 * r + 1] += second;
             fragments[j] = tq_weights(tq_half2(first * scale, second * scale));
           }
-          tq_store4(weights + ((simdgroup * uint(ROW_TILES) + uint(r)) * 32u + lane) * 4u, fragments);
+          uint at = (simdgroup * uint(ROW_TILES) + uint(r)) * 32u + lane;
+          tq_store4(weights + 4u * at, fragments);
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -439,8 +442,8 @@ TQ_ENTRY(decode_split_kv) {
     typename V::Params v_decode =
         V::make_params(v_params, SHARED_TABLE ? k_table : v_table, lane);
     attend_tokens<K, V, DK, ROW_TILES, SIMDGROUPS, MASKED, CENTER>(
-        shared, k_tokens, v_tokens, head_mask,
-        k_decode, v_decode, k_params[0], args, first_row, run, ahead, split_means, state, sums, simdgroup, lane);
+        shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, k_params[0], args, first_row,
+        run, ahead, split_means, state, sums, simdgroup, lane);
   }
   int splits = args.plain_splits + args.splits;
   write_partial<DV, V::PADDED, ROW_TILES, SIMDGROUPS>(

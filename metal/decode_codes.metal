@@ -4,6 +4,7 @@
 // of them in a last unit of two columns. The entry is at the end.
 
 #include "tile_codes.h"
+#include "unit_codes.h"
 #include "arguments.h"
 
 // A unit's share of a tile: where its codes come from, and its vectors go.
@@ -29,24 +30,6 @@ TQ_FUNC float exact_level(const thread float* coefficients, uint code) {
   TQ_UNROLL
   for (int i = TERMS - 2; i >= 0; i--) sum = sum * (u * u) + coefficients[i];
   return sum * u;
-}
-
-// Low and high code of a couple of a unit, in halves.
-template <int BITS, int COUPLES>
-TQ_FUNC uint couple_codes(const thread uint* words, int couple) {
-  typedef UnitWords<BITS, COUPLES> Unit;
-  constexpr int SPARE = Unit::SPARE > 0 ? int(Unit::SPARE) : 1;
-  if (couple < int(Unit::FITTING)) {
-    int shift = Unit::field_at(couple % int(Unit::FIELDS));
-    return (words[couple / int(Unit::FIELDS)] >> shift) & (((1u << BITS) - 1u) * 0x00010001u);
-  }
-  uint codes = 0u;
-  TQ_UNROLL
-  for (int i = 0; i < BITS; i++) {
-    int bit = (couple - int(Unit::FITTING)) * BITS + i;
-    codes |= ((words[bit / SPARE] >> Unit::spare_at(bit % SPARE)) & 0x00010001u) << i;
-  }
-  return codes;
 }
 
 // Points of pairs by what they are looked up by, in units of the token's scale.
@@ -110,7 +93,7 @@ struct UnitDecoder {
       if (token >= task.tokens) break;
       const device half* scales = task.scales + Order::scale_at(token);
       float scale = float(scales[0]);
-      float norm_range = KIND == ANGLES ? float(scales[TILE]) : 0.0f;
+      float norm_range = KIND == ANGLES ? float(scales[TILE_TOKENS]) : 0.0f;
       uint codes[READ_PAIRS];
       TQ_UNROLL
       for (int i = 0; i < int(READ_PAIRS); i++) codes[i] = code_of(task, token, first + uint(i));
@@ -136,7 +119,7 @@ struct UnitDecoder {
     at.token = token;
     at.pair = pair < uint(Order::FILLED_PAIRS) ? pair : pair - uint(Order::FILLED_PAIRS);
     PairPlace place = Order::place_of(at);
-    return stream_code<Order::CODE_BITS, TILE>(task.tile + place.slot, place.number);
+    return stream_code<Order::CODE_BITS, TILE_TOKENS>(task.tile + place.slot, place.number);
   }
 };
 // params: coefficients of u, u^3, ..., TERMS of them.
@@ -157,12 +140,12 @@ struct UnitDecoder<POLYNOMIAL, T, DIM, BITS, TERMS, VALUES> {
   template <int WIDTH>
   static TQ_FUNC void decode_columns(
       const thread UnitTask<T>& task, const thread float* coefficients) {
-    constexpr int COUPLES = 4 * WIDTH;
-    typedef UnitWords<BITS, COUPLES> Unit;
-    uint words[Unit::COUNT];
+    constexpr uint CODE_MASK = (1u << BITS) - 1u;
+    constexpr int COUNT = tq_unit_words(BITS, WIDTH);
+    uint words[COUNT];
     TQ_UNROLL
-    for (int i = 0; i < int(Unit::COUNT); i++) {
-      words[i] = task.tile[uint(TILE) * (task.unit * uint(BITS) + uint(i)) + task.slot];
+    for (int i = 0; i < COUNT; i++) {
+      words[i] = task.tile[uint(TILE_TOKENS) * (task.unit * uint(BITS) + uint(i)) + task.slot];
     }
     uint first_column = 4u * task.unit;
     TQ_UNROLL
@@ -177,13 +160,14 @@ struct UnitDecoder<POLYNOMIAL, T, DIM, BITS, TERMS, VALUES> {
       }
       TQ_UNROLL
       for (int c = 0; c < WIDTH; c++) {
-        uint codes = couple_codes<BITS, COUPLES>(words, 4 * c + row);
+        int low_bit;
+        uint codes = couple_bits<BITS>(words, WIDTH, 4 * c + row, low_bit) >> low_bit;
         uint column = first_column + uint(c);
         TQ_UNROLL
         for (int e = 0; e < 2; e++) {
           uint d = VALUES ? task.slot / 4u * uint(Order::COLUMNS) + column
                           : 2u * (Order::first_pair(task.slot) + column) + uint(e);
-          uint code = e == 0 ? codes & 0xFFFFu : codes >> 16;
+          uint code = (codes >> (16 * e)) & CODE_MASK;
           float level = exact_level<BITS, TERMS>(coefficients, code);
           if (token[e] < task.tokens) {
             write_element<DIM, Order::FILLED_PAIRS>(task, token[e], d, level * scale[e]);
@@ -202,22 +186,22 @@ TQ_ENTRY(decode_codes) {
   // 32 bits are enough to count threads, and GPUs divide them much faster than 64.
   uint index = threadgroup_position_in_grid.x * uint(THREADS) + thread_index_in_threadgroup;
   uint tokens = uint(args.tokens);
-  uint tiles = (tokens + uint(TILE) - 1u) / uint(TILE);
+  uint tiles = (tokens + uint(TILE_TOKENS) - 1u) / uint(TILE_TOKENS);
   uint slots = index / uint(Order::UNITS);
-  uint all_heads = slots / uint(TILE) / tiles;
-  size_t tile = slots / uint(TILE) % tiles;
+  uint all_heads = slots / uint(TILE_TOKENS) / tiles;
+  size_t tile = slots / uint(TILE_TOKENS) % tiles;
   size_t batch = all_heads / uint(args.kv_heads);
   size_t head = all_heads % uint(args.kv_heads);
   if (batch >= size_t(args.batch)) return;
-  uint first_token = uint(TILE) * uint(tile);
+  uint first_token = uint(TILE_TOKENS) * uint(tile);
   UnitTask<T> task;
   task.tile = words + batch * words_strides[0] + head * words_strides[1]
               + tile * words_strides[2];
   task.scales = scales + batch * scales_strides[0] + head * scales_strides[1]
                 + tile * scales_strides[2];
   task.out = out + (size_t(all_heads) * tokens + first_token) * DIM;
-  task.tokens = tq_min(uint(TILE), tokens - first_token);
-  task.slot = slots % uint(TILE);
+  task.tokens = tq_min(uint(TILE_TOKENS), tokens - first_token);
+  task.slot = slots % uint(TILE_TOKENS);
   task.unit = index % uint(Order::UNITS);
   UnitDecoder<KIND, T, DIM, BITS, TERMS, VALUES>::decode(task, params);
 }

@@ -12,6 +12,22 @@ TQ_FUNC PointTable make_point_table(const threadgroup half2* points) {
   return table;
 }
 
+// `decode` of a format F whose `point` is that of a pair: see format.h.
+template <typename F, bool VALUES>
+TQ_FUNC void couples_of_points(
+    const thread PointTable& params, const thread typename F::Unit& codes, int columns, int c,
+    int j, thread half2* four) {
+  TQ_UNROLL
+  for (int i = 0; i < 2; i++) {
+    half2 first = F::point(params, codes, columns, c, j + i, 0);
+    half2 second =
+        F::point(params, codes, columns, c + (VALUES ? 0 : 1), j + i, VALUES ? 1 : 0);
+    four[2 * i] = first;
+    four[2 * i + 1] = second;
+    if (VALUES) split_pairs(first, second, four[2 * i], four[2 * i + 1]);
+  }
+}
+
 template <bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
 struct Format<PAIRS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
   typedef PairCodes<VALUES, tq_padded(PAIRS, DIM, BITS), BITS> Codes;
@@ -33,14 +49,7 @@ struct Format<PAIRS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
   static TQ_FUNC void decode(
       const thread Params& params, const thread Unit& codes, int columns, int c, int j,
       thread half2* four) {
-    TQ_UNROLL
-    for (int i = 0; i < 2; i++) {
-      half2 first = point(params, codes, columns, c, j + i, 0);
-      half2 second = point(params, codes, columns, c + (VALUES ? 0 : 1), j + i, VALUES ? 1 : 0);
-      four[2 * i] = first;
-      four[2 * i + 1] = second;
-      if (VALUES) split_pairs(first, second, four[2 * i], four[2 * i + 1]);
-    }
+    couples_of_points<Format, VALUES>(params, codes, columns, c, j, four);
   }
 };
 
@@ -92,13 +101,6 @@ struct Format<ANGLES, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
   static TQ_FUNC void decode(
       const thread Params& params, const thread Unit& codes, int columns, int c, int j,
       thread half2* four) {
-    TQ_UNROLL
-    for (int i = 0; i < 2; i++) {
-      half2 first = point(params, codes, columns, c, j + i, 0);
-      half2 second = point(params, codes, columns, c + (VALUES ? 0 : 1), j + i, VALUES ? 1 : 0);
-      four[2 * i] = first;
-      four[2 * i + 1] = second;
-      if (VALUES) split_pairs(first, second, four[2 * i], four[2 * i + 1]);
-    }
+    couples_of_points<Format, VALUES>(params, codes, columns, c, j, four);
   }
 };

@@ -71,6 +71,20 @@ struct VectorOrder<POLYNOMIAL, DIM, BITS, TERMS> {
   }
 };
 
+// The words of a unit of COUPLES couples of elements: codes of BITS in each half.
+template <int BITS, int COUPLES>
+struct UnitWords {
+  enum {
+    COUNT = (COUPLES * BITS + 15) / 16,
+    FIELDS = 16 / BITS,  // whole codes of a half
+    SPARE = 16 % BITS,   // bits that they leave
+    FITTING = FIELDS * COUNT
+  };
+  // The bit of a half that a field begins at, and that is its spare one number `place`.
+  static TQ_FUNC int field_at(int field) { return (SPARE > 0 ? 1 : 0) + BITS * field; }
+  static TQ_FUNC int spare_at(int place) { return place == 0 ? 0 : field_at(FIELDS) + place - 1; }
+};
+
 // Gathers a word of a slot. codes: FILLED_PAIRS of every token. Here of a stream.
 template <int KIND, int DIM, int BITS, int TERMS, bool VALUES>
 struct GatheredWord {
@@ -143,7 +157,7 @@ struct GatheredWord<POLYNOMIAL, DIM, BITS, TERMS, VALUES> {
 };
 
 // from_words, from_scales: of the tile's first token, of `tokens` that it has; to_words,
-// to_scales: the tile. codes: FILLED_PAIRS of TILE tokens.
+// to_scales: the tile. codes: FILLED_PAIRS of TILE_TOKENS tokens.
 template <int KIND, int DIM, int BITS, int TERMS, bool VALUES, int THREADS>
 TQ_FUNC void order_tile(
     const device uint* from_words, const device half* from_scales, uint tokens,
@@ -152,7 +166,7 @@ TQ_FUNC void order_tile(
   typedef VectorOrder<KIND, DIM, BITS, TERMS> Vector;
   typedef TileOrder<KIND, DIM, BITS, TERMS, VALUES> Order;
   constexpr uint GROUPS = uint(Order::FILLED_PAIRS) / 8u;
-  for (uint i = thread_index; i < uint(TILE) * GROUPS; i += uint(THREADS)) {
+  for (uint i = thread_index; i < uint(TILE_TOKENS) * GROUPS; i += uint(THREADS)) {
     uint token = i / GROUPS;
     uint group = i % GROUPS;
     threadgroup ushort* pairs = codes + 8u * i;
@@ -163,32 +177,32 @@ TQ_FUNC void order_tile(
       for (int p = 0; p < 8; p++) pairs[p] = ushort(0);
     }
   }
-  for (uint i = thread_index; i < uint(TILE * Order::SCALES); i += uint(THREADS)) {
+  for (uint i = thread_index; i < uint(TILE_TOKENS * Order::SCALES); i += uint(THREADS)) {
     uint token = i / uint(Order::SCALES);
     uint scale = i % uint(Order::SCALES);
-    to_scales[uint(TILE) * scale + Order::scale_at(token)] =
+    to_scales[uint(TILE_TOKENS) * scale + Order::scale_at(token)] =
         token < tokens ? from_scales[i] : half(0.0f);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint i = thread_index; i < uint(Order::WORDS); i += uint(THREADS)) {
     to_words[i] = GatheredWord<KIND, DIM, BITS, TERMS, VALUES>::gather(
-        codes, i % uint(TILE), i / uint(TILE));
+        codes, i % uint(TILE_TOKENS), i / uint(TILE_TOKENS));
   }
 }
 
 // Threadgroups: one to a tile of every head, in the order (batch, head, tile).
 TQ_ENTRY(order_codes) {
   typedef TileOrder<KIND, DIM, BITS, TERMS, VALUES> Order;
-  threadgroup ushort codes[TILE * Order::FILLED_PAIRS];
+  threadgroup ushort codes[TILE_TOKENS * Order::FILLED_PAIRS];
   OrderArguments args = load_arguments(arguments);
   uint tokens = uint(args.tokens);
-  uint tiles = (tokens + uint(TILE) - 1u) / uint(TILE);
+  uint tiles = (tokens + uint(TILE_TOKENS) - 1u) / uint(TILE_TOKENS);
   size_t index = threadgroup_position_in_grid.x;
-  uint first = uint(TILE) * (threadgroup_position_in_grid.x % tiles);
+  uint first = uint(TILE_TOKENS) * (threadgroup_position_in_grid.x % tiles);
   size_t vector = size_t(threadgroup_position_in_grid.x / tiles) * tokens + first;
   order_tile<KIND, DIM, BITS, TERMS, VALUES, THREADS>(
       words + vector * VectorOrder<KIND, DIM, BITS, TERMS>::WORDS,
-      scales + vector * Order::SCALES, tq_min(uint(TILE), tokens - first), codes,
+      scales + vector * Order::SCALES, tq_min(uint(TILE_TOKENS), tokens - first), codes,
       thread_index_in_threadgroup, tile_words + index * Order::WORDS,
-      tile_scales + index * (TILE * Order::SCALES));
+      tile_scales + index * (TILE_TOKENS * Order::SCALES));
 }

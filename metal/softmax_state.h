@@ -35,19 +35,26 @@ TQ_FUNC SoftmaxState<ROW_TILES> make_softmax_state() {
   return state;
 }
 
+// The largest of this lane's part of a tile: of its values' scales, and of the logits of its
+// row number e.
+TQ_FUNC float largest_scale(const thread float* scales) {
+  return tq_max(tq_max(scales[0], scales[1]), tq_max(scales[2], scales[3]));
+}
+TQ_FUNC float largest_logit(const thread float* logits, int e) {
+  const thread float* of_row = logits + 8 * (e / 2) + e % 2;
+  return tq_max(tq_max(of_row[0], of_row[2]), tq_max(of_row[4], of_row[6]));
+}
+
 // Whether this lane's part of a tile exceeds the bounds. logits: as tiles.h has them; scales:
 // of its values.
 template <int ROW_TILES>
 TQ_FUNC bool exceeds_bounds(
     const thread SoftmaxState<ROW_TILES>& state, const thread float* logits,
     const thread float* scales) {
-  float scale = tq_max(tq_max(scales[0], scales[1]), tq_max(scales[2], scales[3]));
-  bool exceeds = scale > state.value_scale;
+  bool exceeds = largest_scale(scales) > state.value_scale;
   TQ_UNROLL
   for (int e = 0; e < 2 * ROW_TILES; e++) {
-    const thread float* of_row = logits + 8 * (e / 2) + e % 2;
-    float most = tq_max(tq_max(of_row[0], of_row[2]), tq_max(of_row[4], of_row[6]));
-    exceeds = exceeds || most > state.maximum[e] + MAX_LAG;
+    exceeds = exceeds || largest_logit(logits, e) > state.maximum[e] + MAX_LAG;
   }
   return exceeds;
 }
@@ -65,13 +72,10 @@ TQ_FUNC void raise_bounds(
     const thread float* scales, thread float* sums, threadgroup float* maxima, uint simdgroup,
     uint lane) {
   constexpr int EACH = TILE_ROWS * ROW_TILES + 1;
-  float scale = tq_max(tq_max(scales[0], scales[1]), tq_max(scales[2], scales[3]));
+  float scale = largest_scale(scales);
   float most[2 * ROW_TILES];
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
-    const thread float* of_row = logits + 8 * (e / 2) + e % 2;
-    most[e] = tq_max(tq_max(of_row[0], of_row[2]), tq_max(of_row[4], of_row[6]));
-  }
+  for (int e = 0; e < 2 * ROW_TILES; e++) most[e] = largest_logit(logits, e);
   TQ_UNROLL
   for (int i = 0; i < 3; i++) {
     ushort stride = ushort(TQ_MAJOR_STRIDES[i]);

@@ -3,9 +3,6 @@
 
 #include "format.h"
 
-// Tokens of a tile, and slots that share it.
-constant constexpr int TILE = 32;
-
 // A pair's code in tile order: its slot, and its number among the slot's codes.
 struct PairPlace {
   uint slot, number;
@@ -18,17 +15,16 @@ struct TilePair {
 template <int KIND, int DIM, int BITS, int TERMS, bool VALUES>
 struct TileOrder {
   enum {
-    FILL_PAIRS = KIND != TRELLIS ? 8 : BITS % 2 == 0 ? 16 : 32,
-    // Of a vector, padding included.
-    FILLED_PAIRS = ((DIM + 1) / 2 + FILL_PAIRS - 1) / FILL_PAIRS * FILL_PAIRS,
-    COLUMNS = FILLED_PAIRS / 4,
-    UNITS = (COLUMNS + 3) / 4,
+    PADDED = tq_padded(KIND, DIM, BITS),
+    FILLED_PAIRS = PADDED / 2,  // of a vector, padding included
+    COLUMNS = tq_columns(PADDED),
+    UNITS = tq_units(PADDED),
     HAS_HALF_UNIT = COLUMNS % 4 != 0,
     CODE_BITS = KIND == ANGLES ? BITS + TERMS : BITS,
     SCALES = KIND == ANGLES ? 2 : 1,
     LANE_WORDS = KIND == POLYNOMIAL ? COLUMNS / 4 * BITS + HAS_HALF_UNIT * ((BITS + 1) / 2)
                                     : (FILLED_PAIRS * CODE_BITS + 31) / 32,
-    WORDS = TILE * LANE_WORDS,
+    WORDS = TILE_TOKENS * LANE_WORDS,
     // Tokens that a slot has pairs of, how many, and how many lie together in a unit.
     SLOT_TOKENS = VALUES ? 8 : 4,
     SLOT_PAIRS = VALUES ? COLUMNS / 2 : COLUMNS,
@@ -69,22 +65,8 @@ struct TileOrder {
   static TQ_FUNC uint first_pair(uint slot) {
     return (VALUES ? slot / 4u : slot % 4u) * uint(SLOT_PAIRS);
   }
-  // Where a token's first scale is; the second is TILE behind it.
+  // Where a token's first scale is; the second is TILE_TOKENS behind it.
   static TQ_FUNC uint scale_at(uint token) { return token % 8u * 4u + token / 8u; }
-};
-
-// The words of a unit of COUPLES couples of elements: codes of BITS in each half.
-template <int BITS, int COUPLES>
-struct UnitWords {
-  enum {
-    COUNT = (COUPLES * BITS + 15) / 16,
-    FIELDS = 16 / BITS,  // whole codes of a half
-    SPARE = 16 % BITS,   // bits that they leave
-    FITTING = FIELDS * COUNT
-  };
-  // The bit of a half that a field begins at, and that is its spare one number `place`.
-  static TQ_FUNC int field_at(int field) { return (SPARE > 0 ? 1 : 0) + BITS * field; }
-  static TQ_FUNC int spare_at(int place) { return place == 0 ? 0 : field_at(FIELDS) + place - 1; }
 };
 
 // Code `number` of a stream of codes of BITS each, whose words are STRIDE apart.

@@ -83,9 +83,6 @@ TQ_FUNC float simd_shuffle_xor(float a, ushort mask) {
 TQ_FUNC uint simd_shuffle_xor(uint a, ushort mask) {
   return __shfl_xor_sync(0xffffffffu, a, mask);
 }
-TQ_FUNC float simd_shuffle(float a, ushort lane) {
-  return __shfl_sync(0xffffffffu, a, lane);
-}
 TQ_FUNC uint simd_shuffle(uint a, ushort lane) {
   return __shfl_sync(0xffffffffu, a, lane);
 }

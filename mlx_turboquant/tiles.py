@@ -224,13 +224,15 @@ def _moved(words: mx.array, sources: mx.array) -> mx.array:
 
     Some tiles at a time: every bit is a byte in between.
     """
+    tiles = words.shape[2]
+    if tiles <= _TILES_AT_ONCE:
+        return _moved_at_once(words, sources)
     parts = []
-    for first in range(0, words.shape[2], _TILES_AT_ONCE):
-        parts.append(
-            _moved_at_once(words[:, :, first : first + _TILES_AT_ONCE], sources)
-        )
+    for first in range(0, tiles, _TILES_AT_ONCE):
+        some = words[:, :, first : first + _TILES_AT_ONCE]
+        parts.append(_moved_at_once(some, sources))
         mx.eval(parts[-1])
-    return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    return mx.concatenate(parts, axis=2)
 
 
 def _moved_at_once(words: mx.array, sources: mx.array) -> mx.array:

@@ -16,7 +16,7 @@ import mlx.core as mx
 if TYPE_CHECKING:
     from .tiles import TileLayout
 
-#: Tokens of a tile.
+#: Tokens of a tile, which a simdgroup takes at once: ``TILE_TOKENS`` of tiles.h.
 TILE = 32
 
 

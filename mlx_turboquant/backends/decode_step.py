@@ -21,11 +21,12 @@ from ..kernels.arguments import pack, pack_rows
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
 from ..segments import CompressedTokens
+from ..tokens import TILE
 from . import specialize
 from .call import AttendCall
 from .geometry import tokens_per_split
 from .reference import packed_of
-from .specialize import LOG2E, MERGE_SIMDGROUPS, TILE, placeholder
+from .specialize import LOG2E, MERGE_SIMDGROUPS, placeholder
 
 #: Numbers of recent tokens whose arguments are made at once: a page and more.
 _BLOCK = 256

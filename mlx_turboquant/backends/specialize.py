@@ -22,8 +22,6 @@ from ..transform import ChannelTransform
 LOG2E = math.log2(math.e)
 #: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
 MAX_DIM = 512
-#: Tokens that a simdgroup takes at once: ``TILE_TOKENS`` of tiles.h.
-TILE = 32
 #: Query rows of a row tile: ``TILE_ROWS`` of query_rows.h.
 _ROWS = 8
 #: Elements of a unit of values (tiles.h), and the most simdgroups that share them.

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..codecs import codec_for
-from ..codecs.base import Side
+from ..codecs.base import Codec, Side
 from ..codecs.registry import RESEARCH
 from ..errors import FormatError
 from ..quantizer import Sides
@@ -129,25 +129,24 @@ def _check(spec: CacheSpec, groups: Groups, in_tiles: bool) -> None:
         made = None if held is None else codec_for(codec, held.shape[3], side)
         wanted = {f"{side}_{name}" for name in made.arrays} if made else set()
         whole = whole and (not packed or wanted <= packed)
-        if whole and packed and made and in_tiles:
-            # Kernels find tiles by these widths.
-            has_tiles = made.kernel_format is not None
-            layout = tile_layout(made, side) if has_tiles else None
-            words = groups["packed"].get(f"{side}_words")
-            scales = groups["packed"].get(f"{side}_scales")
-            whole = (
-                layout is not None
-                and words is not None
-                and scales is not None
-                and words.shape[3] == layout.tile_words
-                and scales.shape[3] == layout.tile_scales
-            )
-        elif whole and packed and made and made.kernel_format is not None:
-            words = groups["packed"][f"{side}_words"]
-            whole = words.shape[3] == tile_layout(made, side).vector_words
+        if whole and packed and made:
+            whole = _has_widths(made, side, groups["packed"], in_tiles)
     lengths = {array.shape[2] for array in groups["packed"].values()}
     if not whole or len(lengths) > 1:
         raise FormatError(
             "the cache's arrays do not fit its header; the file is damaged, "
             "make the cache again"
         )
+
+
+def _has_widths(
+    codec: Codec, side: Side, packed: Mapping[str, mx.array], in_tiles: bool
+) -> bool:
+    """Whether words lie in the order they are said to: kernels go by their widths."""
+    if codec.kernel_format is None:
+        return not in_tiles
+    layout = tile_layout(codec, side)
+    words, scales = (packed[f"{side}_{name}"].shape[3] for name in ("words", "scales"))
+    if in_tiles:
+        return (words, scales) == (layout.tile_words, layout.tile_scales)
+    return words == layout.vector_words

@@ -138,10 +138,7 @@ class StoredTokens:
             side.drop_last(from_packed)
         if not self.packed_length:
             # What is left of the sink is recent again, for the next page to follow it.
-            keep = self.sink_length - from_sink
-            kept = {name: tokens[:, :, :keep] for name, tokens in self.sink.items()}
-            self.sink = {}
-            self.recent.replace(kept or self.recent.views())
+            self._sink_to_recent(self.sink_length - from_sink)
 
     def drop_last_codes(self, count: int, decoded: Arrays) -> None:
         """Put ``decoded`` in the place of the last ``count`` codes.
@@ -154,14 +151,24 @@ class StoredTokens:
         self.packed = self._packed_snapshot()
         for side in self.packed:
             side.drop_last(count)
-        parts = [decoded, self.recent.views()]
-        if not self.packed_length and self.sink:
-            # As in `drop_last`: the next page brings the sink again.
-            parts, self.sink = [self.sink, *parts], {}
-        recent = {
-            name: mx.concatenate([part[name].astype(array.dtype) for part in parts], 2)
-            for name, array in self.recent.arrays.items()
-        }
+        self._put_before_recent(decoded)
+        if not self.packed_length:
+            self._sink_to_recent(self.sink_length)
+
+    def _sink_to_recent(self, keep: int) -> None:
+        """Let the sink's first ``keep`` tokens be recent ones again."""
+        kept = {name: tokens[:, :, :keep] for name, tokens in self.sink.items()}
+        self.sink = {}
+        self._put_before_recent(kept)
+
+    def _put_before_recent(self, tokens: Arrays) -> None:
+        """Tokens, if any, in front of the recent ones, in new buffers."""
+        recent = self.recent.views()
+        if tokens:
+            recent = {
+                name: mx.concatenate([tokens[name].astype(array.dtype), array], axis=2)
+                for name, array in recent.items()
+            }
         self.recent.replace(recent)
 
     def arrange(self, arranged: Callable[[Side, TokenArrays], TokenArrays]) -> None:

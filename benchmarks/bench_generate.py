@@ -37,19 +37,33 @@ BUNDLED = HERE.parent / "examples" / "books-20m"
 STEPS, ROUNDS, CHUNK = 16, 5, 2048
 
 
-def made_up() -> Any:
-    """Llama-3.1-8B's shape with random weights."""
+#: Llama-3.1-8B's and Llama-3.2-1B's.
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "tie_word_embeddings": False,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def made_up(shape: str = "8b") -> Any:
+    """A model of that shape with random weights."""
     args = llama.ModelArgs(
         model_type="llama",
-        hidden_size=4096,
-        num_hidden_layers=32,
-        intermediate_size=14336,
         num_attention_heads=32,
         num_key_value_heads=8,
         rms_norm_eps=1e-5,
         vocab_size=32000,
         rope_theta=500000.0,
-        tie_word_embeddings=False,
+        **SHAPES[shape],
     )
     model = llama.Model(args)
     model.set_dtype(mx.bfloat16)

@@ -31,29 +31,11 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from bench_generate import CHUNK
-from mlx_lm.models import llama
+from bench_generate import SHAPES, made_up, prefill
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_turboquant as tq
 
-#: Llama-3.1-8B's and Llama-3.2-1B's.
-SHAPES = {
-    "8b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}
 STEPS, ROUNDS = 16, 7
 #: Tokens that a compiled model has to choose as the model does.
 SAME = 64
@@ -79,28 +61,9 @@ class Frozen:
         return
 
 
-def made_up(shape: str) -> Any:
-    """A model of that shape with random weights."""
-    mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        rms_norm_eps=1e-5,
-        vocab_size=32000,
-        rope_theta=500000.0,
-        **SHAPES[shape],
-    )
-    model = llama.Model(args)
-    model.set_dtype(mx.bfloat16)
-    mx.eval(model.parameters())
-    return model
-
-
 def prefilled(model: Any, cache: list[Any], tokens: int) -> list[Any]:
     """The cache with a prompt of so many tokens."""
-    prompt = mx.random.randint(5, 1000, (1, tokens))
-    for first in range(0, tokens, CHUNK):
-        model(prompt[:, first : first + CHUNK], cache=cache)
-        mx.eval([c.state for c in cache])
+    prefill(model, cache, mx.random.randint(5, 1000, (1, tokens)))
     mx.clear_cache()
     return cache
 
@@ -145,6 +108,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="8b")
     parser.add_argument("--specs", nargs="+", default=["k3v3"])
     options = parser.parse_args()
+    mx.random.seed(0)
     model = made_up(options.shape)
     report: dict[int, dict[str, dict[str, float]]] = {}
     for tokens in options.tokens:

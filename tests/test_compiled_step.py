@@ -263,6 +263,44 @@ def test_a_model_that_cannot_be_traced_says_so(gpu):
     assert f"steps are not compiled: {explained.uncompiled}" in str(explained)
 
 
+class FailsOnce(Counting):
+    """A model with one bad step, its first trace."""
+
+    failed = False
+
+    def __call__(self, inputs, cache=None):
+        if isinstance(cache[0], traced.TracedLayer) and not self.failed:
+            self.failed = True
+            raise RuntimeError("no memory left")
+        return super().__call__(inputs, cache=cache)
+
+
+def test_after_a_failed_step_the_next_prompt_is_a_new_start(gpu):
+    plain = tiny()
+    model = FailsOnce(plain)
+    eager_cache, cache = prefilled(model), prefilled(model)
+    compiled = CompiledModel(model)
+    assert same(run(compiled, cache, 4), run(plain, eager_cache, 4))
+    assert "no memory left" in tq.explain(cache).uncompiled
+    ids = mx.array([[1, 2, 3]])
+    assert same(compiled(ids, cache=cache), plain(ids, cache=eager_cache))
+    before = model.calls
+    assert same(run(compiled, cache, 4), run(plain, eager_cache, 4))
+    assert model.calls == before + 2  # one as it is, one trace
+    assert compiled.uncompiled == ""
+
+
+def test_caches_that_are_no_caches_of_ours_take_steps_of_the_models(gpu):
+    """Between two steps over ours: a page is active when they come."""
+    model = tiny()
+    cache = prefilled(model)
+    compiled = CompiledModel(model)
+    run(compiled, cache, 2)
+    assert compiled._page is not None
+    compiled._model = lambda inputs, cache: inputs + 1
+    assert compiled(mx.array([[1]]), cache=[object()] * 4).item() == 2
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

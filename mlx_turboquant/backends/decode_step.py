@@ -147,10 +147,11 @@ class DecodeStep:
             specialize.query_scales(k_quantizer, call.scale),
         ]
         self._v_signs = specialize.query_signs(v_quantizer.transform, heads)
-        self._sink_tokens = (
-            _sink_in_basis(keys, self._kernel_rotates_q),
-            _sink_in_basis(values, self._kernel_rotates_out),
-        )
+        sink_keys = _sink_in_basis(keys, self._kernel_rotates_q)
+        sink_values = _sink_in_basis(values, self._kernel_rotates_out)
+        if sink_values is not None and sink_values.dtype != dtype:
+            sink_values = sink_values.astype(dtype)
+        self._sink_tokens = sink_keys, sink_values
 
     def arguments_at(self, recent: mx.array) -> mx.array:
         """The arguments of a call in a trace, where no number is known yet.
@@ -188,6 +189,9 @@ class DecodeStep:
             recent_keys = _in_basis(keys, keys.recent_tokens)
         if not self._kernel_rotates_out:
             recent_values = _in_basis(values, values.recent_tokens)
+        # The kernel reads both sides as the keys' dtype.
+        if recent_values.dtype != recent_keys.dtype:
+            recent_values = recent_values.astype(recent_keys.dtype)
         if q.dtype != keys.recent.dtype:
             q = q.astype(keys.recent.dtype)
         mask, sink_logits = placeholder(), placeholder()

@@ -58,13 +58,12 @@ def may_advance(
     """
     if len(caches) != len(prepared):
         return False
-    offset = caches[0].offset
     for cache, own, capacity in zip(caches, prepared, capacities, strict=True):
         if getattr(cache, "_prepared", None) is not own:
-            return False
-        recent = cache._tokens.recent
+            return False  # not a cache of the trace, or one whose codes changed
+        offset, recent = cache.offset, cache._tokens.recent
         if (
-            cache.offset != offset
+            offset != caches[0].offset
             or offset >= cache._schedule.next_page_at
             or recent.length >= capacity
             or recent.arrays["keys"].shape[2] != capacity

@@ -87,6 +87,9 @@ class CompiledModel:
                 return page(inputs, caches)
             except Exception as error:  # whatever a model's code makes of stand-ins
                 self._failure = _reason_of(error)
+        elif not is_step:
+            # A prompt is a new start: what failed may have been one step's bad luck.
+            self._failure = ""
         # A page refers to codes: it goes before the model may make new ones.
         page = self._page = None
         out = self._model(inputs, *args, **options)

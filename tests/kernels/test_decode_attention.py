@@ -145,6 +145,20 @@ def test_agrees_with_the_reference(case, launcher, mode):
     assert relative_error(backend.attend(call), Reference().attend(call)) < TOLERANCE
 
 
+@pytest.mark.parametrize("head_dim", [64, 80])  # rotated by kernels, by operations
+def test_values_of_another_dtype_than_keys(launcher, head_dim):
+    """As of models whose rotary embedding works in float32."""
+    keys, values = filled("k4v4,sink=4", 200, 2, head_dim, head_dim)
+    tokens = {n: getattr(values, n).astype(mx.float16) for n in ("sink", "recent")}
+    call = AttendCall(
+        mx.random.normal((1, 4, 1, head_dim)), keys, values, head_dim**-0.5
+    )
+    want = Reference().attend(call)
+    other = call._replace(values=replace(values, **tokens))
+    got = Gpu(launcher, simdgroups=6).attend(other)
+    assert relative_error(got, want) < TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_models_and_batches(launcher, dtype):
     keys, values = filled("k4v4", 300, 2, 64, 64, dtype, batch=2)

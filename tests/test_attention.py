@@ -140,9 +140,10 @@ def test_slices_of_heads_change_nothing(monkeypatch):
     mask = mx.random.normal((1, 8, 20, 300))
     sides = cache.keys_and_values()
     whole = tq.attend(q, *sides, SCALE, mask, mx.zeros(8))
-    assert reference.heads_per_slice(*sides) == 4
+    slices = reference.Reference().slices_of_heads
+    assert slices(*sides, q.dtype) == [slice(0, 4)]
     monkeypatch.setattr(reference, "SLICE_BYTES", 1)
-    assert reference.heads_per_slice(*sides) == 1
+    assert slices(*sides, q.dtype) == [slice(i, i + 1) for i in range(4)]
     sliced = tq.attend(q, *sides, SCALE, mask, mx.zeros(8))
     assert relative_error(sliced, whole) < 1e-6
 
@@ -168,7 +169,8 @@ def test_bounded_prefill_memory(monkeypatch):
     from mlx_lm.models.cache import KVCache
 
     layers, heads, dim, chunk, total = 8, 2, 128, 256, 8192
-    one_head = total * 2 * dim * reference._BYTES_PER_ELEMENT
+    per_element = reference.Reference().transient_bytes(mx.float32)
+    one_head = total * 2 * dim * per_element
     monkeypatch.setattr(reference, "SLICE_BYTES", one_head)
 
     def peak(caches, attend):

@@ -1,4 +1,4 @@
-"""Launches of the kernels that make tile order and that decode it.
+"""Launches of the kernels that make tile order, decode it, and rotate beside it.
 
 Owns their templates and sizes; what they do is defined in `tiles` and by the codecs.
 """
@@ -10,7 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..kernels.codes import DECODE_CODES, ORDER_CODES
+from ..kernels.codes import (
+    MATERIALIZE,
+    ORDER_CODES,
+    ROTATE,
+    MaterializeArguments,
+    RotateArguments,
+)
 from ..kernels.kernel import Launch
 from ..tiles import TileLayout
 from ..tokens import TILE
@@ -41,24 +47,69 @@ def order_launch(layout: TileLayout, batch: int, kv_heads: int, tokens: int) -> 
 
 
 @functools.lru_cache(maxsize=256)
-def decode_launch(
-    layout: TileLayout, dtype: mx.Dtype, batch: int, kv_heads: int, tokens: int
+def materialize_launch(
+    layout: TileLayout,
+    dtypes: tuple[mx.Dtype, mx.Dtype],
+    arguments: MaterializeArguments,
+    rotates: bool,
+    centers: bool,
 ) -> Launch:
-    """Of DECODE_CODES, for the first ``tokens`` tokens of some heads.
+    """Of MATERIALIZE, for some heads of a side.
 
-    Inputs: words uint32 (batch, kv_heads, at least ceil(tokens / 32), tile_words) and
-    scales fp16 (.., tile_scales), slices by batch and head or whole, the codec's
-    ``exact_params``, and packed `DecodeArguments`. Output: vectors (batch, kv_heads,
-    tokens, dim) of ``dtype``.
+    Inputs: words uint32 (B, all heads, at least ceil(packed / 32), tile_words) and
+    scales fp16 (.., tile_scales); the codec's ``exact_params``; means fp16 (B, all
+    heads, pages, dim) if it ``centers``; sink and recent (B, all heads, tokens, dim),
+    in the model's basis if it ``rotates``, else in the codes'; `specialize.key_signs`;
+    packed ``arguments``. Output: vectors (B, heads, tokens, dim).
+
+    Args:
+        layout: Of the codes.
+        dtypes: Of sink and recent tokens, and of the output.
+        arguments: What the kernel is told.
+        rotates: Whether the kernel takes sink and recent tokens into the codes' basis.
+        centers: Whether it adds means.
     """
+    sink, packed, recent, heads, _, _, batch, _ = arguments
     units = -(-layout.padded_dim // (8 * _UNIT_COLUMNS))
-    threads = batch * kv_heads * -(-tokens // TILE) * TILE * units
+    plain = 32 * batch * heads * (sink + recent)
+    unit_threads = batch * heads * -(-packed // TILE) * TILE * units
+    groups = -(-plain // _THREADS) + -(-unit_threads // _THREADS)
     return Launch(
-        DECODE_CODES,
-        [("T", dtype), *_template(layout)],
-        grid=(_THREADS * -(-threads // _THREADS), 1, 1),
+        MATERIALIZE,
+        [
+            ("TX", dtypes[0]),
+            ("T", dtypes[1]),
+            *_template(layout),
+            ("ROTATE", rotates),
+            ("CENTER", centers),
+        ],
+        grid=(_THREADS * groups, 1, 1),
         threadgroup=(_THREADS, 1, 1),
-        output_shapes=[(batch, kv_heads, tokens, layout.dim)],
+        output_shapes=[(batch, heads, sink + packed + recent, layout.dim)],
+        output_dtypes=[dtypes[1]],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def rotate_launch(
+    dim: int, dtype: mx.Dtype, arguments: RotateArguments, inverse: bool
+) -> Launch:
+    """Of ROTATE, for queries, or if ``inverse`` outputs.
+
+    Inputs: x (B, heads, tokens, dim) of ``dtype``, however it lies;
+    `specialize.query_signs`; packed ``arguments``. Output: of the same shape, but (B,
+    tokens, heads, dim) if inverse.
+    """
+    tokens, heads, _, batch = arguments
+    simdgroups = _THREADS // 32
+    groups = -(-(batch * heads * tokens) // simdgroups)
+    lead = (batch, tokens, heads) if inverse else (batch, heads, tokens)
+    return Launch(
+        ROTATE,
+        [("T", dtype), ("DIM", dim), ("INVERSE", inverse), ("SIMDGROUPS", simdgroups)],
+        grid=(_THREADS * groups, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
+        output_shapes=[(*lead, dim)],
         output_dtypes=[dtype],
     )
 

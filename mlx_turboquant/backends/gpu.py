@@ -17,17 +17,19 @@ from ..kernels.arguments import pack
 from ..kernels.codes import (
     ENCODE_SCALAR,
     ENCODE_TRELLIS,
-    DecodeArguments,
     EncodeArguments,
+    MaterializeArguments,
     OrderArguments,
+    RotateArguments,
 )
 from ..kernels.kernel import Launch, Launcher
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
+from ..transform import ChannelTransform
 from . import specialize
 from .call import AttendCall
-from .code_launches import decode_launch, order_launch
+from .code_launches import materialize_launch, order_launch, rotate_launch
 from .decode_step import DecodeStep, kind_of
 from .geometry import machine_simdgroups
 from .reference import Reference, packed_of
@@ -75,23 +77,101 @@ class Gpu(Reference):
         out: mx.array = step(call)
         return out
 
+    def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
+        """As `Reference.encode_query`, by a kernel where one rotates."""
+        return self._rotate(transform, q, inverse=False)
+
+    def decode_output(self, transform: ChannelTransform, out_rot: mx.array) -> mx.array:
+        """As `Reference.decode_output`, by a kernel where one rotates."""
+        return self._rotate(transform, out_rot, inverse=True)
+
+    def _rotate(
+        self, transform: ChannelTransform, x: mx.array, inverse: bool
+    ) -> mx.array:
+        if not rotates_in_kernel(transform.rotation):
+            definition = super().decode_output if inverse else super().encode_query
+            return definition(transform, x)
+        batch, heads, tokens, dim = x.shape
+        kv_heads = heads if transform.gains is None else transform.gains.shape[1]
+        signs = specialize.query_signs(transform, batch * kv_heads)
+        arguments = RotateArguments(tokens, heads, kv_heads, batch)
+        launch = rotate_launch(dim, x.dtype, arguments, inverse)
+        (out,) = self.launcher(launch, [x, signs, pack(arguments)])
+        return out.swapaxes(1, 2) if inverse else out
+
+    def transient_bytes(self, dtype: mx.Dtype) -> int:
+        """Of the element itself: nothing else is made on the way."""
+        return dtype.size
+
+    def materialize_rot(
+        self, side: CompressedTokens, heads: slice, dtype: mx.Dtype
+    ) -> mx.array:
+        """As `Reference.materialize_rot`, by one kernel."""
+        if side.packed is None or side.packed.layout is None:
+            return super().materialize_rot(side, heads, dtype)
+        recent, sink = side.recent_tokens, side.sink
+        transform = side.quantizer.transform
+        if not rotates_in_kernel(transform.rotation):
+            recent = transform.encode(recent).astype(dtype)
+            sink = None if sink is None else transform.encode(sink).astype(dtype)
+        return self._materialize(side, heads, dtype, sink, recent)
+
     def decode_rot(
         self, side: CompressedTokens, dtype: mx.Dtype, heads: slice
     ) -> mx.array:
-        """As `Reference.decode_rot`, the codes decoded by a kernel."""
+        """As `Reference.decode_rot`, by the same kernel."""
+        if packed_of(side).layout is None:
+            return super().decode_rot(side, dtype, heads)
+        return self._materialize(side, heads, dtype, None, None)
+
+    def _materialize(
+        self,
+        side: CompressedTokens,
+        heads: slice,
+        dtype: mx.Dtype,
+        sink: mx.array | None,
+        recent: mx.array | None,
+    ) -> mx.array:
+        """Packed tokens of some heads, between others where there are any."""
         quantizer, codes = side.quantizer, packed_of(side)
         if codes.layout is None:
-            return super().decode_rot(side, dtype, heads)
-        form = specialize.format_of(quantizer.codec)
-        words, scales = codes.view("words", heads), codes.view("scales", heads)
-        batch, kv_heads = words.shape[:2]
-        tokens = codes.length
-        launch = decode_launch(codes.layout, dtype, batch, kv_heads, tokens)
-        arguments = pack(DecodeArguments(tokens, kv_heads, batch))
-        (centered,) = self.launcher(
-            launch, [words, scales, form.exact_params, arguments]
+            raise ValueError("codes are in vector order; see Gpu.arranged")
+        batch, all_heads = side.recent.shape[:2]
+        first, stop, _ = heads.indices(all_heads)
+        means, transform = quantizer.means, quantizer.transform
+        arguments = MaterializeArguments(
+            sink=0 if sink is None else sink.shape[2],
+            packed=codes.length,
+            recent=0 if recent is None else recent.shape[2],
+            heads=stop - first,
+            first_head=first,
+            all_heads=all_heads,
+            batch=batch,
+            page=means.page if means else 1,
         )
-        return quantizer.decode_rot(codes, dtype, heads, centered)
+        plain = side.recent if recent is None else recent
+        rows = None if means is None else means.rows
+        launch = materialize_launch(
+            codes.layout,
+            (plain.dtype, dtype),
+            arguments,
+            rotates_in_kernel(transform.rotation),
+            rows is not None,
+        )
+        (out,) = self.launcher(
+            launch,
+            [
+                codes.arrays["words"],
+                codes.arrays["scales"],
+                specialize.format_of(quantizer.codec).exact_params,
+                placeholder(mx.float16) if rows is None else rows,
+                plain if sink is None else sink,
+                plain,
+                specialize.key_signs(transform, batch * all_heads),
+                pack(arguments),
+            ],
+        )
+        return out
 
     def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
         """As `Quantizer.encode`, in tile order.

@@ -8,6 +8,7 @@ more: with 32 layers of 8 heads, one head is 1/256 of the uncompressed cache.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import mlx.core as mx
@@ -16,13 +17,11 @@ from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
 from ..tokens import TokenArrays
+from ..transform import ChannelTransform
 from .call import AttendCall, Mask
 
 #: Bound on the decoded slice and the intermediates of decoding it.
 SLICE_BYTES = 256 << 20
-# uint8 codes, float32 levels and product, the result and its concatenation: what MLX's
-# allocator was seen to hold at once for float32 models.
-_BYTES_PER_ELEMENT = 20
 
 
 class Reference:
@@ -61,20 +60,26 @@ class Reference:
         Returns:
             (B, Hq, L, Dv) in q's dtype, not rotated.
         """
-        q = call.q
-        q_rot = call.keys.quantizer.transform.encode_query(q).astype(q.dtype)
+        q, keys, values = call.q, call.keys, call.values
+        q_rot = self.encode_query(keys.quantizer.transform, q)
         out_rot = self.attend_rot(call._replace(q=q_rot))
-        return call.values.quantizer.transform.decode(out_rot).astype(q.dtype)
+        return self.decode_output(values.quantizer.transform, out_rot)
+
+    def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
+        """Queries (B, Hq, L, D) in the codes' basis, dtype kept."""
+        return transform.encode_query(q).astype(q.dtype)
+
+    def decode_output(self, transform: ChannelTransform, out_rot: mx.array) -> mx.array:
+        """Outputs (B, Hq, L, D) out of the codes' basis, dtype kept."""
+        return transform.decode(out_rot).astype(out_rot.dtype)
 
     def attend_rot(self, call: AttendCall) -> mx.array:
         """As `attend`, from q in the keys' basis to the output in the values' basis."""
         q_rot, keys, values = call.q, call.keys, call.values
         kv_heads = keys.shape[1]
         group = q_rot.shape[1] // kv_heads
-        per_slice = heads_per_slice(keys, values)
         outputs = []
-        for first in range(0, kv_heads, per_slice):
-            heads = slice(first, min(first + per_slice, kv_heads))
+        for heads in self.slices_of_heads(keys, values, q_rot.dtype):
             q_heads = slice(heads.start * group, heads.stop * group)
             sink_logits = call.sink_logits
             outputs.append(
@@ -88,6 +93,26 @@ class Reference:
                 )
             )
         return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+
+    def slices_of_heads(
+        self, keys: CompressedTokens, values: CompressedTokens, dtype: mx.Dtype
+    ) -> list[slice]:
+        """KV heads to decode at once: as many as fit in `SLICE_BYTES`, at least one."""
+        batch, heads, length, k_dim = keys.shape
+        elements = batch * length * (k_dim + values.shape[-1])
+        most = SLICE_BYTES // (elements * self.transient_bytes(dtype))
+        count = -(-heads // max(1, most))
+        # Alike: a GPU fills with each.
+        ends = [-(-heads * i // count) for i in range(count + 1)]
+        return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+    def transient_bytes(self, dtype: mx.Dtype) -> int:
+        """Bytes that an element takes while it is decoded.
+
+        Codes, float32 levels and product, the result and its concatenation are what
+        MLX's allocator was seen to hold at once for float32 models.
+        """
+        return 20
 
     def materialize_rot(
         self, side: CompressedTokens, heads: slice, dtype: mx.Dtype
@@ -134,13 +159,6 @@ def packed_of(side: CompressedTokens) -> TokenArrays:
     if side.packed is None:
         raise ValueError("nothing is packed yet; attend to the tokens as they are")
     return side.packed
-
-
-def heads_per_slice(keys: CompressedTokens, values: CompressedTokens) -> int:
-    """KV heads decoded at once: as many as fit in `SLICE_BYTES`, at least one."""
-    batch, heads, length, k_dim = keys.shape
-    per_head = batch * length * (k_dim + values.shape[-1]) * _BYTES_PER_ELEMENT
-    return max(1, min(heads, SLICE_BYTES // per_head))
 
 
 def _mask_of_heads(mask: Mask, heads: slice) -> Mask:

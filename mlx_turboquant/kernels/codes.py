@@ -1,8 +1,9 @@
 """The kernels that move vectors in and out of codes: their buffers and arguments.
 
 Owns no arithmetic (``metal/encode_scalar.metal``, ``metal/encode_trellis.metal``,
-``metal/order_codes.metal``, ``metal/decode_codes.metal``) and no choice of launch sizes
-(`backends.gpu`, `backends.code_launches`). Each launch is for one side, keys or values.
+``metal/order_codes.metal``, ``metal/materialize.metal``, ``metal/rotate.metal``) and no
+choice of launch sizes (`backends.gpu`, `backends.code_launches`). Each launch is for
+one side, keys or values.
 """
 
 from __future__ import annotations
@@ -32,11 +33,28 @@ class OrderArguments(NamedTuple):
     tokens: int
 
 
-class DecodeArguments(NamedTuple):
-    """What the decoder is told of the codes besides its template."""
+class MaterializeArguments(NamedTuple):
+    """What the kernel that decodes a side is told of it besides its template."""
 
-    #: Tokens to decode.
+    #: Tokens of the three segments.
+    sink: int
+    packed: int
+    recent: int
+    #: KV heads to decode, of ``all_heads``, from the first one on.
+    heads: int
+    first_head: int
+    all_heads: int
+    batch: int
+    #: Tokens to a row of means.
+    page: int
+
+
+class RotateArguments(NamedTuple):
+    """What the kernel that rotates queries and outputs is told besides its template."""
+
+    #: Of every head.
     tokens: int
+    heads: int
     kv_heads: int
     batch: int
 
@@ -66,11 +84,28 @@ ORDER_CODES = Kernel(
     outputs=("tile_words", "tile_scales"),
     arguments=OrderArguments,
 )
-#: Codes in tile order to vectors, a thread to a unit of a slot.
-DECODE_CODES = Kernel(
-    name="decode_codes",
-    file="decode_codes.metal",
-    inputs=("words", "scales", "params", "arguments"),
+#: Sink, packed and recent tokens to vectors in the codes' basis.
+MATERIALIZE = Kernel(
+    name="materialize",
+    file="materialize.metal",
+    inputs=(
+        "words",
+        "scales",
+        "params",
+        "means",
+        "sink",
+        "recent",
+        "signs",
+        "arguments",
+    ),
     outputs=("out",),
-    arguments=DecodeArguments,
+    arguments=MaterializeArguments,
+)
+#: Queries into the codes' basis, outputs out of it, a simdgroup to a vector.
+ROTATE = Kernel(
+    name="rotate",
+    file="rotate.metal",
+    inputs=("x", "signs", "arguments"),
+    outputs=("out",),
+    arguments=RotateArguments,
 )

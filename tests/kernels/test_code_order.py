@@ -5,10 +5,11 @@ import pytest
 from helpers import relative_error
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends.code_launches import decode_launch, order_launch
+from mlx_turboquant.backends.code_launches import materialize_launch, order_launch
+from mlx_turboquant.backends.specialize import placeholder
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.kernels.arguments import pack
-from mlx_turboquant.kernels.codes import DecodeArguments, OrderArguments
+from mlx_turboquant.kernels.codes import MaterializeArguments, OrderArguments
 from mlx_turboquant.tiles import tile_layout
 from mlx_turboquant.tokens import TokenArrays
 
@@ -77,12 +78,14 @@ def check_decode(launcher, spec, dim, side, tokens, dtype=mx.float32):
     layout = tile_layout(codec, side)
     words, scales = layout.to_tiles(*codes.arrays.values())
     codes = TokenArrays(codes.arrays, tokens)
+    params = codec.kernel_format.exact_params
+    none = [placeholder(mx.float16), mx.zeros((2, 3, 8, 8)), mx.zeros((2, 3, 8, 8))]
     for heads in (slice(0, 3), slice(1, 2)):
         count = heads.stop - heads.start
-        arguments = pack(DecodeArguments(tokens, count, 2))
-        inputs = [words[:, heads], scales[:, heads]]
-        inputs += [codec.kernel_format.exact_params, arguments]
-        launch = decode_launch(layout, dtype, 2, count, tokens)
+        arguments = MaterializeArguments(0, tokens, 0, count, heads.start, 3, 2, 1)
+        dtypes = mx.float32, dtype
+        launch = materialize_launch(layout, dtypes, arguments, False, False)
+        inputs = [words, scales, params, *none, placeholder(), pack(arguments)]
         (got,) = launcher(launch, inputs)
         want = codec.decode(codes, dtype, heads)
         assert got.shape == want.shape == (2, count, tokens, dim)

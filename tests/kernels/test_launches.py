@@ -14,9 +14,10 @@ from mlx_turboquant.kernels.attention import (
     AttendArguments,
 )
 from mlx_turboquant.kernels.codes import (
-    DecodeArguments,
     EncodeArguments,
+    MaterializeArguments,
     OrderArguments,
+    RotateArguments,
 )
 from mlx_turboquant.kernels.kernel import Launch
 
@@ -25,7 +26,14 @@ SINK, RECENT, SPLITS = 4, 21, 3
 
 
 @pytest.mark.parametrize(
-    "cls", [AttendArguments, EncodeArguments, OrderArguments, DecodeArguments]
+    "cls",
+    [
+        AttendArguments,
+        EncodeArguments,
+        OrderArguments,
+        MaterializeArguments,
+        RotateArguments,
+    ],
 )
 def test_a_loader_puts_each_argument_into_its_field(cls, lane):
     if lane != "simulator":

@@ -13,6 +13,7 @@ from helpers import attend, relative_error
 import mlx_turboquant as tq
 from mlx_turboquant.backends import select
 from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import codec_for
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
@@ -213,6 +214,70 @@ def test_decode_is_the_definition(spec, launcher):
                 got.shape == want.shape == (2, heads.stop - heads.start, 51, x.shape[3])
             )
             assert relative_error(got, want) < 2e-6
+
+
+#: spec, dims: rotated by kernels and not, whole runs and elementwise.
+SIDES = {
+    "llama": ("k3v2", (128, 64)),
+    "not rotated": ("k4v4", (80, 96)),
+    "trellis": ("k3v2.5,codec=trellis", (64, 128)),
+    "angles": ("k3v2.5,codec=research.turboangle", (72, 64)),
+}
+
+
+def side_with_all(quantizer, x, tokens, sink=3, recent=6, dtype=mx.float32):
+    """A handle over x (2, 3, ..): sink, packed and recent tokens, in longer buffers."""
+    packed = tokens - sink - recent
+    codes = TokenArrays(growth=128)
+    codes.assign(in_tiles(quantizer.codec.encode(x[:, :, :packed]), quantizer.layout))
+    first = mx.contiguous(x[:, :, :sink]).astype(dtype) if sink else None
+    return CompressedTokens(quantizer, first, codes, x.astype(dtype), recent)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("case", SIDES)
+def test_materialize_is_the_definition(case, dtype, launcher):
+    """Sink, codes with means, recent tokens, of all heads and of some; without sink."""
+    spec, dims = SIDES[case]
+    quantizers = quantizers_of(codecs_of(spec, dims), 3, 51, page=32)
+    for quantizer, x in zip(quantizers, vectors(3, 51, dims), strict=True):
+        for sink in (3, 0):
+            side = side_with_all(quantizer, x, 51, sink, dtype=dtype)
+            for heads in (slice(0, 3), slice(1, 2)):
+                got = Gpu(launcher).materialize_rot(side, heads, dtype)
+                want = Reference().materialize_rot(side, heads, dtype)
+                assert got.dtype == want.dtype == dtype
+                assert got.shape == want.shape
+                assert got.shape == (2, heads.stop - heads.start, 51, x.shape[3])
+                bound = {mx.float32: 2e-6, mx.float16: 6e-4, mx.bfloat16: 5e-3}[dtype]
+                got, want = got.astype(mx.float32), want.astype(mx.float32)
+                assert relative_error(got, want) < bound
+
+
+def test_materialize_in_every_mode(launcher, mode):
+    quantizer = quantizers_of(codecs_of("k3v3", (64, 64)), 3, 51, page=32)[0]
+    side = side_with_all(quantizer, vectors(3, 51, (64, 64))[0], 51)
+    got = Gpu(launcher).materialize_rot(side, slice(1, 3), mx.float16)
+    want = Reference().materialize_rot(side, slice(1, 3), mx.float32)
+    assert relative_error(got.astype(mx.float32), want) < 1e-3
+
+
+@pytest.mark.parametrize("gains", [True, False])
+@pytest.mark.parametrize("dim", [32, 80, 256])
+def test_queries_and_outputs_change_basis(dim, gains, launcher):
+    """However they lie; three query heads on each of two KV heads."""
+    codecs = codecs_of("k3v3", (dim, dim))
+    transform = quantizers_of(codecs, 2, gains=gains)[0].transform
+    x = mx.random.normal((2, 7, 6, dim, 2))[..., 0].swapaxes(1, 2)
+    gpu, reference = Gpu(launcher), Reference()
+    for dtype, bound in ((mx.float32, 1e-6), (mx.bfloat16, 4e-3)):
+        given = x.astype(dtype) if dtype != x.dtype else x
+        for name in ("encode_query", "decode_output"):
+            got = getattr(gpu, name)(transform, given)
+            want = getattr(reference, name)(transform, given.astype(mx.float32))
+            assert got.shape == x.shape
+            assert got.dtype == dtype
+            assert relative_error(got.astype(mx.float32), want) < bound
 
 
 def test_decode_in_every_mode(launcher, mode):

@@ -1,25 +1,45 @@
-// Codes in tile order to rotated vectors, for prefill: what ScalarCodec.decode,
-// TableCodec.decode and TurboAngle.decode define, in float. One thread decodes a unit of a
-// slot (tile_codes.h): of keys 8 elements of 4 tokens, of values 4 elements of 8 tokens; half
-// of them in a last unit of two columns. The entry is at the end.
+// Codes in tile order to vectors in the codes' basis, in float: what ScalarCodec.decode,
+// TableCodec.decode and TurboAngle.decode define. A thread decodes a unit of a slot
+// (tile_codes.h): of keys 8 elements of 4 tokens, of values 4 elements of 8 tokens; half of them
+// in a last unit of two columns. The elements of a token lie together: they are its run.
 
 #include "tile_codes.h"
 #include "unit_codes.h"
-#include "arguments.h"
+
+constant constexpr int LONGEST_RUN = 8;
 
 // A unit's share of a tile: where its codes come from, and its vectors go.
 template <typename T>
 struct UnitTask {
-  const device uint* tile;    // its words
+  const device uint* tile;  // its words
   const device half* scales;
-  device T* out;              // the vector of the tile's first token
-  uint tokens;                // that the tile has
+  device T* out;            // the vector of the tile's first token
+  uint tokens;              // that the tile has
   uint slot, unit;
+  float mean[LONGEST_RUN];  // of the run's elements, which all tokens of the tile have on top
 };
-// Element d of a token, unless it is padding.
-template <int DIM, int FILLED_PAIRS, typename T>
-TQ_FUNC void write_element(const thread UnitTask<T>& task, uint token, uint d, float value) {
-  if (2 * FILLED_PAIRS == DIM || d < uint(DIM)) task.out[token * uint(DIM) + d] = T(value);
+
+template <typename T, int COUNT>
+struct alignas(COUNT * sizeof(T) < 16 ? COUNT * sizeof(T) : 16) Run {
+  T elements[COUNT];
+};
+// Write a token's run, COUNT elements from element d on but for padding. Without padding they
+// are stored at once.
+template <int DIM, int FILLED_PAIRS, int COUNT, typename T>
+TQ_FUNC void write_run(
+    const thread UnitTask<T>& task, uint token, uint d, const thread float* x) {
+  device T* out = task.out + token * uint(DIM) + d;
+  if (2 * FILLED_PAIRS == DIM && DIM % 32 == 0) {
+    Run<T, COUNT> run;
+    TQ_UNROLL
+    for (int i = 0; i < COUNT; i++) run.elements[i] = T(x[i] + task.mean[i]);
+    *reinterpret_cast<device Run<T, COUNT>*>(out) = run;
+  } else {
+    TQ_UNROLL
+    for (int i = 0; i < COUNT; i++) {
+      if (2 * FILLED_PAIRS == DIM || d + uint(i) < uint(DIM)) out[i] = T(x[i] + task.mean[i]);
+    }
+  }
 }
 
 // The level of a code of BITS.
@@ -96,20 +116,21 @@ struct UnitDecoder {
       float norm_range = KIND == ANGLES ? float(scales[TILE_TOKENS]) : 0.0f;
       uint codes[READ_PAIRS];
       TQ_UNROLL
-      for (int i = 0; i < int(READ_PAIRS); i++) codes[i] = code_of(task, token, first + uint(i));
+      for (int i = 0; i < READ_PAIRS; i++) codes[i] = code_of(task, token, first + uint(i));
+      float x[2 * Order::RUN_PAIRS];
       TQ_UNROLL
       for (int i = 0; i < int(Order::RUN_PAIRS); i++) {
-        if (uint(i) >= run) break;
         uint bits = codes[i];
         TQ_UNROLL
         for (int f = 1; f <= int(FOLLOWING); f++) bits |= codes[i + f] << (BITS * f);
-        float pair[2];
-        ExactPairs<KIND, BITS, TERMS>::decode(bits, params, norm_range, pair);
-        TQ_UNROLL
-        for (int e = 0; e < 2; e++) {
-          uint d = 2u * (first + uint(i)) + uint(e);
-          write_element<DIM, Order::FILLED_PAIRS>(task, token, d, pair[e] * scale);
-        }
+        ExactPairs<KIND, BITS, TERMS>::decode(bits, params, norm_range, x + 2 * i);
+        x[2 * i] *= scale;
+        x[2 * i + 1] *= scale;
+      }
+      if (!Order::HAS_HALF_UNIT || run == uint(Order::RUN_PAIRS)) {
+        write_run<DIM, Order::FILLED_PAIRS, 2 * Order::RUN_PAIRS>(task, token, 2u * first, x);
+      } else {
+        write_run<DIM, Order::FILLED_PAIRS, Order::RUN_PAIRS>(task, token, 2u * first, x);
       }
     }
   }
@@ -147,7 +168,7 @@ struct UnitDecoder<POLYNOMIAL, T, DIM, BITS, TERMS, VALUES> {
     for (int i = 0; i < COUNT; i++) {
       words[i] = task.tile[uint(TILE_TOKENS) * (task.unit * uint(BITS) + uint(i)) + task.slot];
     }
-    uint first_column = 4u * task.unit;
+    uint first = Order::first_pair(task.slot) + uint(Order::RUN_PAIRS) * task.unit;
     TQ_UNROLL
     for (int row = 0; row < 4; row++) {
       // Tokens of low and of high codes.
@@ -158,50 +179,28 @@ struct UnitDecoder<POLYNOMIAL, T, DIM, BITS, TERMS, VALUES> {
         token[e] = Order::slot_token(task.slot, uint(VALUES ? 2 * row + e : row));
         scale[e] = float(task.scales[Order::scale_at(token[e])]);
       }
+      float x[2 * WIDTH];
       TQ_UNROLL
       for (int c = 0; c < WIDTH; c++) {
         int low_bit;
         uint codes = couple_bits<BITS>(words, WIDTH, 4 * c + row, low_bit) >> low_bit;
-        uint column = first_column + uint(c);
         TQ_UNROLL
         for (int e = 0; e < 2; e++) {
-          uint d = VALUES ? task.slot / 4u * uint(Order::COLUMNS) + column
-                          : 2u * (Order::first_pair(task.slot) + column) + uint(e);
           uint code = (codes >> (16 * e)) & CODE_MASK;
-          float level = exact_level<BITS, TERMS>(coefficients, code);
+          x[VALUES ? WIDTH * e + c : 2 * c + e] =
+              exact_level<BITS, TERMS>(coefficients, code) * scale[e];
+        }
+      }
+      if (VALUES) {
+        TQ_UNROLL
+        for (int e = 0; e < 2; e++) {
           if (token[e] < task.tokens) {
-            write_element<DIM, Order::FILLED_PAIRS>(task, token[e], d, level * scale[e]);
+            write_run<DIM, Order::FILLED_PAIRS, WIDTH>(task, token[e], 2u * first, x + WIDTH * e);
           }
         }
+      } else if (token[0] < task.tokens) {
+        write_run<DIM, Order::FILLED_PAIRS, 2 * WIDTH>(task, token[0], 2u * first, x);
       }
     }
   }
 };
-
-// Threads: one to a unit of every slot, in the order (batch, head, tile, slot, unit): then
-// what a simdgroup reads at once are whole lines of 8 slots, and what it writes lies together.
-TQ_ENTRY(decode_codes) {
-  typedef TileOrder<KIND, DIM, BITS, TERMS, VALUES> Order;
-  DecodeArguments args = load_arguments(arguments);
-  // 32 bits are enough to count threads, and GPUs divide them much faster than 64.
-  uint index = threadgroup_position_in_grid.x * uint(THREADS) + thread_index_in_threadgroup;
-  uint tokens = uint(args.tokens);
-  uint tiles = (tokens + uint(TILE_TOKENS) - 1u) / uint(TILE_TOKENS);
-  uint slots = index / uint(Order::UNITS);
-  uint all_heads = slots / uint(TILE_TOKENS) / tiles;
-  size_t tile = slots / uint(TILE_TOKENS) % tiles;
-  size_t batch = all_heads / uint(args.kv_heads);
-  size_t head = all_heads % uint(args.kv_heads);
-  if (batch >= size_t(args.batch)) return;
-  uint first_token = uint(TILE_TOKENS) * uint(tile);
-  UnitTask<T> task;
-  task.tile = words + batch * words_strides[0] + head * words_strides[1]
-              + tile * words_strides[2];
-  task.scales = scales + batch * scales_strides[0] + head * scales_strides[1]
-                + tile * scales_strides[2];
-  task.out = out + (size_t(all_heads) * tokens + first_token) * DIM;
-  task.tokens = tq_min(uint(TILE_TOKENS), tokens - first_token);
-  task.slot = slots % uint(TILE_TOKENS);
-  task.unit = index % uint(Order::UNITS);
-  UnitDecoder<KIND, T, DIM, BITS, TERMS, VALUES>::decode(task, params);
-}

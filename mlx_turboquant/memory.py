@@ -25,6 +25,7 @@ from .cache.stored import PACKED_GROWTH
 from .codecs import codec_for, codec_info
 from .entries import CacheEntry
 from .spec import CacheSpec
+from .tokens import TILE, capacity_of
 
 #: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
 _TRANSIENT = SLICE_BYTES + (256 << 20)
@@ -138,7 +139,9 @@ def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int,
     if window is not None and tokens > window:
         quantizable += spec.page  # its first page may be hidden in part
     packed = quantizable // spec.page * spec.page
-    capacity = -(-packed // PACKED_GROWTH) * PACKED_GROWTH
+    capacity = (
+        TILE * capacity_of(packed // TILE, PACKED_GROWTH // TILE) if packed else 0
+    )
     keys = codec_for(spec.keys, k_dim, "keys")
     values = codec_for(spec.values, v_dim, "values")
     bytes_per_token = (keys.bits_per_vector + values.bits_per_vector) / 8

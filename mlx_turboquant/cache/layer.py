@@ -28,9 +28,10 @@ from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
 from .bit_allocation import BitAllocator, LayerSlot
+from .pacing import pace
 from .protocol import SequenceCache
 from .quantizers import LayerQuantizers
-from .schedule import DECODE_TOKENS, PackingSchedule
+from .schedule import DECODE_TOKENS, PackingSchedule, is_short
 from .stored import StoredTokens
 
 
@@ -110,13 +111,14 @@ class TurboQuantCache(SequenceCache):
         schedule = self._schedule
         if self.offset >= schedule.next_page_at:
             self._pack()
-        self._tokens.recent.append({"keys": keys, "values": values})
         step = keys.shape[2]
+        # Most of a long step is packed at once; what is left gets a buffer with room.
+        self._tokens.recent.append({"keys": keys, "values": values}, is_short(step))
         self.offset += step
         fetched = self.keys_and_values() if self.returns_arrays else self.compressed()
         # The handles keep the buffers they have: packing puts the rest in new ones.
         if self.offset >= schedule.next_page_at and schedule.packs_after_step(step):
-            self._pack()
+            self._pack(step)
         return fetched
 
     def keys_and_values(
@@ -153,10 +155,9 @@ class TurboQuantCache(SequenceCache):
         kv_heads = self._tokens.recent.arrays["keys"].shape[1]
         self._quantizers.observe_queries(q, scale, kv_heads, self.offset)
         schedule = self._schedule
-        if self.offset >= schedule.next_page_at and schedule.packs_after_queries(
-            q.shape[2]
-        ):
-            self._pack()
+        step = q.shape[2]
+        if self.offset >= schedule.next_page_at and schedule.packs_after_queries(step):
+            self._pack(step)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if keys.shape[:3] != values.shape[:3]:
@@ -180,8 +181,8 @@ class TurboQuantCache(SequenceCache):
 
     # Moving tokens between segments.
 
-    def _pack(self) -> None:
-        """Encode the oldest recent tokens, as many as are due."""
+    def _pack(self, step: int = 0) -> None:
+        """Encode the oldest recent tokens, as many as are due, behind a step."""
         tokens, schedule = self._tokens, self._schedule
         pending = tokens.recent.views()
         if not schedule.is_packing and not self._quantizers.advance(
@@ -199,6 +200,7 @@ class TurboQuantCache(SequenceCache):
             first,
         )
         tokens.pack(codes, sink=start)
+        pace(tokens.arrays, step)
         self._set_packed(schedule.packed + count)
 
     def _set_packed(self, count: int) -> None:

@@ -31,6 +31,11 @@ from ..spec import CacheSpec
 DECODE_TOKENS = 8
 
 
+def is_short(step: int) -> bool:
+    """Whether a step of so many tokens is decoding, not prefill."""
+    return step <= DECODE_TOKENS
+
+
 class Phase(Enum):
     """Where a layer stands on its way to codes."""
 
@@ -79,7 +84,7 @@ class PackingSchedule:
 
     def packs_after_step(self, step: int) -> bool:
         """Whether a page that is due is packed when a step of ``step`` is stored."""
-        if step <= DECODE_TOKENS:
+        if is_short(step):
             return False
         if self.phase is Phase.COLLECTING:
             self.enter(Phase.CALIBRATING)
@@ -87,7 +92,7 @@ class PackingSchedule:
 
     def packs_after_queries(self, step: int) -> bool:
         """Whether it is packed when the queries of that step were seen."""
-        return step > DECODE_TOKENS and not self.is_calibrated
+        return not is_short(step) and not self.is_calibrated
 
     def tokens_due(self, stored: int) -> int:
         """Tokens to encode, so that all that should be codes are."""

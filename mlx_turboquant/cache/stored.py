@@ -203,6 +203,12 @@ class StoredTokens:
         return codes + self.recent.nbytes + sink
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """The buffers of codes and of recent tokens."""
+        sides = (*self.packed, self.recent)
+        return [array for side in sides for array in side.arrays.values()]
+
+    @property
     def state(self) -> dict[str, Arrays]:
         """Groups of arrays to save: the tokens in use."""
         return {

@@ -1,0 +1,50 @@
+"""`pace`: a prompt's layers are computed one after the other, not all at once.
+
+MLX computes when it is asked to, and gives memory back when a GPU has gone past it. A
+prompt's chunk is asked for as a whole, so activations of all layers, and what their
+codes are made from, would be held at once: gigabytes. So a layer that has packed a
+chunk has its codes computed at once, and waits until the layer before it has its own.
+Two layers are in flight: one that is computed, one that is being built.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+
+#: Tokens of a step from which on it is paced: what shorter ones hold is less.
+PACED_TOKENS = 256
+
+
+class _Pacer(threading.local):
+    """What was asked for last in this thread.
+
+    Attributes:
+        latest: References that do not keep it: an array that somebody else holds is
+            copied when it is written to.
+    """
+
+    latest: tuple[weakref.ref[mx.array], ...] = ()
+
+
+_pacer = _Pacer()
+
+
+def pace(arrays: Sequence[mx.array], tokens: int) -> None:
+    """Compute arrays of this layer; wait for those of the call before.
+
+    Args:
+        arrays: What is stored of the layer's keys and values.
+        tokens: Of this step.
+    """
+    if tokens < PACED_TOKENS:
+        return
+    cast(Any, mx.async_eval)(arrays)
+    before = [array for ref in _pacer.latest if (array := ref()) is not None]
+    if before:
+        mx.eval(before)
+    _pacer.latest = tuple(weakref.ref(array) for array in arrays)

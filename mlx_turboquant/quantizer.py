@@ -147,8 +147,8 @@ class Quantizer:
         """
         return tile_layout(self.codec, self.side)
 
-    def add_means(self, x: mx.array, first: int) -> None:
-        """Add the means of the pages that begin within x.
+    def pages_begun(self, x: mx.array, first: int) -> mx.array | None:
+        """The vectors (B, H, whole pages, D) of x whose pages have no mean yet, if any.
 
         A page that was cut by a trim keeps the mean it had.
 
@@ -160,17 +160,24 @@ class Quantizer:
             ValueError: if they end elsewhere.
         """
         if self.means is None:
-            return
+            return None
         page = self.means.page
-        begun = x[:, :, max(0, self.means.count * page - first) :].astype(mx.float32)
-        batch, heads, count, dim = begun.shape
+        start = max(0, self.means.count * page - first)
+        count = max(0, x.shape[2] - start)
         if count % page:
             raise ValueError(
                 f"{x.shape[2]} tokens behind {first} do not end where a page of {page} "
                 "does; encode whole pages"
             )
-        if count:
-            pages = begun.reshape(batch, heads, -1, page, dim)
+        return x[:, :, start:] if count else None
+
+    def add_means(self, x: mx.array, first: int) -> None:
+        """Add the means of the pages that begin within x; see `pages_begun`."""
+        begun = self.pages_begun(x, first)
+        if begun is not None and self.means is not None:
+            batch, heads, _, dim = begun.shape
+            shape = batch, heads, -1, self.means.page, dim
+            pages = begun.astype(mx.float32).reshape(shape)
             self.means.append(self.transform.encode(mx.mean(pages, axis=3)))
 
     def encode(self, x: mx.array, first: int = 0) -> TokenArrays:

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("version", "errors", "atomic", "blas", "tokens", "packing", "bitstream"),
+    ("version", "errors", "atomic", "blas", "tokens", "packing", "bitstream", "gains"),
     ("codecs.registry",),
     ("spec_text",),
     ("spec", "rotation", "codebook"),
@@ -183,7 +183,7 @@ def test_wheel_carries_everything(tmp_path):
         "from mlx_turboquant.kernels import attention, codes; "
         "print(*[len(k.header(d)) for d in ('metal', 'cuda')"
         " for k in (attention.DECODE_SPLIT_KV, attention.MERGE_STATES,"
-        " codes.ENCODE_SCALAR, codes.DECODE_CODES)])"
+        " codes.ENCODE_SCALAR, codes.MATERIALIZE)])"
     )
     out = subprocess.check_output(
         [sys.executable, "-c", code], text=True, cwd=site, env={"PYTHONPATH": str(site)}

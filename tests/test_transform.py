@@ -95,7 +95,7 @@ def test_gains_are_the_cauchy_schwarz_optimum():
     k, _, q = data()
     watch = Calibration(0, 512)
     watch.observe(q, SCALE, 2, 512)
-    best = watch.key_gains(k)
+    best = watch.key_gains(k, centers=False)
     cost = watch.logit_variance(k, best).item()
     for other in (None, mx.ones_like(best), best * gains(2, 64, 0.3), best**2):
         assert watch.logit_variance(k, other).item() > 1.02 * cost
@@ -128,6 +128,26 @@ def test_queries_seen_twice_or_with_a_gap_do_not_count():
         watch.observe(q, 1.0, 2, offset)
     assert watch.saw_whole_page
     assert watch.state["squares"].shape == (1, 2, 22, 16)
+
+
+def test_queries_of_one_step_are_those_of_many():
+    """The whole page at once, its squares, what a trim leaves of it."""
+    k, q = mx.random.normal((1, 2, 20, 16)), mx.random.normal((1, 4, 30, 16))
+    many, one = Calibration(2, 20), Calibration(2, 20)
+    for first in range(0, 30, 5):
+        many.observe(q[:, :, first : first + 5], 1.0, 2, first + 5)
+    one.observe(q, 1.0, 2, 30)
+    assert one.saw_whole_page
+    assert mx.allclose(one.key_gains(k, True), many.key_gains(k, True), rtol=1e-5)
+    for watch in (one, many):
+        watch.trim(17)
+        assert not watch.saw_whole_page
+    assert one.state["squares"].shape == (1, 2, 17, 16)
+    assert mx.allclose(one.state["squares"], many.state["squares"])
+    for watch in (one, many):
+        watch.observe(-q[:, :, :5], 1.0, 2, 22)
+    assert one.saw_whole_page
+    assert mx.allclose(one.key_gains(k, True), many.key_gains(k, True), rtol=1e-5)
 
 
 def test_channels_of_zeros_stay_finite():

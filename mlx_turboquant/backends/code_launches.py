@@ -1,4 +1,4 @@
-"""Launches of the kernels that make tile order, decode it, and rotate beside it.
+"""Launches of the kernels beside attention and encoding: order, decode, rotate, sum up.
 
 Owns their templates and sizes; what they do is defined in `tiles` and by the codecs.
 """
@@ -11,10 +11,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.codes import (
+    CHANNEL_GAINS,
     MATERIALIZE,
     ORDER_CODES,
+    PAGE_MEANS,
     ROTATE,
     MaterializeArguments,
+    PageMeansArguments,
     RotateArguments,
 )
 from ..kernels.kernel import Launch
@@ -22,6 +25,8 @@ from ..tiles import TileLayout
 from ..tokens import TILE
 
 _THREADS = 128
+#: Simdgroups that sum up a page together: 16 kB of threadgroup memory at most.
+_SUMMING_SIMDGROUPS = 8
 #: Columns of a slot that a thread decodes.
 _UNIT_COLUMNS = 4
 
@@ -111,6 +116,60 @@ def rotate_launch(
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(*lead, dim)],
         output_dtypes=[dtype],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def page_means_launch(
+    dim: int, dtype: mx.Dtype, arguments: PageMeansArguments
+) -> Launch:
+    """Of PAGE_MEANS.
+
+    Inputs: x (B, H, pages * page, dim) of ``dtype``, however it lies;
+    `specialize.key_signs`; packed ``arguments``. Output: means fp16 (B, H, pages, dim),
+    in the codes' basis.
+    """
+    pages, _, kv_heads, batch = arguments
+    threads = 32 * _SUMMING_SIMDGROUPS
+    return Launch(
+        PAGE_MEANS,
+        [("T", dtype), ("DIM", dim), ("SIMDGROUPS", _SUMMING_SIMDGROUPS)],
+        grid=(threads * batch * kv_heads * pages, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(batch, kv_heads, pages, dim)],
+        output_dtypes=[mx.float16],
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def gains_launch(
+    shape: tuple[int, int, int, int],
+    dtypes: tuple[mx.Dtype, mx.Dtype],
+    centers: bool,
+    has_queries: bool,
+) -> Launch:
+    """Of CHANNEL_GAINS.
+
+    Inputs: x of ``shape`` (B, H, tokens, dim) and queries (B, H * group, tokens, dim)
+    of ``dtypes``, however they lie, and packed `GainsArguments`. Output: gains float32
+    (B, H, 1, dim).
+    """
+    batch, kv_heads, _, dim = shape
+    threads = 32 * _SUMMING_SIMDGROUPS
+    return Launch(
+        CHANNEL_GAINS,
+        [
+            ("T", dtypes[0]),
+            ("Q", dtypes[1]),
+            ("DIM", dim),
+            ("CENTER", centers),
+            ("HAS_QUERIES", has_queries),
+            ("SIMDGROUPS", _SUMMING_SIMDGROUPS),
+        ],
+        grid=(threads * batch * kv_heads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(batch, kv_heads, 1, dim)],
+        output_dtypes=[mx.float32],
     )
 
 

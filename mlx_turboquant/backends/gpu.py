@@ -18,8 +18,10 @@ from ..kernels.codes import (
     ENCODE_SCALAR,
     ENCODE_TRELLIS,
     EncodeArguments,
+    GainsArguments,
     MaterializeArguments,
     OrderArguments,
+    PageMeansArguments,
     RotateArguments,
 )
 from ..kernels.kernel import Launch, Launcher
@@ -29,7 +31,13 @@ from ..tokens import TokenArrays
 from ..transform import ChannelTransform
 from . import specialize
 from .call import AttendCall
-from .code_launches import materialize_launch, order_launch, rotate_launch
+from .code_launches import (
+    gains_launch,
+    materialize_launch,
+    order_launch,
+    page_means_launch,
+    rotate_launch,
+)
 from .decode_step import DecodeStep, kind_of
 from .geometry import machine_simdgroups
 from .reference import Reference, packed_of
@@ -181,7 +189,7 @@ class Gpu(Reference):
         codec, form = quantizer.codec, quantizer.codec.encode_format
         if form is None or codec.dim > MAX_DIM:
             return self.arranged(quantizer, quantizer.encode(x, first))
-        quantizer.add_means(x, first)
+        self._add_means(quantizer, x, first)
         means = quantizer.means
         batch, kv_heads, tokens, _ = x.shape
         transform = quantizer.transform
@@ -206,6 +214,37 @@ class Gpu(Reference):
         )
         codes = TokenArrays({"words": words, "scales": scales}, tokens)
         return self.arranged(quantizer, codes)
+
+    def _add_means(self, quantizer: Quantizer, x: mx.array, first: int) -> None:
+        """As `Quantizer.add_means`, by a kernel where one rotates."""
+        means, transform = quantizer.means, quantizer.transform
+        if not rotates_in_kernel(transform.rotation):
+            quantizer.add_means(x, first)
+            return
+        begun = quantizer.pages_begun(x, first)
+        if means is None or begun is None:
+            return
+        batch, kv_heads, tokens, dim = begun.shape
+        arguments = PageMeansArguments(
+            tokens // means.page, means.page, kv_heads, batch
+        )
+        launch = page_means_launch(dim, x.dtype, arguments)
+        signs = specialize.key_signs(transform, batch * kv_heads)
+        (rows,) = self.launcher(launch, [begun, signs, pack(arguments)])
+        means.append(rows)
+
+    def channel_gains(
+        self, x: mx.array, centers: bool = False, queries: mx.array | None = None
+    ) -> mx.array:
+        """As `Reference.channel_gains`, by a kernel."""
+        _, kv_heads, tokens, dim = x.shape
+        if dim > MAX_DIM:
+            return super().channel_gains(x, centers, queries)
+        q = x if queries is None else queries
+        launch = gains_launch(x.shape, (x.dtype, q.dtype), centers, queries is not None)
+        arguments = GainsArguments(tokens, kv_heads, q.shape[1] // kv_heads)
+        (gains,) = self.launcher(launch, [x, q, pack(arguments)])
+        return gains
 
     def arranged(self, quantizer: Quantizer, codes: TokenArrays) -> TokenArrays:
         """Codes in tile order."""

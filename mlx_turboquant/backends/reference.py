@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..gains import channel_gains, floored, squares_of_queries
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
@@ -39,6 +40,22 @@ class Reference:
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
         """None: it can attend to anything."""
         return None
+
+    def channel_gains(
+        self, x: mx.array, centers: bool = False, queries: mx.array | None = None
+    ) -> mx.array:
+        """`gains.channel_gains` (B, H, 1, D) of a page of vectors x (B, H, T, D).
+
+        Args:
+            x: The vectors.
+            centers: Whether their mean is taken off them.
+            queries: Those of the page (B, Hq, T, D), for keys; None for none.
+        """
+        power = None
+        if queries is not None:
+            squares = squares_of_queries(queries, x.shape[1])
+            power = floored(mx.mean(squares, axis=2, keepdims=True))
+        return channel_gains(x, centers, power)
 
     def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
         """`Quantizer.encode` of vectors x (B, H, N, D)."""

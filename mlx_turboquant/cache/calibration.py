@@ -1,18 +1,8 @@
 """What the first page of a text says about a layer: channel gains, sensitivities.
 
-A rotation spreads a vector's quantization error evenly over its channels. With gains s
-on the keys and 1/s on the queries, the variance of a logit's error is proportional to
-
-    sum_c E[k_c^2] / s_c^2  *  sum_c E[q_c^2] s_c^2,
-
-smallest at s_c^2 = sqrt(E[k_c^2] / E[q_c^2]) (Cauchy-Schwarz). That choice undoes any
-gains a model has on its keys and, inversely, on its queries. Without queries, and for
-values, s_c^2 = E[x_c^2], which undoes them too, but is the best choice only if what
-reads the vectors has the inverse gains.
-
-`Calibration` holds the queries seen so far, as squares on the first page, and the last
-few as they are. When gains are made of them is `schedule`'s, what is made of the gains
-`quantizers`'.
+`Calibration` holds the queries of the first page, and the last few as they are, if they
+are wanted. When gains are made of them is `schedule`'s, how `gains`', what is made of
+the gains `quantizers`'.
 """
 
 from __future__ import annotations
@@ -21,13 +11,12 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from ..backends.reference import Reference
+from ..gains import channel_gains, channel_power, floored, squares_of_queries
 from ..tokens import TokenArrays
 
 #: Last queries of a step that `far_value_sensitivity` looks at.
 _LAST = 64
-#: A channel weaker than this share of the root mean square counts as that strong: one
-#: that the first page hardly uses must not be blown up.
-_FLOOR = 1e-3
 
 
 class Calibration:
@@ -36,51 +25,71 @@ class Calibration:
     Args:
         skip: Tokens before the page: the sink.
         page: Tokens to look at.
+        keeps_last: Whether the last queries are wanted, for sensitivities.
     """
 
-    def __init__(self, skip: int, page: int) -> None:
+    def __init__(self, skip: int, page: int, keeps_last: bool = False) -> None:
         self._skip, self._page = skip, page
         self._queries = TokenArrays(growth=skip + page)
         self.scale = 0.0
+        self._keeps_last = keeps_last
         self._last: mx.array | None = None
+        # Queries (B, Hq, skip + page, D), where one step had them all: then there are
+        # no squares.
+        self._whole: mx.array | None = None
+        self._kv_heads = 0
 
     @property
     def saw_whole_page(self) -> bool:
         """Whether the queries of the whole page were seen."""
-        return self._queries.length >= self._skip + self._page
+        wanted = self._skip + self._page
+        return self._whole is not None or self._queries.length >= wanted
 
     def observe(self, q: mx.array, scale: float, kv_heads: int, offset: int) -> None:
         """See the queries q (B, Hq, L, D) of the last L of ``offset`` tokens."""
-        batch, query_heads, length, dim = q.shape
-        self._last, self.scale = q[:, :, -_LAST:], scale
+        length = q.shape[2]
+        self.scale, self._kv_heads = scale, kv_heads
+        if self._keeps_last:
+            self._last = q[:, :, -_LAST:]
         # Queries that leave a gap, or come a second time from a layer that shares the
         # cache, are not counted.
         if self.saw_whole_page or self._queries.length + length != offset:
             return
-        q = q[:, :, : self._skip + self._page - self._queries.length]
-        grouped = q.astype(mx.float32).reshape(
-            batch, kv_heads, query_heads // kv_heads, -1, dim
-        )
-        self._queries.append({"squares": mx.mean(grouped * grouped, axis=2)})
+        wanted = self._skip + self._page
+        if length >= wanted and length == offset:
+            self._whole = q[:, :, :wanted]
+            return
+        q = q[:, :, : wanted - self._queries.length]
+        self._queries.append({"squares": squares_of_queries(q, kv_heads)})
 
     def trim(self, offset: int) -> None:
         """Forget the queries of tokens from ``offset`` on."""
+        if self._whole is not None and offset < self._skip + self._page:
+            self._queries.append(self.state)
+            self._whole = None
         self._queries.drop_last(max(0, self._queries.length - offset))
 
-    def key_gains(self, keys: mx.array) -> mx.array:
-        """Gains (B, H, 1, Dk) float32 for the page's centred keys (B, H, page, Dk)."""
-        k_power = _power(keys)
-        if not self.saw_whole_page:
-            return _normalised(mx.sqrt(k_power))
-        return _normalised((k_power / self._query_power()) ** 0.25)
+    def key_gains(
+        self, keys: mx.array, centers: bool, backend: Reference | None = None
+    ) -> mx.array:
+        """Gains (B, H, 1, Dk) float32 for the page's keys.
 
-    def value_gains(self, values: mx.array) -> mx.array:
-        """Gains (B, H, 1, Dv) for the page's values (B, H, page, Dv)."""
-        return _normalised(mx.sqrt(_power(values)))
+        Args:
+            keys: The page's keys (B, H, page, Dk).
+            centers: Whether the page's mean is taken off them.
+            backend: What computes them; None for the definition.
+        """
+        backend = backend or Reference()
+        if self._whole is not None:
+            page = self._whole[:, :, self._skip :]
+            return backend.channel_gains(keys, centers, page)
+        if self.saw_whole_page:
+            return channel_gains(keys, centers, self._query_power())
+        return backend.channel_gains(keys, centers)
 
     def _query_power(self) -> mx.array:
-        squares = self._queries.view("squares")[:, :, self._skip :]
-        return _floored(mx.mean(squares, axis=2, keepdims=True))
+        squares = self.state["squares"][:, :, self._skip :]
+        return floored(mx.mean(squares, axis=2, keepdims=True))
 
     def logit_variance(self, keys: mx.array, gains: mx.array | None) -> mx.array | None:
         """What a relative error of 1 in the keys would add to each logit's variance.
@@ -95,7 +104,7 @@ class Calibration:
         if not self.saw_whole_page:
             return None
         squared = 1.0 if gains is None else gains * gains
-        k_norm = mx.sum(_power(keys) / squared, axis=-1)
+        k_norm = mx.sum(channel_power(keys) / squared, axis=-1)
         q_norm = mx.sum(self._query_power() * squared, axis=-1)
         return self.scale**2 / keys.shape[-1] * mx.mean(k_norm * q_norm)
 
@@ -135,6 +144,8 @@ class Calibration:
     @property
     def state(self) -> dict[str, mx.array]:
         """The arrays to save while the page is not full."""
+        if self._whole is not None:
+            return {"squares": squares_of_queries(self._whole, self._kv_heads)}
         return self._queries.views() if self._queries.length else {}
 
     @state.setter
@@ -144,20 +155,4 @@ class Calibration:
 
 def by_power(x: mx.array) -> mx.array:
     """Channels of x (B, H, T, D), the strongest first: (B, H, 1, D) uint16."""
-    return mx.argsort(-_power(x), axis=-1).astype(mx.uint16)
-
-
-def _power(x: mx.array) -> mx.array:
-    """Mean square per channel of (B, H, T, D): (B, H, 1, D) float32, above zero."""
-    x = x.astype(mx.float32)
-    return _floored(mx.mean(x * x, axis=2, keepdims=True))
-
-
-def _floored(power: mx.array) -> mx.array:
-    floor = _FLOOR**2 * mx.mean(power, axis=-1, keepdims=True)
-    return mx.maximum(power, mx.maximum(floor, 1e-30))
-
-
-def _normalised(gains: mx.array) -> mx.array:
-    """Gains with a geometric mean of 1 over the channels."""
-    return gains / mx.exp(mx.mean(mx.log(gains), axis=-1, keepdims=True))
+    return mx.argsort(-channel_power(x), axis=-1).astype(mx.uint16)

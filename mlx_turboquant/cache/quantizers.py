@@ -16,6 +16,7 @@ from ..backends import select
 from ..backends.select import Choice
 from ..codecs import codec_for
 from ..codecs.base import Side
+from ..gains import centred
 from ..quantizer import PageMeans, Quantizer, Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tiles import TileLayout
@@ -47,7 +48,9 @@ class LayerQuantizers:
         self.spec = spec
         self.sides: Sides[Quantizer] | None = None
         self._slot, self._schedule = slot, schedule
-        self._calibration: Calibration | None = Calibration(spec.sink, spec.page)
+        self._calibration: Calibration | None = Calibration(
+            spec.sink, spec.page, keeps_last=slot is not None and spec.adaptive
+        )
         self._gains: Arrays = {}
         self._choice: Choice | None = None
 
@@ -121,23 +124,22 @@ class LayerQuantizers:
     ) -> None:
         spec = self.spec
         sides = self.sides or self.build(keys.shape[3], values.shape[3])
+        backend, centers = self.choice.backend, spec.center == "page"
         page = slice(spec.sink, spec.sink + spec.page)
-        centered = keys[:, :, page].astype(mx.float32)
-        if spec.center == "page":
-            centered = centered - mx.mean(centered, axis=2, keepdims=True)
-        values_page = values[:, :, page]
+        keys_page, values_page = keys[:, :, page], values[:, :, page]
         if spec.equalize and sides.keys.codec.wants_equalizing:
-            self._gains["keys"] = calibration.key_gains(centered)
+            self._gains["keys"] = calibration.key_gains(keys_page, centers, backend)
         if spec.equalize and sides.values.codec.wants_equalizing:
-            self._gains["values"] = calibration.value_gains(values_page)
+            self._gains["values"] = backend.channel_gains(values_page)
+        stored = centred(keys_page) if centers else keys_page
         if sides.keys.codec.wants_ordering:
-            self._gains["keys_order"] = by_power(centered)
+            self._gains["keys_order"] = by_power(stored)
         if sides.values.codec.wants_ordering:
             self._gains["values_order"] = by_power(values_page)
         if self._slot is not None and spec.adaptive:
             near = spec.window + spec.page // 2
             sensitivity = calibration.far_value_sensitivity(keys, values, near)
-            variance = calibration.logit_variance(centered, self._gains.get("keys"))
+            variance = calibration.logit_variance(stored, self._gains.get("keys"))
             self._slot.allocator.add_sensitivity(
                 self._slot.layer,
                 _number(sensitivity),

@@ -1,8 +1,9 @@
 """The kernels that move vectors in and out of codes: their buffers and arguments.
 
 Owns no arithmetic (``metal/encode_scalar.metal``, ``metal/encode_trellis.metal``,
-``metal/order_codes.metal``, ``metal/materialize.metal``, ``metal/rotate.metal``) and no
-choice of launch sizes (`backends.gpu`, `backends.code_launches`). Each launch is for
+``metal/order_codes.metal``, ``metal/materialize.metal``, ``metal/rotate.metal``,
+``metal/page_means.metal``, ``metal/channel_gains.metal``) and no choice of launch sizes
+(`backends.gpu`, `backends.code_launches`). Each launch is for
 one side, keys or values.
 """
 
@@ -59,6 +60,26 @@ class RotateArguments(NamedTuple):
     batch: int
 
 
+class PageMeansArguments(NamedTuple):
+    """What the kernel that averages pages is told besides its template."""
+
+    #: Of every head, and the tokens of one.
+    pages: int
+    page: int
+    kv_heads: int
+    batch: int
+
+
+class GainsArguments(NamedTuple):
+    """What the kernel that makes channel gains is told besides its template."""
+
+    #: Of the page.
+    tokens: int
+    kv_heads: int
+    #: Query heads of a KV head.
+    group: int
+
+
 _ENCODE_INPUTS = ("x", "signs", "means", "table", "arguments")
 #: Codes of coordinates, a simdgroup to a vector.
 ENCODE_SCALAR = Kernel(
@@ -108,4 +129,20 @@ ROTATE = Kernel(
     inputs=("x", "signs", "arguments"),
     outputs=("out",),
     arguments=RotateArguments,
+)
+#: Means of pages in the codes' basis, a threadgroup to a page.
+PAGE_MEANS = Kernel(
+    name="page_means",
+    file="page_means.metal",
+    inputs=("x", "signs", "arguments"),
+    outputs=("out",),
+    arguments=PageMeansArguments,
+)
+#: Channel gains of a page, a threadgroup to a head.
+CHANNEL_GAINS = Kernel(
+    name="channel_gains",
+    file="channel_gains.metal",
+    inputs=("x", "queries", "arguments"),
+    outputs=("gains",),
+    arguments=GainsArguments,
 )

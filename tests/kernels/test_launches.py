@@ -15,8 +15,10 @@ from mlx_turboquant.kernels.attention import (
 )
 from mlx_turboquant.kernels.codes import (
     EncodeArguments,
+    GainsArguments,
     MaterializeArguments,
     OrderArguments,
+    PageMeansArguments,
     RotateArguments,
 )
 from mlx_turboquant.kernels.kernel import Launch
@@ -33,6 +35,8 @@ SINK, RECENT, SPLITS = 4, 21, 3
         OrderArguments,
         MaterializeArguments,
         RotateArguments,
+        PageMeansArguments,
+        GainsArguments,
     ],
 )
 def test_a_loader_puts_each_argument_into_its_field(cls, lane):

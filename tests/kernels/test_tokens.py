@@ -280,6 +280,41 @@ def test_queries_and_outputs_change_basis(dim, gains, launcher):
             assert relative_error(got.astype(mx.float32), want) < bound
 
 
+@pytest.mark.parametrize("dim", [32, 100, 256])
+@pytest.mark.parametrize("centers", [True, False])
+def test_channel_gains_are_the_definition(dim, centers, launcher):
+    """Of unlike channels, one of them dead, however vectors lie; grouped queries."""
+    size = mx.exp(2 * mx.random.normal((2, 2, 1, dim))) * (mx.arange(dim) != 5)
+    x = mx.random.normal((2, 40, 2, dim)).swapaxes(1, 2) * size + 3 * size
+    q = mx.random.normal((2, 40, 6, dim)).swapaxes(1, 2) / (mx.tile(size, (1, 3, 1, 1)))
+    q = mx.where(mx.isfinite(q), q, 0.0)
+    for dtype, bound in ((mx.float32, 1e-5), (mx.bfloat16, 1e-5)):
+        given, queries = x.astype(dtype)[:, :, 4:36], q.astype(dtype)[:, :, 4:36]
+        for asked in (queries, None):
+            got = Gpu(launcher).channel_gains(given, centers, asked)
+            want = Reference().channel_gains(given, centers, asked)
+            assert got.shape == (2, 2, 1, dim)
+            assert mx.max(mx.abs(mx.log(got / want))).item() < bound
+
+
+def test_gains_and_means_in_every_mode(launcher, mode):
+    (codec, _) = codecs_of("k4v4", (64, 64))
+    x = mx.random.normal((1, 2, 70, 64)) + 3
+    gpu, reference = Gpu(launcher), Reference()
+    gains = gpu.channel_gains(x[:, :, :40], True, x[:, :, :40])
+    want = reference.channel_gains(x[:, :, :40], True, x[:, :, :40])
+    assert mx.allclose(gains, want, rtol=1e-5).item()
+    transform = ChannelTransform(codec.rotation, want)
+    rows = []
+    for backend in (gpu, reference):
+        quantizer = Quantizer(codec, transform, "keys", PageMeans(32))
+        backend.encode(quantizer, x[:, :, :64], 0)
+        rows.append(quantizer.means.state["keys"].astype(mx.float32))
+    assert rows[0].shape == (1, 2, 2, 64)
+    # A sum's order may round a half the other way.
+    assert mx.max(mx.abs(rows[0] - rows[1])).item() < 2e-3
+
+
 def test_decode_in_every_mode(launcher, mode):
     codec = codec_for(tq.CacheSpec.parse("k3v3").values, 128, "values", 0)
     quantizer = Quantizer(codec, ChannelTransform(codec.rotation), "values")

@@ -40,6 +40,7 @@ TQ_FUNC float tq_exp2(float a) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(a));
   return result;
 }
+TQ_FUNC float tq_log2(float a) { return log2f(a); }
 TQ_FUNC float tq_max(float a, float b) { return fmaxf(a, b); }
 TQ_FUNC float tq_rsqrt(float a) { return rsqrtf(a); }
 TQ_FUNC float tq_sqrt(float a) { return sqrtf(a); }

@@ -11,6 +11,7 @@ TQ_FUNC half2 tq_half2(float a, float b) { return half2(half(a), half(b)); }
 TQ_FUNC half2 tq_fma(half2 a, half2 b, half2 c) { return metal::fma(a, b, c); }
 TQ_FUNC half2 tq_splat(float a) { return half2(half(a), half(a)); }
 TQ_FUNC float tq_exp2(float a) { return metal::fast::exp2(a); }
+TQ_FUNC float tq_log2(float a) { return metal::precise::log2(a); }
 TQ_FUNC float tq_max(float a, float b) { return metal::max(a, b); }
 TQ_FUNC float tq_rsqrt(float a) { return metal::precise::rsqrt(a); }
 TQ_FUNC float tq_sqrt(float a) { return metal::precise::sqrt(a); }

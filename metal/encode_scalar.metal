@@ -6,6 +6,7 @@
 
 #include "packing.h"
 #include "scale_rules.h"
+#include "simd_sums.h"
 #include "arguments.h"
 
 // How many of 2^BITS - 1 ascending boundaries are at most x: ties go up.
@@ -17,6 +18,64 @@ TQ_FUNC uint nearest_level(float x, const threadgroup float* boundaries) {
     if (x >= boundaries[code + half_range - 1u]) code += half_range;
   }
   return code;
+}
+
+// How levels are found: by their magnitudes, all of them in registers, which no load waits for,
+// or where there are too many, by a search.
+template <int BITS>
+struct Levels {
+  enum { HALF = 1 << (BITS - 1), IN_REGISTERS = BITS <= 4 };
+  float magnitudes[IN_REGISTERS ? HALF : 1];
+  float edges[IN_REGISTERS && HALF > 1 ? HALF - 1 : 1];  // between them
+  const threadgroup float* table;
+  const threadgroup float* boundaries;
+};
+template <int BITS>
+TQ_FUNC Levels<BITS> make_levels(
+    const threadgroup float* table, const threadgroup float* boundaries) {
+  constexpr int HALF = Levels<BITS>::HALF;
+  Levels<BITS> levels;
+  levels.table = table;
+  levels.boundaries = boundaries;
+  if (Levels<BITS>::IN_REGISTERS) {
+    TQ_UNROLL
+    for (int i = 0; i < HALF; i++) levels.magnitudes[i] = table[HALF + i];
+    TQ_UNROLL
+    for (int i = 1; i < HALF; i++) levels.edges[i - 1] = boundaries[HALF - 1 + i];
+  }
+  return levels;
+}
+// |x|, or if x is negative the next number below it: at an edge ties go up, which for negative
+// numbers is inwards.
+TQ_FUNC float magnitude_of(float x) {
+  uint bits = tq_float_bits(x) & 0x7FFFFFFFu;
+  return tq_float(x < 0.0f ? bits - 1u : bits);
+}
+// The magnitude of the level nearest to x.
+template <int BITS>
+TQ_FUNC float nearest_magnitude(const thread Levels<BITS>& levels, float x) {
+  if (!Levels<BITS>::IN_REGISTERS) {
+    float level = levels.table[nearest_level<BITS>(x, levels.boundaries)];
+    return level < 0.0f ? -level : level;
+  }
+  float magnitude = magnitude_of(x);
+  float nearest = levels.magnitudes[0];
+  TQ_UNROLL
+  for (int i = 1; i < Levels<BITS>::HALF; i++) {
+    nearest = magnitude >= levels.edges[i - 1] ? levels.magnitudes[i] : nearest;
+  }
+  return nearest;
+}
+// Its code.
+template <int BITS>
+TQ_FUNC uint nearest_code(const thread Levels<BITS>& levels, float x) {
+  if (!Levels<BITS>::IN_REGISTERS) return nearest_level<BITS>(x, levels.boundaries);
+  constexpr uint HALF = Levels<BITS>::HALF;
+  float magnitude = magnitude_of(x);
+  uint count = 0u;
+  TQ_UNROLL
+  for (int i = 1; i < int(HALF); i++) count += magnitude >= levels.edges[i - 1] ? 1u : 0u;
+  return x < 0.0f ? HALF - 1u - count : HALF + count;
 }
 
 // One 16-bit half of an own word (field < BITS / 2) or of a group's field in a shared word:
@@ -71,42 +130,53 @@ TQ_FUNC uint pack_word(const threadgroup uint* codes, int index) {
 template <typename T, int DIM, int BITS, int GAINS, bool ROTATE, bool CENTER, int RULE>
 TQ_FUNC void encode_vector(
     const device T* x, const device float* signs, const device half* mean,
-    const threadgroup float* levels, const threadgroup float* boundaries,
+    const threadgroup float* table, const threadgroup float* boundaries,
     const device float* inverse_gains, threadgroup uint* codes, bool is_vector,
     device uint* words, device half* scale, uint lane) {
   constexpr int PER_LANE = (DIM + 31) / 32;
   float y[PER_LANE];
   float rms = load_rms_normalized<T, DIM, ROTATE, CENTER>(x, signs, mean, lane, y);
 
-  uint best[PER_LANE];
-  float best_dot = 0.0f;
-  float best_sq = 1.0f;
-  for (int g = 0; g < GAINS; g++) {
-    uint candidate[PER_LANE];
+  Levels<BITS> levels = make_levels<BITS>(table, boundaries);
+  // For every gain <y, c> and ||c||^2 of its codeword c.
+  constexpr int SUMS = GAINS <= 1 ? 2 : GAINS <= 2 ? 4 : GAINS <= 4 ? 8 : 16;
+  float sums[SUMS];
+  TQ_UNROLL
+  for (int g = 0; g < SUMS / 2; g++) {
     float dot = 0.0f;
     float code_sq = 0.0f;
+    float inverse_gain = g < GAINS ? inverse_gains[g < GAINS ? g : 0] : 0.0f;
     TQ_UNROLL
     for (int i = 0; i < PER_LANE; i++) {
-      candidate[i] = nearest_level<BITS>(y[i] * inverse_gains[g], boundaries);
-      if (int(lane) + 32 * i >= DIM) continue;
-      float level = levels[candidate[i]];
-      dot += y[i] * level;
-      code_sq += level * level;
+      if (g >= GAINS || int(lane) + 32 * i >= DIM) continue;
+      float magnitude = nearest_magnitude<BITS>(levels, y[i] * inverse_gain);
+      // y and its level have one sign.
+      dot += (y[i] < 0.0f ? -y[i] : y[i]) * magnitude;
+      code_sq += magnitude * magnitude;
     }
-    dot = simd_sum(dot);
-    code_sq = simd_sum(code_sq);
+    sums[2 * g] = dot;
+    sums[2 * g + 1] = code_sq;
+  }
+  simd_sums<SUMS>(sums, lane);
+  float best_dot = 0.0f;
+  float best_sq = 1.0f;
+  float best_gain = 0.0f;
+  TQ_UNROLL
+  for (int g = 0; g < GAINS; g++) {
+    uint own = tq_float_bits(sums[0]);
+    float dot = tq_float(simd_shuffle(own, simd_sums_lane<SUMS>(2 * g)));
+    float code_sq = tq_float(simd_shuffle(own, simd_sums_lane<SUMS>(2 * g + 1)));
     // cos^2 of the angle between y and its codeword, without the common ||y||.
     if (g == 0 || dot * dot * best_sq > best_dot * best_dot * code_sq) {
       best_dot = dot;
       best_sq = code_sq;
-      TQ_UNROLL
-      for (int i = 0; i < PER_LANE; i++) best[i] = candidate[i];
+      best_gain = inverse_gains[g];
     }
   }
   TQ_UNROLL
   for (int i = 0; i < PER_LANE; i++) {
     int d = int(lane) + 32 * i;
-    codes[d] = d < DIM ? best[i] : 0u;
+    codes[d] = d < DIM ? nearest_code<BITS>(levels, y[i] * best_gain) : 0u;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (!is_vector) return;

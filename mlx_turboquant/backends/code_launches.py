@@ -25,8 +25,11 @@ from ..tiles import TileLayout
 from ..tokens import TILE
 
 _THREADS = 128
-#: Simdgroups that sum up a page together: 16 kB of threadgroup memory at most.
-_SUMMING_SIMDGROUPS = 8
+#: Elements that a simdgroup rotates at once, 16 of them to a lane.
+_ROTATED_ELEMENTS = 512
+#: Simdgroups that sum up a page together, at most, and their floats of threadgroup
+#: memory: 16 kB.
+_SUMMING_SIMDGROUPS, _SUMMING_FLOATS = 16, 4096
 #: Columns of a slot that a thread decodes.
 _UNIT_COLUMNS = 4
 
@@ -107,11 +110,18 @@ def rotate_launch(
     """
     tokens, heads, _, batch = arguments
     simdgroups = _THREADS // 32
-    groups = -(-(batch * heads * tokens) // simdgroups)
+    run = max(1, _ROTATED_ELEMENTS // dim)
+    groups = -(-(batch * heads * -(-tokens // run)) // simdgroups)
     lead = (batch, tokens, heads) if inverse else (batch, heads, tokens)
     return Launch(
         ROTATE,
-        [("T", dtype), ("DIM", dim), ("INVERSE", inverse), ("SIMDGROUPS", simdgroups)],
+        [
+            ("T", dtype),
+            ("DIM", dim),
+            ("TOKENS", run),
+            ("INVERSE", inverse),
+            ("SIMDGROUPS", simdgroups),
+        ],
         grid=(_THREADS * groups, 1, 1),
         threadgroup=(_THREADS, 1, 1),
         output_shapes=[(*lead, dim)],
@@ -130,10 +140,11 @@ def page_means_launch(
     in the codes' basis.
     """
     pages, _, kv_heads, batch = arguments
-    threads = 32 * _SUMMING_SIMDGROUPS
+    simdgroups = _summing_simdgroups(dim)
+    threads = 32 * simdgroups
     return Launch(
         PAGE_MEANS,
-        [("T", dtype), ("DIM", dim), ("SIMDGROUPS", _SUMMING_SIMDGROUPS)],
+        [("T", dtype), ("DIM", dim), ("SIMDGROUPS", simdgroups)],
         grid=(threads * batch * kv_heads * pages, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(batch, kv_heads, pages, dim)],
@@ -155,7 +166,8 @@ def gains_launch(
     (B, H, 1, dim).
     """
     batch, kv_heads, _, dim = shape
-    threads = 32 * _SUMMING_SIMDGROUPS
+    simdgroups = _summing_simdgroups(dim)
+    threads = 32 * simdgroups
     return Launch(
         CHANNEL_GAINS,
         [
@@ -164,13 +176,17 @@ def gains_launch(
             ("DIM", dim),
             ("CENTER", centers),
             ("HAS_QUERIES", has_queries),
-            ("SIMDGROUPS", _SUMMING_SIMDGROUPS),
+            ("SIMDGROUPS", simdgroups),
         ],
         grid=(threads * batch * kv_heads, 1, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(batch, kv_heads, 1, dim)],
         output_dtypes=[mx.float32],
     )
+
+
+def _summing_simdgroups(dim: int) -> int:
+    return min(_SUMMING_SIMDGROUPS, _SUMMING_FLOATS // dim)
 
 
 def _template(layout: TileLayout) -> list[tuple[str, Any]]:

@@ -27,8 +27,10 @@ from .entries import CacheEntry
 from .spec import CacheSpec
 from .tokens import TILE, capacity_of
 
-#: Bytes beside weights and caches: activations of a prompt's chunk, decoded slices.
-_TRANSIENT = SLICE_BYTES + (256 << 20)
+#: Tokens of a prompt's chunk: mlx-lm's default.
+CHUNK = 2048
+#: What is computed and what is built beside it: see `pacing`.
+IN_FLIGHT = 2
 _FP16_BYTES = 2
 _PLAIN_GROWTH = 256  # and mlx-lm's buffers
 
@@ -43,6 +45,7 @@ class Footprint:
         active: Bytes of the weights that one token reads.
         fixed: Bytes of caches that do not grow, such as recurrent states.
         context: Longest text it was made for, in tokens; None if unknown.
+        activations: Bytes that two layers compute of a chunk of `CHUNK` tokens.
     """
 
     layers: Sequence[CacheEntry]
@@ -50,6 +53,25 @@ class Footprint:
     active: int
     fixed: int = 0
     context: int | None = None
+    activations: int = 256 << 20
+
+    def prompt_bytes(self, tokens: int, spec: CacheSpec | None = None) -> int:
+        """Most bytes beside the weights while a prompt of so many tokens is read.
+
+        The caches, two decoded slices, and what two layers compute of a chunk: what
+        prompts were measured to need (``benchmarks/bench_memory.py``), within a fifth.
+        mlx-lm's own caches hold more layers' activations at once, how many is MLX's.
+        """
+        return self.cache_bytes(tokens, spec) + self._transient(tokens, spec)
+
+    def _transient(self, tokens: int, spec: CacheSpec | None) -> int:
+        decoded = [
+            min(max(SLICE_BYTES, plain // entry.shape[0]), plain)
+            for entry in self.layers
+            if spec is not None and entry.under(spec).is_compressed and entry.shape
+            for plain in (_bytes(entry, tokens, None)[0],)
+        ]
+        return self.activations + IN_FLIGHT * max(decoded, default=0)
 
     def cache_bytes(self, tokens: int, spec: CacheSpec | None = None) -> int:
         """Bytes of the caches of a text, spare capacity included."""
@@ -60,13 +82,13 @@ class Footprint:
 
         Bounded by the context; 0 if the weights alone do not fit.
         """
-        room = memory - self.weights - _TRANSIENT
+        room = memory - self.weights
         low, high = 0, self.context or 1 << 40
-        if self.cache_bytes(high, spec) <= room:
+        if self.prompt_bytes(high, spec) <= room:
             return high
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.cache_bytes(middle, spec) <= room
+            fits = self.prompt_bytes(middle, spec) <= room
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
@@ -103,7 +125,7 @@ def tight_memory_warning(
     fitting = footprint.tokens_in(memory_bytes, spec)
     if fitting >= min(tokens, footprint.context or tokens):
         return None
-    needed = footprint.weights + footprint.cache_bytes(tokens, spec)
+    needed = footprint.weights + footprint.prompt_bytes(tokens, spec)
     smaller = ["3"] if spec is None else ["2", "2,codec=trellis"]
     holds = {
         option: footprint.tokens_in(memory_bytes, CacheSpec.parse(option))

@@ -17,7 +17,17 @@ PACKAGE = ROOT / "mlx_turboquant"
 
 #: Imports go one way: a module may import only from rows above its own.
 LAYERS = (
-    ("version", "errors", "atomic", "blas", "tokens", "packing", "bitstream", "gains"),
+    (
+        "version",
+        "errors",
+        "atomic",
+        "blas",
+        "tokens",
+        "packing",
+        "bitstream",
+        "gains",
+        "pacing",
+    ),
     ("codecs.registry",),
     ("spec_text",),
     ("spec", "rotation", "codebook"),

@@ -76,10 +76,10 @@ def test_tokens_that_fit_follow_from_the_bytes():
     assert fits == sorted(fits)
     assert model.tokens_in(memory) < fits[0]
     assert 4 < fits[2] / model.tokens_in(memory) < 5.2
-    room = memory - model.weights - (512 << 20)
+    room = memory - model.weights
     for spec in (None, parse("3")):
         fit = model.tokens_in(memory, spec)
-        assert model.cache_bytes(fit, spec) <= room < model.cache_bytes(fit + 1, spec)
+        assert model.prompt_bytes(fit, spec) <= room < model.prompt_bytes(fit + 1, spec)
     assert model.tokens_in(10**9) == 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..gains import channel_gains, floored, squares_of_queries
+from ..pacing import pace
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
@@ -96,7 +97,8 @@ class Reference:
         kv_heads = keys.shape[1]
         group = q_rot.shape[1] // kv_heads
         outputs = []
-        for heads in self.slices_of_heads(keys, values, q_rot.dtype):
+        slices = self.slices_of_heads(keys, values, q_rot.dtype)
+        for heads in slices:
             q_heads = slice(heads.start * group, heads.stop * group)
             sink_logits = call.sink_logits
             outputs.append(
@@ -109,6 +111,8 @@ class Reference:
                     sinks=None if sink_logits is None else sink_logits[q_heads],
                 )
             )
+            if len(slices) > 1:
+                pace(outputs[-1:], q_rot.shape[2])
         return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
     def slices_of_heads(

@@ -24,11 +24,11 @@ from ..attention import dequantize
 from ..backends.reference import Reference
 from ..backends.select import Choice
 from ..errors import UnsupportedError
+from ..pacing import pace
 from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
 from .bit_allocation import BitAllocator, LayerSlot
-from .pacing import pace
 from .protocol import SequenceCache
 from .quantizers import LayerQuantizers
 from .schedule import DECODE_TOKENS, PackingSchedule, is_short

@@ -25,7 +25,7 @@ from mlx_lm.utils import load_config
 
 from ..entries import CacheEntry
 from ..errors import UnsupportedModelError
-from ..memory import Footprint
+from ..memory import CHUNK, IN_FLIGHT, Footprint
 from . import probe
 from .loading import context_length
 from .stock import stock_caches
@@ -96,7 +96,25 @@ def of_network(
         active=active,
         fixed=sum(entry.state_bytes for entry in entries),
         context=context_length(network),
+        activations=_activation_bytes(network),
     )
+
+
+def _activation_bytes(network: nn.Module) -> int:
+    """Of a chunk in two layers: what their linear layers put out, and as much again.
+
+    The latter is what is made of it element by element.
+    """
+    widths: dict[str, int] = {}
+    for name, module in network.named_modules():
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        weight = getattr(module, "weight", None)
+        if numbers and hasattr(module, "to_quantized") and weight is not None:
+            layer = ".".join(parts[: numbers[0] + 1])
+            width = weight.shape[-2] if weight.ndim > 1 else 0
+            widths[layer] = widths.get(layer, 0) + width
+    return IN_FLIGHT * 2 * CHUNK * _FP16_BYTES * max(widths.values(), default=0)
 
 
 def _download(model: str) -> Path:

@@ -4,7 +4,8 @@ MLX computes when it is asked to, and gives memory back when a GPU has gone past
 prompt's chunk is asked for as a whole, so activations of all layers, and what their
 codes are made from, would be held at once: gigabytes. So a layer that has packed a
 chunk has its codes computed at once, and waits until the layer before it has its own.
-Two layers are in flight: one that is computed, one that is being built.
+Two layers are in flight: one that is computed, one that is being built. The same goes
+for slices of heads, where a layer's tokens are decoded in several.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def pace(arrays: Sequence[mx.array], tokens: int) -> None:
     """Compute arrays of this layer; wait for those of the call before.
 
     Args:
-        arrays: What is stored of the layer's keys and values.
+        arrays: What is stored of the layer's keys and values, or a slice's output.
         tokens: Of this step.
     """
     if tokens < PACED_TOKENS:

@@ -254,6 +254,38 @@ def with_room(codes):
     return TokenArrays(arrays, codes.length, layout=codes.layout)
 
 
+class Noted:
+    """A launcher that notes how many rows pass 1 takes by multiply-adds."""
+
+    def __init__(self, name):
+        self.name, self.rows = name, None
+
+    def __call__(self, launch, inputs):
+        self.rows = dict(launch.template).get("FMA_ROWS", self.rows)
+        shapes = zip(launch.output_shapes, launch.output_dtypes, strict=True)
+        return [mx.zeros(*shape) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "v_dim", "taken"),
+    [
+        ("metal", None, 256, {1: 1, 3: 3, 4: 4, 5: 0}),
+        ("metal", None, 512, {1: 1, 2: 0}),
+        ("metal", False, 64, {1: 0, 4: 0}),
+        ("simulator", None, 64, {2: 2}),
+        ("cuda", None, 64, {1: 0, 4: 0}),
+        ("cuda", True, 64, {1: 1, 4: 4, 5: 0}),
+    ],
+)
+def test_few_rows_take_multiply_adds_where_these_are_better(name, wanted, v_dim, taken):
+    keys, values = filled("k3v3", 200, 1, 64, v_dim)
+    for rows in taken:
+        launcher = Noted(name)
+        call = AttendCall(mx.zeros((1, rows, 1, 64)), keys, values, 0.125)
+        Gpu(launcher, 6, wanted).attend(call)
+        assert launcher.rows == taken[rows]
+
+
 def test_codes_in_vector_order_are_refused(launcher):
     keys, values = filled("k3v3", 200, 1, 64, 64)
     sides = [replace(s, packed=in_vectors(s.packed)) for s in (keys, values)]
@@ -406,10 +438,12 @@ def test_queries_that_are_no_numbers_spoil_their_own_row_only(
     assert relative_error(got[:, :1], want[:, :1]) < 2 * TOLERANCE
 
 
-def test_scales_of_values_may_differ_by_six_decades(multiply_adds, launcher):
+@pytest.mark.parametrize("rising", [False, True])
+def test_scales_of_values_may_differ_by_six_decades(rising, multiply_adds, launcher):
     q = mx.random.normal((1, 4, 1, 64))
     k, v = (mx.random.normal((1, 1, 1000, 64)) for _ in range(2))
-    v *= 10 ** mx.random.uniform(-3, 3, (1, 1, 1000, 1))
+    decades = mx.random.uniform(-3, 3, (1, 1, 1000, 1))
+    v *= 10 ** (mx.sort(decades, axis=2) if rising else decades)
     # What weighs most is smallest: small values have to be added up, too.
     small = mx.max(mx.abs(v), axis=-1, keepdims=True) < 0.01
     k = mx.where(small, k + mx.mean(q, axis=1, keepdims=True), k)

@@ -102,7 +102,7 @@ def modelled_fp16_us(
 
 def main() -> None:
     """Print slots, then modelled times."""
-    print("slots of a unit of 32 elements, counted; products 32 a row if by multiply-adds")
+    print("slots of a unit of 32 elements, counted; products 32 a row by fma")
     for bits in TERMS:
         parts = slots_of_unit(bits)
         text = ", ".join(f"{name} {slots:.0f}" for name, slots in parts.items())

@@ -208,11 +208,13 @@ TQ_FUNC void attend_tokens(
     if (!has_tile) tile = run.end_tile - 1;
     float mean_logits[Rows::LANE_ROWS];
     TQ_UNROLL
-    for (int e = 0; e < Rows::LANE_ROWS; e++) {
-      int at = pages.page * Rows::ROWS + Rows::row(lane, e);
-      mean_logits[e] = CENTER && has_tile ? shared.logits_of_means[at] : 0.0f;
-    }
+    for (int e = 0; e < Rows::LANE_ROWS; e++) mean_logits[e] = 0.0f;
     if (CENTER) {
+      const threadgroup float* of_page = shared.logits_of_means + pages.page * Rows::ROWS;
+      TQ_UNROLL
+      for (int e = 0; e < Rows::LANE_ROWS; e++) {
+        mean_logits[e] = has_tile ? of_page[Rows::row(lane, e)] : 0.0f;
+      }
       next_round<SIMDGROUPS>(pages, args);
     }
 
@@ -226,6 +228,7 @@ TQ_FUNC void attend_tokens(
       add_logits_by_unit<K, Rows>(
           k_tokens, k_params, tile, ahead.keys[0], shared.queries, lane, logits);
     }
+    // Fewer registers then, before values take theirs.
     Rows::share_logits(logits, lane);
     float k_scales[Rows::LANE_TOKENS];
     float v_scales[Rows::LANE_TOKENS];

@@ -15,7 +15,7 @@ timed alone:
                 throughput, only with ``--throughput``
 
     python benchmarks/bench_attention.py [LENGTH ...] [--specs SPEC ...] [--throughput]
-        [--kv-heads 8] [--group 4] [--dim 128] [--steps 1]
+        [--kv-heads 8] [--group 4] [--dim 128] [--steps 1] [--[no-]multiply-adds]
 
 The last line is JSON.
 """
@@ -211,10 +211,9 @@ def check(backend: Gpu, spec: str, shape: Shape = LLAMA) -> float:
 
 
 def attentions(
-    lengths: list[int], specs: list[str], shape: Shape
+    backend: Gpu, lengths: list[int], specs: list[str], shape: Shape
 ) -> Iterator[tuple[int, str, Attention]]:
     """(length, name, call) of everything that is timed."""
-    backend = Gpu(MlxLauncher("metal" if mx.metal.is_available() else "cuda"))
     for length in lengths:
         yield length, "fp16", fp16(length, shape)
         if length <= _AFFINE_UP_TO and shape == LLAMA:
@@ -233,7 +232,7 @@ _TIMED = "regex:bench_mark|tq_|sdpa|attention"
 _PROFILED_CALLS = 4
 
 
-def profiled(lengths: list[int], specs: list[str], shape: Shape) -> None:
+def profiled(backend: Gpu, lengths: list[int], specs: list[str], shape: Shape) -> None:
     """Make every call some times, each between two launches of a kernel of ours."""
     mark = mx.fast.cuda_kernel(
         name=_MARK, input_names=["x"], output_names=["y"], source="y[0] = x[0];"
@@ -250,7 +249,7 @@ def profiled(lengths: list[int], specs: list[str], shape: Shape) -> None:
             )
         )
 
-    for _, _, call in attentions(lengths, specs, shape):
+    for _, _, call in attentions(backend, lengths, specs, shape):
         for _ in range(_PROFILED_CALLS):
             q = _query(shape)
             put_mark()
@@ -259,7 +258,7 @@ def profiled(lengths: list[int], specs: list[str], shape: Shape) -> None:
 
 
 def kernels_us(
-    lengths: list[int], specs: list[str], shape: Shape
+    backend: Gpu, lengths: list[int], specs: list[str], shape: Shape
 ) -> list[list[float]] | None:
     """Microseconds of each kernel of the fastest call, in the order of `attentions`.
 
@@ -277,6 +276,8 @@ def kernels_us(
         run = [ncu, *options, *child, "--specs", *specs]
         for name, number in shape._asdict().items():
             run += [f"--{name.replace('_', '-')}", str(number)]
+        if backend.multiply_adds is not None:
+            run.append(f"--{'' if backend.multiply_adds else 'no-'}multiply-adds")
         done = subprocess.run(run, capture_output=True, text=True)
         rows = list(csv.reader(log.open())) if log.exists() else []
     times: list[tuple[str, float]] = []
@@ -308,16 +309,22 @@ def main() -> None:
     parser.add_argument("lengths", nargs="*", type=int, default=list(LENGTHS))
     parser.add_argument("--specs", nargs="+", default=list(SPECS))
     parser.add_argument("--throughput", action="store_true")
+    parser.add_argument(
+        "--multiply-adds",
+        action=argparse.BooleanOptionalAction,
+        help="how to take up to 4 query rows, instead of what the kernels choose",
+    )
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     for name, number in LLAMA._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=number)
     options = parser.parse_args()
     shape = Shape(options.kv_heads, options.group, options.dim, options.steps)
     lengths = options.lengths or list(LENGTHS)
+    launcher = MlxLauncher("metal" if mx.metal.is_available() else "cuda")
+    backend = Gpu(launcher, None, options.multiply_adds)
     if options.profiled:
-        profiled(lengths, options.specs, shape)
+        profiled(backend, lengths, options.specs, shape)
         return
-    backend = Gpu(MlxLauncher("metal" if mx.metal.is_available() else "cuda"))
     print(f"{backend.name}, {backend.simdgroups} simdgroups to a launch")
     for spec in options.specs:
         print(f"{spec}: error against the reference {check(backend, spec, shape):.1e}")
@@ -331,11 +338,11 @@ def main() -> None:
             f"{name} {host_us(call, shape):.0f}" for name, call in hosts.items()
         )
     )
-    kernels = kernels_us(lengths, options.specs, shape)
+    kernels = kernels_us(backend, lengths, options.specs, shape)
     results: dict[int, dict[str, dict]] = {}
     fp16_us: dict[int, dict[str, float]] = {}
     for index, (length, name, call) in enumerate(
-        attentions(lengths, options.specs, shape)
+        attentions(backend, lengths, options.specs, shape)
     ):
         row: dict = {"dependent": round(dependent_us(call, shape), 1)}
         if kernels is not None and kernels[index]:

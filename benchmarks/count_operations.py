@@ -2,11 +2,13 @@
 
 Compiles the CUDA text of DECODE_SPLIT_KV for sm_90 with nvcc and counts what nvdisasm
 prints (the CUDA toolkit has both; the latter is also the package nvidia-cuda-nvdisasm).
-For each codec and head_dim: registers a thread and bytes spilled, instructions of the
-whole kernel, and those of the loop over tiles of packed tokens. Counts are static: what
-a tile seldom does (raising its bounds) is in the loop, too; what an inner loop does
-unit by unit, where codes of a tile are over 16 words a lane, is counted once, so only
-the others have a count an element (a lane decodes 2 * head_dim of them).
+For each codec and head_dim, by matrix products (-) and for some numbers of query rows
+by multiply-adds, which NVIDIA GPUs do not use: registers a thread and bytes spilled,
+instructions of the whole kernel, and those of the loop over tiles of packed tokens.
+Counts are static: what a tile seldom does (raising its bounds) is in the loop, too;
+what an inner loop does unit by unit, where codes of a tile are over 16 words a lane, is
+counted once, so only the others have a count an element (a lane decodes 2 * head_dim of
+them).
 
     python benchmarks/count_operations.py [NVDISASM]
 """
@@ -32,9 +34,14 @@ from mlx_turboquant.kernels.kernel import Kernel
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.transform import ChannelTransform
 
+#: Spec, head_dim, and query rows by multiply-adds; 0 for matrix products.
 CASES = [
-    *[("k3v3", dim) for dim in (64, 128, 256, 512)],
-    *[(spec, 128) for spec in ("k2v2", "k4v4", "k8v8", "k3v3,codec=trellis")],
+    *[("k3v3", dim, 0) for dim in (64, 128, 256, 512)],
+    *[(spec, 128, 0) for spec in ("k2v2", "k4v4", "k8v8", "k3v3,codec=trellis")],
+    *[("k3v3", 128, rows) for rows in (1, 2, 3, 4)],
+    *[("k3v3", dim, rows) for dim in (64, 256) for rows in (1, 2, 4)],
+    ("k3v3", 512, 1),
+    *[("k3v3,codec=trellis", 128, rows) for rows in (1, 2, 4)],
 ]
 #: Element types of buffers; all others are float.
 TYPES = {
@@ -72,8 +79,10 @@ def text_of(kernel: Kernel, template: list[tuple[str, Any]]) -> str:
     )
 
 
-def template_of(spec: str, dim: int) -> tuple[Kernel, list[tuple[str, Any]]]:
-    """Kernel and template for 4 query rows a KV head and centred keys."""
+def template_of(
+    spec: str, dim: int, by_fma: int
+) -> tuple[Kernel, list[tuple[str, Any]]]:
+    """Kernel and template for few query rows a KV head and centred keys."""
     parsed, quantizers = tq.CacheSpec.parse(spec), []
     sides: tuple[Side, ...] = ("keys", "values")
     for side in sides:
@@ -83,8 +92,8 @@ def template_of(spec: str, dim: int) -> tuple[Kernel, list[tuple[str, Any]]]:
             Quantizer(codec, ChannelTransform(codec.rotation), side, means)
         )
     kinds = [specialize.format_of(quantizer.codec).kind for quantizer in quantizers]
-    template = specialize.split_template(*quantizers, mx.float16, 4, False)
-    return split_kv_kernel(*kinds), template
+    template = specialize.split_template(*quantizers, mx.float16, 4, False, by_fma)
+    return split_kv_kernel(*kinds, by_fma > 0), template
 
 
 def instructions(cubin: Path, nvdisasm: str) -> tuple[list[str], dict[str, int]]:
@@ -104,15 +113,15 @@ def instructions(cubin: Path, nvdisasm: str) -> tuple[list[str], dict[str, int]]
 def tile_loop(code: list[str], labels: dict[str, int]) -> collections.Counter[str]:
     """Opcodes of the loop over packed tiles.
 
-    Of innermost loops with matrix products and exponentials it is the one that takes
-    codes apart; the other, if any, is that over tokens that are not packed.
+    Of innermost loops with loads and exponentials it is the one that takes codes apart;
+    the other, if any, is that over tokens that are not packed.
     """
     ranges = []
     for at, instruction in enumerate(code):
         target = re.search(r"BRA.*(\.L_x_\d+)", instruction)
         if target and labels.get(target[1], at + 1) <= at:
             text = " ".join(code[labels[target[1]] : at + 1])
-            if "HMMA" in text and "MUFU.EX2" in text:
+            if "LDG" in text and "MUFU.EX2" in text:
                 ranges.append((labels[target[1]], at + 1))
     innermost = [
         (first, end)
@@ -131,10 +140,10 @@ def tile_loop(code: list[str], labels: dict[str, int]) -> collections.Counter[st
 def main() -> None:
     """Print a line per case, and what its loop consists of."""
     nvdisasm = sys.argv[1] if len(sys.argv) > 1 else "nvdisasm"
-    for spec, dim in CASES:
+    for spec, dim, rows in CASES:
         with tempfile.TemporaryDirectory() as folder:
             source, cubin = Path(folder) / "attend.cu", Path(folder) / "attend.cubin"
-            source.write_text(text_of(*template_of(spec, dim)))
+            source.write_text(text_of(*template_of(spec, dim, rows)))
             command = ["nvcc", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v"]
             # As NVRTC, MLX's compiler, has it anyway.
             command.append("--expt-relaxed-constexpr")
@@ -143,8 +152,10 @@ def main() -> None:
             if log.returncode:
                 sys.exit(log.stderr)
             code, labels = instructions(cubin, nvdisasm)
-        registers = re.search(r"Used (\d+) registers", log.stderr)
-        spilled = re.search(r"(\d+) bytes spill stores", log.stderr)
+        registers, spilled = (
+            found[1] if (found := re.search(pattern, log.stderr)) else "?"
+            for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
+        )
         opcodes = tile_loop(code, labels)
         count = opcodes.total()
         bits = int(spec[1])
@@ -152,8 +163,8 @@ def main() -> None:
             f" ({count / (2 * dim):.2f} an element)" if bits * dim <= 512 else ""
         )
         print(
-            f"{spec:20} {dim:3}: {registers[1] if registers else '?':>3} registers,"
-            f" {spilled[1] if spilled else '?':>4} bytes spilled; {len(code):5}"
+            f"{spec:20} {dim:3} {rows or '-'}: {registers:>3} registers,"
+            f" {spilled:>4} bytes spilled; {len(code):5}"
             f" instructions, {count:4} in the loop{an_element}"
         )
         print("    " + ", ".join(f"{op} {n}" for op, n in opcodes.most_common(14)))

@@ -1,19 +1,21 @@
-// Decode attention, pass 1 (split-KV): one threadgroup attends ROW_TILES tiles of 8 query rows
-// of one KV head to a split, a run of tokens, and writes an unnormalised partial result. The
+// Decode attention, pass 1 (split-KV): one threadgroup attends query rows of one KV head to a
+// split, a run of tokens, and writes an unnormalised partial result: ROW_TILES tiles of 8 rows
+// by matrix products, or FMA_ROWS of them, if not 0, by multiply-adds (query_rows.h). The
 // first splits are of tokens that are not packed (sink and recent), in the model's basis, the
 // others of packed ones, in the codes'. Pass 2 is merge_states.metal. The entry is at the end.
 //
 // Its simdgroups go through the split in rounds. In each, a simdgroup makes the logits of a tile
 // of 32 tokens of its own (tiles.h says which lane decodes what), and the weights of all tiles
 // go through threadgroup memory; then it adds up a part of the elements of all tiles' values.
-// So every code is decoded once, for all rows, straight into the operands of matrix products,
-// no partial sum is held twice, and the threadgroup's result needs no merging. Logits are in
-// units of log2. Products are of halves, every sum is float.
+// So every code is decoded once, for all rows, straight into the operands of products, no
+// partial sum is held twice, and the threadgroup's result needs no merging. Logits are in units
+// of log2. Products are of halves, every sum is float.
 
 #include "formats.h"
+#include "fma_rows.h"
 #include "format_plain.h"
+#include "matrix_rows.h"
 #include "page_means.h"
-#include "query_rows.h"
 #include "softmax_state.h"
 #include "token_runs.h"
 
@@ -25,11 +27,8 @@ constexpr int tq_own_units(int padded, int simdgroups) {
 // Threadgroup memory of a round, in words: weights of every tile, in two buffers that rounds use
 // in turns, so that one barrier a round is enough, and whether a simdgroup's tile exceeds the
 // bounds.
-constexpr int tq_weight_words(int simdgroups, int row_tiles) {
-  return simdgroups * row_tiles * 32 * 4;
-}
-constexpr int tq_round_words(int simdgroups, int row_tiles) {
-  return 2 * (tq_weight_words(simdgroups, row_tiles) + simdgroups);
+constexpr int tq_round_words(int simdgroups, int tile_words) {
+  return 2 * simdgroups * (tile_words + 1);
 }
 
 // Whether codes of so many words of a lane are loaded long before their use; more would not
@@ -49,24 +48,26 @@ struct Shared {
 
 // This lane's logits of its simdgroup's tile: scales, those of means, and what is not seen.
 //   mask     float (rows, mask_columns), log2 units, read if MASKED
-template <int ROW_TILES, bool MASKED>
+template <typename Rows, bool MASKED>
 TQ_FUNC void finish_logits(
     const thread float* k_scales, const thread float* mean_logits, const device float* mask,
     const thread AttendArguments& args, int first_row, const thread TokenRun& run, int tile,
     thread float* logits, uint lane) {
   TQ_UNROLL
-  for (int i = 0; i < 8 * ROW_TILES; i++) {
-    logits[i] = logits[i] * k_scales[i % 8 / 2] + mean_logits[2 * (i / 8) + i % 2];
+  for (int i = 0; i < Rows::LANE_TOKENS * Rows::LANE_ROWS; i++) {
+    int e = i % Rows::LANE_ROWS;
+    thread float& logit = logits[Rows::logit_at(e, i / Rows::LANE_ROWS)];
+    logit = logit * k_scales[i / Rows::LANE_ROWS] + mean_logits[e];
   }
   if (!MASKED && TILE_TOKENS * (tile + 1) <= run.end - run.hidden) return;
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
-    int row = first_row + TILE_ROWS * (e / 2) + 2 * int(tq_minor(lane)) + e % 2;
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
+    int row = first_row + Rows::row(lane, e);
     int end = row_end(run, row, args);
     TQ_UNROLL
-    for (int j = 0; j < 4; j++) {
-      thread float& logit = logits[8 * (e / 2) + 2 * j + e % 2];
-      int token = TILE_TOKENS * tile + 8 * j + int(tq_major(lane));
+    for (int i = 0; i < Rows::LANE_TOKENS; i++) {
+      thread float& logit = logits[Rows::logit_at(e, i)];
+      int token = TILE_TOKENS * tile + Rows::token(lane, i);
       if (MASKED && row < args.rows && token < end) {
         int column = token + (token < run.mask_gap_at ? 0 : run.mask_gap);
         logit += mask[size_t(row) * args.mask_columns + column];
@@ -85,21 +86,21 @@ TQ_FUNC void load_keys(
     keys[u] = K::load(tokens, tile, u, unit_columns<K::PADDED>(u), lane);
   }
 }
-template <typename K, int ROW_TILES>
+template <typename K, typename Rows>
 TQ_FUNC void add_logits(
     const thread typename K::Params& params, const thread typename K::Unit* keys,
     const threadgroup half2* queries, uint lane, thread float* logits) {
   TQ_UNROLL
   for (int u = 0; u < tq_units(K::PADDED); u++) {
-    half2 query[4 * ROW_TILES];
-    load_unit_query<K::PADDED, ROW_TILES>(queries, u, lane, query);
-    add_unit_logits<K, ROW_TILES, 4>(
+    half2 query[Rows::LANE_QUERIES];
+    Rows::template load_unit_query<K::PADDED>(queries, u, lane, query);
+    Rows::template add_unit_logits<K, 4>(
         params, keys[u], unit_columns<K::PADDED>(u), query, logits);
   }
 }
 
 // The same where codes are too many for registers: one unit ahead, the first one given.
-template <typename K, int ROW_TILES, typename Tokens>
+template <typename K, typename Rows, typename Tokens>
 TQ_FUNC void add_logits_by_unit(
     const thread Tokens& tokens, const thread typename K::Params& params, int tile,
     const thread typename K::Unit& first, const threadgroup half2* queries, uint lane,
@@ -112,12 +113,12 @@ TQ_FUNC void add_logits_by_unit(
     if (u + 1 < UNITS) {
       next = K::load(tokens, tile, u + 1, unit_columns<K::PADDED>(u + 1), lane);
     }
-    half2 query[4 * ROW_TILES];
-    load_unit_query<K::PADDED, ROW_TILES>(queries, u, lane, query);
+    half2 query[Rows::LANE_QUERIES];
+    Rows::template load_unit_query<K::PADDED>(queries, u, lane, query);
     if (unit_columns<K::PADDED>(u) == 4) {
-      add_unit_logits<K, ROW_TILES, 4>(params, keys, 4, query, logits);
+      Rows::template add_unit_logits<K, 4>(params, keys, 4, query, logits);
     } else {
-      add_unit_logits<K, ROW_TILES, 4>(params, keys, 2, query, logits);
+      Rows::template add_unit_logits<K, 4>(params, keys, 2, query, logits);
     }
   }
 }
@@ -135,38 +136,35 @@ TQ_FUNC void load_values(
     values[i] = V::load(tokens, tile, unit, unit_columns<V::PADDED>(unit), lane);
   }
 }
-template <typename V, int ROW_TILES, int SIMDGROUPS>
+template <typename V, typename Rows, int SIMDGROUPS>
 TQ_FUNC void add_values(
     const thread typename V::Params& params, const thread typename V::Unit* values,
     const threadgroup uint* weights, uint simdgroup, uint lane, thread float* sums) {
   constexpr int OWN = tq_own_units(V::PADDED, SIMDGROUPS);
-  half2 of_tile[4 * ROW_TILES];
-  TQ_UNROLL
-  for (int r = 0; r < ROW_TILES; r++) {
-    tq_load4(weights + (uint(r) * 32u + lane) * 4u, of_tile + 4 * r);
-  }
+  half2 of_tile[Rows::LANE_QUERIES];
+  Rows::load_weights(weights, lane, of_tile);
   TQ_UNROLL
   for (int i = 0; i < OWN; i++) {
     if (unit_columns<V::PADDED>(int(simdgroup) * OWN + i) == 4) {
-      add_unit_values<V, ROW_TILES>(params, values[i], 4, of_tile, sums + 8 * i, 8 * OWN);
+      Rows::template add_unit_values<V, OWN>(params, values[i], 4, of_tile, i, sums);
     } else {
-      add_unit_values<V, ROW_TILES>(params, values[i], 2, of_tile, sums + 8 * i, 8 * OWN);
+      Rows::template add_unit_values<V, OWN>(params, values[i], 2, of_tile, i, sums);
     }
   }
 }
 
 // Codes of keys, of the first unit at least, and scales of a simdgroup's next tile, loaded a
 // round before they are needed. Tokens that are not packed take one round: no keys are ahead.
-template <typename K>
+template <typename K, typename Rows>
 struct Ahead {
   typename K::Unit keys[tq_units_ahead(K::LANE_WORDS, K::PADDED)];
-  half2 k_scales[2];
-  half2 v_scales[2];
+  typename Rows::Scale k_scales[Rows::SCALES];
+  typename Rows::Scale v_scales[Rows::SCALES];
 };
-template <typename K, typename V, typename KTokens, typename VTokens>
+template <typename K, typename V, typename Rows, typename KTokens, typename VTokens>
 TQ_FUNC void load_ahead(
     const thread KTokens& k_tokens, const thread VTokens& v_tokens, int tile, uint lane,
-    thread Ahead<K>& ahead) {
+    thread Ahead<K, Rows>& ahead) {
   if (K::LANE_WORDS > 0) {
     load_keys<K, tq_units_ahead(K::LANE_WORDS, K::PADDED)>(k_tokens, tile, lane, ahead.keys);
   }
@@ -175,31 +173,30 @@ TQ_FUNC void load_ahead(
 }
 
 // Attend to a run of tokens, the first of which are loaded ahead: fills `state` and `sums`, in
-// units of its value_scale over WEIGHT_UNIT: 8 floats for each row tile and own unit, as
-// add_unit_values leaves them.
+// units of its value_scale over WEIGHT_UNIT, as add_unit_values leaves them.
 // K and V are the formats of keys and values; keys decode in units of k_gain.
 template <
-    typename K, typename V, int DK, int ROW_TILES, int SIMDGROUPS, bool MASKED, bool CENTER,
+    typename K, typename V, int DK, typename Rows, int SIMDGROUPS, bool MASKED, bool CENTER,
     typename KTokens, typename VTokens>
 TQ_FUNC void attend_tokens(
     const thread Shared& shared, const thread KTokens& k_tokens, const thread VTokens& v_tokens,
     const device float* mask, const thread typename K::Params& k_params,
     const thread typename V::Params& v_params, float k_gain, const thread AttendArguments& args,
-    int first_row, const thread TokenRun& run, thread Ahead<K>& ahead,
-    const thread Means<DK, K::PADDED>& means, thread SoftmaxState<ROW_TILES>& state,
+    int first_row, const thread TokenRun& run, thread Ahead<K, Rows>& ahead,
+    const thread Means<DK, K::PADDED>& means, thread SoftmaxState<Rows>& state,
     thread float* sums, uint simdgroup, uint lane) {
   constexpr int OWN_UNITS = tq_own_units(V::PADDED, SIMDGROUPS);
-  constexpr int SUMS = 8 * OWN_UNITS;
+  constexpr int SUMS = Rows::UNIT_SUMS * OWN_UNITS;
   constexpr bool K_AHEAD = tq_is_ahead(K::LANE_WORDS);
   constexpr bool V_AHEAD = tq_is_ahead(V::LANE_WORDS);
-  constexpr int WEIGHTS = tq_weight_words(SIMDGROUPS, ROW_TILES);
+  constexpr int WEIGHTS = SIMDGROUPS * Rows::TILE_WORDS;
 
-  state = make_softmax_state<ROW_TILES>();
+  state = make_softmax_state<Rows>();
   TQ_UNROLL
-  for (int i = 0; i < SUMS * ROW_TILES; i++) sums[i] = 0.0f;
+  for (int i = 0; i < SUMS; i++) sums[i] = 0.0f;
   PageCursor pages;
   if (CENTER) {
-    pages = make_logits_of_means<DK, K::PADDED, ROW_TILES>(
+    pages = make_logits_of_means<DK, K::PADDED, Rows>(
         shared.queries, means, 1.0f / k_gain, run, args, shared.logits_of_means, simdgroup, lane);
   }
   uint buffer = 0u;
@@ -209,37 +206,34 @@ TQ_FUNC void attend_tokens(
     int tile = round_tile + int(simdgroup);
     bool has_tile = tile < run.end_tile;
     if (!has_tile) tile = run.end_tile - 1;
-    float mean_logits[2 * ROW_TILES];
+    float mean_logits[Rows::LANE_ROWS];
     TQ_UNROLL
-    for (int e = 0; e < 2 * ROW_TILES; e++) mean_logits[e] = 0.0f;
+    for (int e = 0; e < Rows::LANE_ROWS; e++) mean_logits[e] = 0.0f;
     if (CENTER) {
-      int at = pages.page * TILE_ROWS * ROW_TILES + 2 * int(tq_minor(lane));
+      const threadgroup float* of_page = shared.logits_of_means + pages.page * Rows::ROWS;
       TQ_UNROLL
-      for (int e = 0; e < 2 * ROW_TILES; e++) {
-        mean_logits[e] = has_tile ? shared.logits_of_means[at + TILE_ROWS * (e / 2) + e % 2] : 0.0f;
+      for (int e = 0; e < Rows::LANE_ROWS; e++) {
+        mean_logits[e] = has_tile ? of_page[Rows::row(lane, e)] : 0.0f;
       }
       next_round<SIMDGROUPS>(pages, args);
     }
 
-    float logits[8 * ROW_TILES];
+    float logits[Rows::LOGITS];
     TQ_UNROLL
-    for (int i = 0; i < 8 * ROW_TILES; i++) logits[i] = 0.0f;
+    for (int i = 0; i < Rows::LOGITS; i++) logits[i] = 0.0f;
     if (K_AHEAD) {
-      add_logits<K, ROW_TILES>(k_params, ahead.keys, shared.queries, lane, logits);
+      add_logits<K, Rows>(k_params, ahead.keys, shared.queries, lane, logits);
     } else {
       if (K::LANE_WORDS == 0) load_keys<K, 1>(k_tokens, tile, lane, ahead.keys);
-      add_logits_by_unit<K, ROW_TILES>(
+      add_logits_by_unit<K, Rows>(
           k_tokens, k_params, tile, ahead.keys[0], shared.queries, lane, logits);
     }
-    float k_scales[4];
-    float v_scales[4];
-    TQ_UNROLL
-    for (int j = 0; j < 4; j += 2) {
-      k_scales[j] = float(ahead.k_scales[j / 2].x);
-      k_scales[j + 1] = float(ahead.k_scales[j / 2].y);
-      v_scales[j] = float(ahead.v_scales[j / 2].x);
-      v_scales[j + 1] = float(ahead.v_scales[j / 2].y);
-    }
+    // Fewer registers then, before values take theirs.
+    Rows::share_logits(logits, lane);
+    float k_scales[Rows::LANE_TOKENS];
+    float v_scales[Rows::LANE_TOKENS];
+    Rows::widen_scales(ahead.k_scales, k_scales);
+    Rows::widen_scales(ahead.v_scales, v_scales);
     // Values of this round, in flight during the softmax.
     constexpr int TILES_AHEAD = V_AHEAD ? SIMDGROUPS : 1;
     typename V::Unit values[OWN_UNITS * TILES_AHEAD];
@@ -248,37 +242,33 @@ TQ_FUNC void attend_tokens(
       int of_tile = tq_min(round_tile + t, run.end_tile - 1);
       load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, values + OWN_UNITS * t);
     }
-    finish_logits<ROW_TILES, MASKED>(
+    finish_logits<Rows, MASKED>(
         k_scales, mean_logits, mask, args, first_row, run, has_tile ? tile : run.end_tile, logits,
         lane);
 
     threadgroup uint* weights = shared.rounds + buffer * uint(WEIGHTS);
     threadgroup uint* exceeding = shared.rounds + 2 * WEIGHTS + buffer * uint(SIMDGROUPS);
-    float added[2 * ROW_TILES];
+    float added[Rows::LANE_ROWS];
     // One raise is enough, so there is no third pass, whatever numbers are.
     bool raises = true;
     TQ_ROLL
     for (int pass = 0; raises; pass++) {
-      if (pass == 0 && simd_any(exceeds_bounds<ROW_TILES>(state, logits, v_scales))) {
+      if (pass == 0 && simd_any(exceeds_bounds<Rows>(state, logits, v_scales))) {
         if (lane == 0u) exceeding[simdgroup] = 1u;
       } else {
         if (lane == 0u) exceeding[simdgroup] = 0u;
+        float scaled[Rows::LANE_ROWS * Rows::LANE_TOKENS];
         TQ_UNROLL
-        for (int r = 0; r < ROW_TILES; r++) {
-          half2 fragments[4];
-          added[2 * r] = added[2 * r + 1] = 0.0f;
+        for (int e = 0; e < Rows::LANE_ROWS; e++) {
+          added[e] = 0.0f;
           TQ_UNROLL
-          for (int j = 0; j < 4; j++) {
-            float first = tq_exp2(logits[8 * r + 2 * j] - state.maximum[2 * r]);
-            float second = tq_exp2(logits[8 * r + 2 * j + 1] - state.maximum[2 * r + 1]);
-            float scale = v_scales[j] * state.weight_factor;
-            added[2 * r] += first;
-            added[2 * r + 1] += second;
-            fragments[j] = tq_weights(tq_half2(first * scale, second * scale));
+          for (int i = 0; i < Rows::LANE_TOKENS; i++) {
+            float weight = tq_exp2(logits[Rows::logit_at(e, i)] - state.maximum[e]);
+            added[e] += weight;
+            scaled[Rows::logit_at(e, i)] = weight * (v_scales[i] * state.weight_factor);
           }
-          uint at = (simdgroup * uint(ROW_TILES) + uint(r)) * 32u + lane;
-          tq_store4(weights + 4u * at, fragments);
         }
+        Rows::store_weights(scaled, weights + simdgroup * uint(Rows::TILE_WORDS), lane);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       uint any_exceeding = 0u;
@@ -286,22 +276,21 @@ TQ_FUNC void attend_tokens(
       for (int s = 0; s < SIMDGROUPS; s++) any_exceeding |= exceeding[s];
       raises = any_exceeding != 0u;
       if (raises) {
-        raise_bounds<ROW_TILES, SIMDGROUPS, SUMS>(
+        raise_bounds<Rows, SIMDGROUPS, SUMS>(
             state, logits, v_scales, sums, shared.maxima, simdgroup, lane);
       }
     }
     TQ_UNROLL
-    for (int e = 0; e < 2 * ROW_TILES; e++) state.denominator[e] += added[e];
+    for (int e = 0; e < Rows::LANE_ROWS; e++) state.denominator[e] += added[e];
 
     // What the next round needs is in flight from now on.
-    load_ahead<K, V>(
+    load_ahead<K, V, Rows>(
         k_tokens, v_tokens, tq_min(tile + SIMDGROUPS, run.end_tile - 1), lane, ahead);
-    constexpr int OF_TILE = WEIGHTS / SIMDGROUPS;
     if (V_AHEAD) {
       TQ_UNROLL
       for (int t = 0; t < SIMDGROUPS; t++) {
-        add_values<V, ROW_TILES, SIMDGROUPS>(
-            v_params, values + (V_AHEAD ? OWN_UNITS * t : 0), weights + OF_TILE * t, simdgroup,
+        add_values<V, Rows, SIMDGROUPS>(
+            v_params, values + (V_AHEAD ? OWN_UNITS * t : 0), weights + Rows::TILE_WORDS * t, simdgroup,
             lane, sums);
       }
     } else {
@@ -310,8 +299,8 @@ TQ_FUNC void attend_tokens(
         typename V::Unit next[OWN_UNITS];
         int of_tile = tq_min(round_tile + t + 1, run.end_tile - 1);
         load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, next);
-        add_values<V, ROW_TILES, SIMDGROUPS>(
-            v_params, values, weights + OF_TILE * t, simdgroup, lane, sums);
+        add_values<V, Rows, SIMDGROUPS>(
+            v_params, values, weights + Rows::TILE_WORDS * t, simdgroup, lane, sums);
         TQ_UNROLL
         for (int i = 0; i < OWN_UNITS; i++) values[i] = next[i];
       }
@@ -324,46 +313,48 @@ TQ_FUNC void attend_tokens(
 // Pointers are to this split's part, of row 0 of
 //   partial_out   float (rows, all splits, DV): unnormalised sums
 //   partial_lse   float (rows, all splits, 2): their maximum and denominator
-template <int DV, int PADDED, int ROW_TILES, int SIMDGROUPS>
+template <int DV, int PADDED, typename Rows, int SIMDGROUPS>
 TQ_FUNC void write_partial(
-    thread SoftmaxState<ROW_TILES>& state, const thread float* sums, float v_gain, int first_row,
+    thread SoftmaxState<Rows>& state, thread float* sums, float v_gain, int first_row,
     int rows, int splits, device float* partial_out, device float* partial_lse,
     threadgroup float* exchange, uint simdgroup, uint lane) {
   constexpr int OWN_UNITS = tq_own_units(PADDED, SIMDGROUPS);
-  add_denominators<ROW_TILES, SIMDGROUPS>(state, exchange, simdgroup, lane);
+  add_denominators<Rows, SIMDGROUPS>(state, exchange, simdgroup, lane);
+  Rows::template share_sums<OWN_UNITS>(sums, lane);
   float scale = state.value_scale * v_gain * (1.0f / WEIGHT_UNIT);
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
-    int row = first_row + TILE_ROWS * (e / 2) + 2 * int(tq_minor(lane)) + e % 2;
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
+    int row = first_row + Rows::row(lane, e);
     if (row >= rows) continue;
-    if (simdgroup == 0u && tq_major(lane) == 0u) {
+    if (simdgroup == 0u && Rows::leads(lane)) {
       device float* state_out = partial_lse + size_t(row) * splits * 2;
       state_out[0] = state.maximum[e];
       state_out[1] = state.denominator[e];
     }
     device float* out = partial_out + size_t(row) * splits * DV;
     TQ_UNROLL
-    for (int i = 0; i < 4 * OWN_UNITS; i++) {
-      int column = 4 * int(simdgroup) * OWN_UNITS + i;
+    for (int i = 0; i < Rows::LANE_COLUMNS * OWN_UNITS; i++) {
+      int column = UNIT_COLUMNS * OWN_UNITS * int(simdgroup) + Rows::column(lane, i);
       int d = int(tq_major(lane)) * tq_columns(PADDED) + column;
       if (column < tq_columns(PADDED) && d < DV) {
-        out[d] = sums[8 * OWN_UNITS * (e / 2) + 2 * i + e % 2] * scale;
+        out[d] = sums[Rows::template sum_at<OWN_UNITS>(e, i)] * scale;
       }
     }
   }
 }
 
-// Threadgroups: (splits of either kind, KV heads * ROW_GROUPS, batch), a row group is ROW_TILES
-// row tiles. SHARED_TABLE: whether keys and values look up the same table. recent_* are whole
+// Threadgroups: (splits of either kind, KV heads * ROW_GROUPS, batch), a row group is the rows
+// of one. SHARED_TABLE: whether keys and values look up the same table. recent_* are whole
 // buffers, of which `recent` tokens are in use.
 TQ_ENTRY(decode_split_kv) {
   typedef Format<K_KIND, false, DK, K_BITS, K_TERMS, SINGLE_TABLE> K;
   typedef Format<V_KIND, true, DV, V_BITS, V_TERMS, SINGLE_TABLE> V;
+  typedef QueryRows<(FMA_ROWS > 0), (FMA_ROWS > 0 ? FMA_ROWS : ROW_TILES)> Rows;
   // Of a type that makes their addresses multiples of 16 bytes.
-  threadgroup uint4 query_words[tq_query_fragments(K::PADDED, ROW_TILES) / 4];
-  threadgroup uint4 round_words[(tq_round_words(SIMDGROUPS, ROW_TILES) + 3) / 4];
-  threadgroup float maxima[tq_maxima_floats(SIMDGROUPS, ROW_TILES)];
-  threadgroup float logits_of_means[CENTER ? tq_means_floats(SIMDGROUPS, ROW_TILES) : 1];
+  threadgroup uint4 query_words[Rows::UNIT_QUERIES * tq_units(K::PADDED) / 4];
+  threadgroup uint4 round_words[(tq_round_words(SIMDGROUPS, Rows::TILE_WORDS) + 3) / 4];
+  threadgroup float maxima[tq_maxima_floats(SIMDGROUPS, Rows::ROWS)];
+  threadgroup float logits_of_means[CENTER ? tq_means_floats(SIMDGROUPS, Rows::ROWS) : 1];
   threadgroup half2 k_table[tq_table_words(K_KIND, K_BITS, SINGLE_TABLE)];
   threadgroup half2 v_table[SHARED_TABLE ? 1 : tq_table_words(V_KIND, V_BITS, SINGLE_TABLE)];
   Shared shared;
@@ -380,13 +371,13 @@ TQ_ENTRY(decode_split_kv) {
   size_t head = threadgroup_index.y / ROW_GROUPS;
   size_t kv_head = batch * args.kv_heads + head;
   size_t row = kv_head * args.rows;
-  int first_row = int(threadgroup_index.y % ROW_GROUPS) * TILE_ROWS * ROW_TILES;
+  int first_row = int(threadgroup_index.y % ROW_GROUPS) * Rows::ROWS;
   int split = int(threadgroup_index.x) - args.plain_splits;
   const device T* head_q =
       q + batch * q_strides[0] + head * (args.rows / args.steps) * q_strides[1];
   const device float* head_mask = mask + (MASKED ? row * args.mask_columns : 0);
-  SoftmaxState<ROW_TILES> state;
-  float sums[8 * tq_own_units(V::PADDED, SIMDGROUPS) * ROW_TILES];
+  SoftmaxState<Rows> state;
+  float sums[Rows::UNIT_SUMS * tq_own_units(V::PADDED, SIMDGROUPS)];
   if (split < 0) {
     typedef PlainFormat<T, false, DK, K::PADDED> PlainKeys;
     typedef PlainFormat<T, true, DV, V::PADDED> PlainValues;
@@ -399,16 +390,16 @@ TQ_ENTRY(decode_split_kv) {
         recent_values + batch * recent_values_strides[0] + head * recent_values_strides[1],
         args.recent, int(recent_values_strides[2]));
     TokenRun run = plain_run(int(threadgroup_index.x), SIMDGROUPS, args);
-    Ahead<PlainKeys> ahead;
+    Ahead<PlainKeys, Rows> ahead;
     Means<DK, K::PADDED> no_means;
-    load_ahead<PlainKeys, PlainValues>(k_tokens, v_tokens, run.first_tile, lane, ahead);
-    load_queries<T, DK, K::PADDED, ROW_TILES, false, SIMDGROUPS>(
+    load_ahead<PlainKeys, PlainValues, Rows>(k_tokens, v_tokens, run.first_tile, lane, ahead);
+    load_queries<T, DK, K::PADDED, Rows, false, SIMDGROUPS>(
         head_q, q_strides[1], q_strides[2], q_strides[3], k_signs, q_scale[1], first_row, args,
         (threadgroup half*)query_words, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     typename PlainKeys::Params k_decode;
     typename PlainValues::Params v_decode;
-    attend_tokens<PlainKeys, PlainValues, DK, ROW_TILES, SIMDGROUPS, MASKED, false>(
+    attend_tokens<PlainKeys, PlainValues, DK, Rows, SIMDGROUPS, MASKED, false>(
         shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, 1.0f, args, first_row,
         run, ahead, no_means, state, sums, simdgroup, lane);
   } else {
@@ -419,8 +410,8 @@ TQ_ENTRY(decode_split_kv) {
         v_words + batch * v_words_strides[0] + head * v_words_strides[1],
         v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1]);
     TokenRun run = packed_run(split, args);
-    Ahead<K> ahead;
-    load_ahead<K, V>(
+    Ahead<K, Rows> ahead;
+    load_ahead<K, V, Rows>(
         k_tokens, v_tokens, tq_min(run.first_tile + int(simdgroup), run.end_tile - 1), lane,
         ahead);
     const device half* head_means =
@@ -429,7 +420,7 @@ TQ_ENTRY(decode_split_kv) {
     if (!SHARED_TABLE) {
       load_table<V_KIND, V_BITS, SINGLE_TABLE>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
     }
-    load_queries<T, DK, K::PADDED, ROW_TILES, ROTATE_K, SIMDGROUPS>(
+    load_queries<T, DK, K::PADDED, Rows, ROTATE_K, SIMDGROUPS>(
         head_q, q_strides[1], q_strides[2], q_strides[3],
         k_signs + kv_head * (ROTATE_K ? DK : 0), q_scale[0] * k_params[0], first_row, args,
         (threadgroup half*)query_words, simdgroup, lane);
@@ -441,12 +432,12 @@ TQ_ENTRY(decode_split_kv) {
     typename K::Params k_decode = K::make_params(k_params, k_table, lane);
     typename V::Params v_decode =
         V::make_params(v_params, SHARED_TABLE ? k_table : v_table, lane);
-    attend_tokens<K, V, DK, ROW_TILES, SIMDGROUPS, MASKED, CENTER>(
+    attend_tokens<K, V, DK, Rows, SIMDGROUPS, MASKED, CENTER>(
         shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, k_params[0], args, first_row,
         run, ahead, split_means, state, sums, simdgroup, lane);
   }
   int splits = args.plain_splits + args.splits;
-  write_partial<DV, V::PADDED, ROW_TILES, SIMDGROUPS>(
+  write_partial<DV, V::PADDED, Rows, SIMDGROUPS>(
       state, sums, split < 0 ? 1.0f : v_params[0], first_row, args.rows, splits,
       partial_out + (row * splits + threadgroup_index.x) * DV,
       partial_lse + (row * splits + threadgroup_index.x) * 2, maxima, simdgroup, lane);

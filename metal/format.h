@@ -63,10 +63,15 @@ TQ_FUNC void load_table(
   }
 }
 
-// What this lane's tokens of a tile, 8 j + major, are to be multiplied with apart from the gain:
-// of j = 0, 1 and of j = 2, 3.
+// What tokens of a tile are to be multiplied with apart from the gain: this lane's tokens
+// 8 j + major, of j = 0, 1 and of j = 2, 3, or its token 8 minor + major.
 template <typename F>
 TQ_FUNC void load_scales(
     const thread PackedTokens& tokens, int tile, uint lane, thread half2* pairs) {
   tq_load2(tokens.scales + (tile * (32 * F::SCALES) + 4 * int(tq_major(lane))), pairs);
+}
+template <typename F>
+TQ_FUNC void load_scales(
+    const thread PackedTokens& tokens, int tile, uint lane, thread half* scale) {
+  scale[0] = tokens.scales[tile * (32 * F::SCALES) + int(tq_slot(lane))];
 }

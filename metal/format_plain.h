@@ -29,6 +29,10 @@ template <typename F, typename T>
 TQ_FUNC void load_scales(const thread PlainTokens<T>&, int, uint, thread half2* pairs) {
   pairs[0] = pairs[1] = tq_splat(1.0f);
 }
+template <typename F, typename T>
+TQ_FUNC void load_scales(const thread PlainTokens<T>&, int, uint, thread half* scale) {
+  scale[0] = half(1.0f);
+}
 
 // COUNT elements of a vector from an address that is a multiple of as many, as halves, in
 // their range. Halves are loaded four at a time.

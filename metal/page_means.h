@@ -10,8 +10,8 @@
 constant constexpr int MEANS_OF_SIMDGROUP = 16;
 
 // Threadgroup floats for them: rows of each page together.
-constexpr int tq_means_floats(int simdgroups, int row_tiles) {
-  return simdgroups * MEANS_OF_SIMDGROUP * TILE_ROWS * row_tiles;
+constexpr int tq_means_floats(int simdgroups, int rows) {
+  return simdgroups * MEANS_OF_SIMDGROUP * rows;
 }
 
 // A simdgroup's means, of the first units at least: they do not wait for queries.
@@ -47,7 +47,7 @@ struct PageCursor {
 
 // Fill `logits_of_means`, and find this simdgroup's first tile among them. Every simdgroup must
 // call it. `factor` undoes the queries'.
-template <int DIM, int PADDED, int ROW_TILES>
+template <int DIM, int PADDED, typename Rows>
 TQ_FUNC PageCursor make_logits_of_means(
     const threadgroup half2* queries, const thread Means<DIM, PADDED>& means, float factor,
     const thread TokenRun& run, const thread AttendArguments& args,
@@ -55,15 +55,15 @@ TQ_FUNC PageCursor make_logits_of_means(
   typedef typename Means<DIM, PADDED>::Format Format;
   constexpr int UNITS = tq_units(PADDED);
   typename Format::Params params;
-  float logits[8 * ROW_TILES];
+  float logits[Rows::LOGITS];
   TQ_UNROLL
-  for (int i = 0; i < 8 * ROW_TILES; i++) logits[i] = 0.0f;
+  for (int i = 0; i < Rows::LOGITS; i++) logits[i] = 0.0f;
   if (tq_means_ahead(PADDED) == UNITS) {
     TQ_UNROLL
     for (int u = 0; u < UNITS; u++) {
-      half2 query[4 * ROW_TILES];
-      load_unit_query<PADDED, ROW_TILES>(queries, u, lane, query);
-      add_unit_logits<Format, ROW_TILES, 2>(
+      half2 query[Rows::LANE_QUERIES];
+      Rows::template load_unit_query<PADDED>(queries, u, lane, query);
+      Rows::template add_unit_logits<Format, 2>(
           params, means.units[tq_means_ahead(PADDED) == UNITS ? u : 0], unit_columns<PADDED>(u),
           query, logits);
     }
@@ -74,16 +74,24 @@ TQ_FUNC PageCursor make_logits_of_means(
       typename Format::Unit unit = next;
       int next_unit = tq_min(u + 1, UNITS - 1);
       next = Format::load(means.pages, 0, next_unit, unit_columns<PADDED>(next_unit), lane);
-      half2 query[4 * ROW_TILES];
-      load_unit_query<PADDED, ROW_TILES>(queries, u, lane, query);
-      add_unit_logits<Format, ROW_TILES, 2>(params, unit, unit_columns<PADDED>(u), query, logits);
+      half2 query[Rows::LANE_QUERIES];
+      Rows::template load_unit_query<PADDED>(queries, u, lane, query);
+      Rows::template add_unit_logits<Format, 2>(
+          params, unit, unit_columns<PADDED>(u), query, logits);
     }
   }
+  Rows::share_logits(logits, lane);
+  // Pages are a tile's first tokens.
   TQ_UNROLL
-  for (int i = 0; i < 4 * ROW_TILES; i++) {
-    int page = MEANS_OF_SIMDGROUP * int(simdgroup) + 8 * (i % 4 / 2) + int(tq_major(lane));
-    int row = TILE_ROWS * (i / 4) + 2 * int(tq_minor(lane)) + i % 2;
-    logits_of_means[page * TILE_ROWS * ROW_TILES + row] = logits[8 * (i / 4) + i % 4] * factor;
+  for (int i = 0; i < Rows::LANE_TOKENS; i++) {
+    int page = Rows::token(lane, i);
+    if (page >= MEANS_OF_SIMDGROUP) continue;
+    page += MEANS_OF_SIMDGROUP * int(simdgroup);
+    TQ_UNROLL
+    for (int e = 0; e < Rows::LANE_ROWS; e++) {
+      logits_of_means[page * Rows::ROWS + Rows::row(lane, e)] =
+          logits[Rows::logit_at(e, i)] * factor;
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   PageCursor cursor;

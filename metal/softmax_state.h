@@ -2,7 +2,6 @@
 // of their own and all of their weights, so all have the same bounds of logits and scales, but
 // each its own part of the denominators.
 
-#include "compat/fragments.h"
 #include "query_rows.h"
 
 // Logits may exceed the running maximum by MAX_LAG: then hardly any tile raises it. So weights
@@ -13,20 +12,20 @@
 constant constexpr float MAX_LAG = 4.0f;
 constant constexpr float WEIGHT_UNIT = 2048.0f;
 
-// Of a lane's two rows of each row tile.
-template <int ROW_TILES>
+// Of a lane's rows.
+template <typename Rows>
 struct SoftmaxState {
-  float maximum[2 * ROW_TILES];
-  float denominator[2 * ROW_TILES];
+  float maximum[Rows::LANE_ROWS];
+  float denominator[Rows::LANE_ROWS];
   float value_scale;  // a running upper bound of the values' scales
   float weight_factor;  // WEIGHT_UNIT over it
 };
 
-template <int ROW_TILES>
-TQ_FUNC SoftmaxState<ROW_TILES> make_softmax_state() {
-  SoftmaxState<ROW_TILES> state;
+template <typename Rows>
+TQ_FUNC SoftmaxState<Rows> make_softmax_state() {
+  SoftmaxState<Rows> state;
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
     state.maximum[e] = -1e30f;
     state.denominator[e] = 0.0f;
   }
@@ -37,73 +36,71 @@ TQ_FUNC SoftmaxState<ROW_TILES> make_softmax_state() {
 
 // The largest of this lane's part of a tile: of its values' scales, and of the logits of its
 // row number e.
+template <typename Rows>
 TQ_FUNC float largest_scale(const thread float* scales) {
-  return tq_max(tq_max(scales[0], scales[1]), tq_max(scales[2], scales[3]));
+  float largest = scales[0];
+  TQ_UNROLL
+  for (int i = 1; i < Rows::LANE_TOKENS; i++) largest = tq_max(largest, scales[i]);
+  return largest;
 }
+template <typename Rows>
 TQ_FUNC float largest_logit(const thread float* logits, int e) {
-  const thread float* of_row = logits + 8 * (e / 2) + e % 2;
-  return tq_max(tq_max(of_row[0], of_row[2]), tq_max(of_row[4], of_row[6]));
+  float largest = logits[Rows::logit_at(e, 0)];
+  TQ_UNROLL
+  for (int i = 1; i < Rows::LANE_TOKENS; i++) {
+    largest = tq_max(largest, logits[Rows::logit_at(e, i)]);
+  }
+  return largest;
 }
 
-// Whether this lane's part of a tile exceeds the bounds. logits: as tiles.h has them; scales:
-// of its values.
-template <int ROW_TILES>
+// Whether this lane's part of a tile exceeds the bounds. scales: of its values.
+template <typename Rows>
 TQ_FUNC bool exceeds_bounds(
-    const thread SoftmaxState<ROW_TILES>& state, const thread float* logits,
+    const thread SoftmaxState<Rows>& state, const thread float* logits,
     const thread float* scales) {
-  bool exceeds = largest_scale(scales) > state.value_scale;
+  bool exceeds = largest_scale<Rows>(scales) > state.value_scale;
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
-    exceeds = exceeds || largest_logit(logits, e) > state.maximum[e] + MAX_LAG;
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
+    exceeds = exceeds || largest_logit<Rows>(logits, e) > state.maximum[e] + MAX_LAG;
   }
   return exceeds;
 }
 
 // Threadgroup memory, in floats, in which simdgroups tell each other the maxima of their tiles.
-constexpr int tq_maxima_floats(int simdgroups, int row_tiles) {
-  return simdgroups * (TILE_ROWS * row_tiles + 1);
-}
+constexpr int tq_maxima_floats(int simdgroups, int rows) { return simdgroups * (rows + 1); }
 
 // Raise the bounds to those of all simdgroups' tiles; what was summed so far shrinks to the new
-// ones. Every simdgroup must call it. sums: SUMS of each row tile, of two rows in turns.
-template <int ROW_TILES, int SIMDGROUPS, int SUMS>
+// ones. Every simdgroup must call it. sums: SUMS of all rows.
+template <typename Rows, int SIMDGROUPS, int SUMS>
 TQ_FUNC void raise_bounds(
-    thread SoftmaxState<ROW_TILES>& state, const thread float* logits,
+    thread SoftmaxState<Rows>& state, const thread float* logits,
     const thread float* scales, thread float* sums, threadgroup float* maxima, uint simdgroup,
     uint lane) {
-  constexpr int EACH = TILE_ROWS * ROW_TILES + 1;
-  float scale = largest_scale(scales);
-  float most[2 * ROW_TILES];
+  constexpr int EACH = Rows::ROWS + 1;
+  float scale = Rows::max_of_lanes(largest_scale<Rows>(scales));
+  float most[Rows::LANE_ROWS];
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) most[e] = largest_logit(logits, e);
-  TQ_UNROLL
-  for (int i = 0; i < 3; i++) {
-    ushort stride = ushort(TQ_MAJOR_STRIDES[i]);
-    scale = tq_max(scale, simd_shuffle_xor(scale, stride));
-    TQ_UNROLL
-    for (int e = 0; e < 2 * ROW_TILES; e++) {
-      most[e] = tq_max(most[e], simd_shuffle_xor(most[e], stride));
-    }
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
+    most[e] = Rows::max_of_lanes(largest_logit<Rows>(logits, e));
   }
   threadgroup float* own = maxima + int(simdgroup) * EACH;
-  int row = 2 * int(tq_minor(lane));
-  if (tq_major(lane) == 0u) {
+  if (Rows::leads(lane)) {
     TQ_UNROLL
-    for (int e = 0; e < 2 * ROW_TILES; e++) own[TILE_ROWS * (e / 2) + row + e % 2] = most[e];
-    if (row == 0) own[EACH - 1] = scale;
+    for (int e = 0; e < Rows::LANE_ROWS; e++) own[Rows::row(lane, e)] = most[e];
+    if (lane == 0u) own[EACH - 1] = scale;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  float next[2 * ROW_TILES];
+  float next[Rows::LANE_ROWS];
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) next[e] = state.maximum[e];
+  for (int e = 0; e < Rows::LANE_ROWS; e++) next[e] = state.maximum[e];
   scale = 0.0f;
   TQ_ROLL
   for (int s = 0; s < SIMDGROUPS; s++) {
     const threadgroup float* theirs = maxima + s * EACH;
     scale = tq_max(scale, theirs[EACH - 1]);
     TQ_UNROLL
-    for (int e = 0; e < 2 * ROW_TILES; e++) {
-      next[e] = tq_max(next[e], theirs[TILE_ROWS * (e / 2) + row + e % 2]);
+    for (int e = 0; e < Rows::LANE_ROWS; e++) {
+      next[e] = tq_max(next[e], theirs[Rows::row(lane, e)]);
     }
   }
   float scale_ratio = 1.0f;
@@ -113,39 +110,34 @@ TQ_FUNC void raise_bounds(
     state.value_scale = next_scale;
     state.weight_factor = WEIGHT_UNIT / next_scale;
   }
+  float ratios[Rows::LANE_ROWS];
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
     float shrink = tq_exp2(state.maximum[e] - next[e]);
     state.maximum[e] = next[e];
     state.denominator[e] *= shrink;
-    thread float* of_row = sums + SUMS * (e / 2) + e % 2;
-    TQ_UNROLL
-    for (int i = 0; i < SUMS; i += 2) of_row[i] *= shrink * scale_ratio;
+    ratios[e] = shrink * scale_ratio;
   }
+  TQ_UNROLL
+  for (int i = 0; i < SUMS; i++) sums[i] *= ratios[Rows::template sum_row<SUMS>(i)];
 }
 
 // Denominators become those of all lanes and simdgroups. Every simdgroup must call it, and may
 // use `exchange`, threadgroup floats as for maxima, until then.
-template <int ROW_TILES, int SIMDGROUPS>
+template <typename Rows, int SIMDGROUPS>
 TQ_FUNC void add_denominators(
-    thread SoftmaxState<ROW_TILES>& state, threadgroup float* exchange, uint simdgroup,
-    uint lane) {
-  int row = 2 * int(tq_minor(lane));
+    thread SoftmaxState<Rows>& state, threadgroup float* exchange, uint simdgroup, uint lane) {
   threadgroup_barrier(mem_flags::mem_threadgroup);
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
-    TQ_UNROLL
-    for (int i = 0; i < 3; i++) {
-      state.denominator[e] +=
-          simd_shuffle_xor(state.denominator[e], ushort(TQ_MAJOR_STRIDES[i]));
-    }
-    int at = (TILE_ROWS * (e / 2) + row + e % 2) * SIMDGROUPS;
-    if (tq_major(lane) == 0u) exchange[at + int(simdgroup)] = state.denominator[e];
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
+    state.denominator[e] = Rows::sum_of_lanes(state.denominator[e]);
+    int at = Rows::row(lane, e) * SIMDGROUPS;
+    if (Rows::leads(lane)) exchange[at + int(simdgroup)] = state.denominator[e];
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   TQ_UNROLL
-  for (int e = 0; e < 2 * ROW_TILES; e++) {
-    int at = (TILE_ROWS * (e / 2) + row + e % 2) * SIMDGROUPS;
+  for (int e = 0; e < Rows::LANE_ROWS; e++) {
+    int at = Rows::row(lane, e) * SIMDGROUPS;
     state.denominator[e] = 0.0f;
     TQ_UNROLL
     for (int s = 0; s < SIMDGROUPS; s++) state.denominator[e] += exchange[at + s];

@@ -111,11 +111,14 @@ def test_every_file_belongs_to_a_kernel():
     assert entries == {(kernel.file, kernel.name) for kernel in KERNELS.values()}
 
 
+@pytest.mark.parametrize("multiply_adds", [False, True])
 @pytest.mark.parametrize("kinds", list(itertools.product(range(4), repeat=2)))
-def test_a_split_kernel_has_the_formats_of_its_sides_only(kinds):
-    kernel = attention.split_kv_kernel(*kinds)
-    assert kernel is attention.split_kv_kernel(*kinds)
+def test_a_split_kernel_has_its_formats_and_products_only(kinds, multiply_adds):
+    kernel = attention.split_kv_kernel(*kinds, multiply_adds)
+    assert kernel is attention.split_kv_kernel(*kinds, multiply_adds)
     header = kernel.header("metal")
+    made = re.findall(r"struct QueryRows<(\w+),", header)
+    assert made == ["true" if multiply_adds else "false"]
     names = ("POLYNOMIAL", "PAIRS", "TRELLIS", "ANGLES")
     defined = set(re.findall(r"struct Format<(\w+),", header))
     assert {names[kind] for kind in kinds} <= defined

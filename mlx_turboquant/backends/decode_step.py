@@ -53,9 +53,17 @@ class DecodeStep:
         launcher: What runs the kernels.
         call: The first call of its kind over these packed tokens.
         simdgroups: How many pass 1 may use over all heads; enough to fill the machine.
+        multiply_adds: Whether few query rows take multiply-adds or matrix products;
+            None for what is better there.
     """
 
-    def __init__(self, launcher: Launcher, call: AttendCall, simdgroups: int) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        call: AttendCall,
+        simdgroups: int,
+        multiply_adds: bool | None = None,
+    ) -> None:
         self._launcher = launcher
         q, keys, values = call.q, call.keys, call.values
         k_quantizer, v_quantizer = keys.quantizer, values.quantizer
@@ -109,9 +117,12 @@ class DecodeStep:
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
         ]
+        by_fma = specialize.fma_rows(v_quantizer, rows, launcher.name, multiply_adds)
         self._split = Launch(
-            split_kv_kernel(*(form.kind for form in formats)),
-            specialize.split_template(k_quantizer, v_quantizer, dtype, rows, masked),
+            split_kv_kernel(*(form.kind for form in formats), by_fma > 0),
+            specialize.split_template(
+                k_quantizer, v_quantizer, dtype, rows, masked, by_fma
+            ),
             grid=(
                 threads * (plain_splits + splits),
                 kv_heads * row_groups,

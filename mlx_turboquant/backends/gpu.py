@@ -59,11 +59,18 @@ class Gpu(Reference):
         launcher: What runs them.
         simdgroups: How many a decode step may use; None for as many as fill the
             machine.
+        multiply_adds: As `DecodeStep` takes it.
     """
 
-    def __init__(self, launcher: Launcher, simdgroups: int | None = None) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        simdgroups: int | None = None,
+        multiply_adds: bool | None = None,
+    ) -> None:
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
+        self.multiply_adds = multiply_adds
 
     @property
     def name(self) -> str:
@@ -81,7 +88,9 @@ class Gpu(Reference):
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
-            step = prepared[key] = DecodeStep(self.launcher, call, self.simdgroups)
+            step = prepared[key] = DecodeStep(
+                self.launcher, call, self.simdgroups, self.multiply_adds
+            )
         out: mx.array = step(call)
         return out
 

@@ -22,8 +22,11 @@ from ..transform import ChannelTransform
 LOG2E = math.log2(math.e)
 #: Largest head_dim of any kernel: registers and threadgroup memory are laid out for it.
 MAX_DIM = 512
-#: Query rows of a row tile: ``TILE_ROWS`` of query_rows.h.
+#: Query rows of a row tile: ``TILE_ROWS`` of matrix_rows.h.
 _ROWS = 8
+#: Most query rows by multiply-adds; of values wider than that, one: a lane has 4 sums
+#: for each row and unit of its simdgroup's, and Apple's GPUs 128 registers.
+_MOST_FMA_ROWS, _FMA_DIM = 4, 256
 #: Elements of a unit of values (tiles.h), and the most simdgroups that share them.
 _UNIT, _MOST_SIMDGROUPS = 32, 4
 #: Head_dim up to which a threadgroup takes two row tiles: beyond, or beside a trellis'
@@ -60,9 +63,17 @@ def rotates_in_kernel(rotation: Rotation | SplitRotation) -> TypeGuard[Rotation]
 
 
 def split_template(
-    keys: Quantizer, values: Quantizer, dtype: mx.Dtype, rows: int, masked: bool
+    keys: Quantizer,
+    values: Quantizer,
+    dtype: mx.Dtype,
+    rows: int,
+    masked: bool,
+    by_fma: int = 0,
 ) -> list[tuple[str, Any]]:
-    """Template of DECODE_SPLIT_KV; ``rows`` are query rows of a KV head."""
+    """Template of DECODE_SPLIT_KV; ``rows`` are query rows of a KV head.
+
+    ``by_fma``: as `fma_rows` says.
+    """
     k_codec, v_codec = keys.codec, values.codec
     k_format, v_format = format_of(k_codec), format_of(v_codec)
     # One table serves both sides, if they have one and it is the same.
@@ -74,6 +85,7 @@ def split_template(
         ("MASKED", masked),
         ("ROTATE_K", rotates_in_kernel(k_codec.rotation)),
         ("CENTER", keys.means is not None),
+        ("FMA_ROWS", by_fma),
         ("ROW_TILES", row_tiles(keys, values, rows)),
         ("ROW_GROUPS", row_groups(keys, values, rows)),
         ("SHARED_TABLE", shared),
@@ -113,6 +125,26 @@ def most_tokens(page: int, simdgroups: int) -> int:
     Its first page may have begun before it.
     """
     return (_PAGES * simdgroups - 1) * page
+
+
+def fma_rows(
+    values: Quantizer, rows: int, dialect: str, wanted: bool | None = None
+) -> int:
+    """Query rows that pass 1 takes by multiply-adds; 0 for matrix products.
+
+    NVIDIA's tensor cores make products for nothing. Apple's GPUs make them on the ALUs
+    and take as long for 1 row as for 8, so a few rows are better multiplied one by one:
+    by the model of benchmarks/model_apple.py, **not measured: no Mac has run it**.
+
+    Args:
+        values: The values' quantizer.
+        rows: Query rows of a KV head.
+        dialect: The launcher's name; those that are no GPU take what Metal does.
+        wanted: True or False to have one form wherever it can be; None for the better.
+    """
+    if rows > (_MOST_FMA_ROWS if values.codec.dim <= _FMA_DIM else 1):
+        return 0
+    return rows if (dialect != "cuda" if wanted is None else wanted) else 0
 
 
 def row_tiles(keys: Quantizer, values: Quantizer, rows: int) -> int:

@@ -92,11 +92,17 @@ _FORMAT_FILES = (
 )
 
 
+#: Where products are, by matrices or by multiply-adds.
+_ROWS_FILES = ("matrix_rows.h", "fma_rows.h")
+
+
 @functools.cache
-def split_kv_kernel(k_kind: int, v_kind: int) -> Kernel:
+def split_kv_kernel(k_kind: int, v_kind: int, multiply_adds: bool) -> Kernel:
     """`DECODE_SPLIT_KV` without the formats that neither keys nor values have.
 
-    They are up to a quarter of its text, which MLX reads through on every launch.
+    And without the products that are not made. Both are up to a third of its text,
+    which MLX reads through on every launch.
     """
-    needed = {_FORMAT_FILES[k_kind], _FORMAT_FILES[v_kind]}
-    return replace(DECODE_SPLIT_KV, omitted=frozenset(_FORMAT_FILES) - needed)
+    needed = {_FORMAT_FILES[k_kind], _FORMAT_FILES[v_kind], _ROWS_FILES[multiply_adds]}
+    omitted = frozenset((*_FORMAT_FILES, *_ROWS_FILES)) - needed
+    return replace(DECODE_SPLIT_KV, omitted=omitted)

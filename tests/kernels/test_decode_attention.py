@@ -47,6 +47,12 @@ def mask_of(kind, heads, steps, length):
     return kind
 
 
+@pytest.fixture(params=[False, True], ids=["matrices", "multiply-adds"])
+def multiply_adds(request):
+    """How few query rows are multiplied, whatever this launcher does unasked."""
+    return request.param
+
+
 #: spec, dims, KV heads, group, L, tokens, mask, learned sinks
 CASES = {
     "llama": ("k3v3", (128, 128), 2, 4, 1, 300, None, False),
@@ -118,6 +124,11 @@ CASES = {
         False,
     ),
     "int4": ("k4v4,codec=rotated-int4", (64, 64), 1, 2, 1, 300, None, False),
+    "three rows": ("k2v3", (64, 128), 2, 1, 3, 300, "bool", True),
+    "four rows": ("k4v2", (128, 64), 1, 2, 2, 300, "additive", True),
+    "dim 256, three rows": ("k2v4", (256, 256), 1, 3, 1, 200, "bool", False),
+    "dim 256, four rows": ("k3v3", (64, 256), 1, 4, 1, 200, None, False),
+    "dim 512, one row": ("k3v3", (72, 512), 1, 1, 1, 200, None, False),
     "nothing centred": ("k4v4,sink=0,center=off", (64, 64), 2, 2, 1, 300, None, True),
     "one token packed": (
         "k4v4,page=32,window=0,sink=4",
@@ -133,13 +144,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_the_reference(case, launcher, mode):
+def test_agrees_with_the_reference(case, multiply_adds, launcher, mode):
     spec, dims, heads, group, steps, length, kind, learned = CASES[case]
+    rows = group * steps
+    if rows > 4 and multiply_adds:
+        pytest.skip("matrix products only")
+    if rows <= 4 and not multiply_adds and mode != "plain":
+        pytest.skip("code that more rows have in this mode")
     keys, values = filled(spec, length, heads, *dims)
     q = mx.random.normal((1, heads * group, steps, dims[0]))
     mask = mask_of(kind, heads * group, steps, length)
     sinks = mx.random.normal((heads * group,)) if learned else None
-    backend = Gpu(launcher, simdgroups=6)
+    backend = Gpu(launcher, 6, multiply_adds)
     assert backend.refuse(keys.quantizer, values.quantizer) is None
     call = AttendCall(q, keys, values, dims[0] ** -0.5, mask, sinks)
     assert relative_error(backend.attend(call), Reference().attend(call)) < TOLERANCE
@@ -172,13 +188,14 @@ def test_half_precision_models_and_batches(launcher, dtype):
 
 
 @pytest.mark.parametrize("simdgroups", [1, 2, 5, 64])
-def test_the_number_of_splits_changes_nothing(launcher, simdgroups):
+def test_the_number_of_splits_changes_nothing(simdgroups, multiply_adds, launcher):
     keys, values = filled("k4v4", 500, 1, 64, 64)
     q = mx.random.normal((1, 2, 1, 64))
     keys.prepared.clear()
-    one = Gpu(launcher, simdgroups=6).attend(AttendCall(q, keys, values, 0.125))
+    call = AttendCall(q, keys, values, 0.125)
+    one = Gpu(launcher, 6, multiply_adds).attend(call)
     keys.prepared.clear()
-    other = Gpu(launcher, simdgroups).attend(AttendCall(q, keys, values, 0.125))
+    other = Gpu(launcher, simdgroups, multiply_adds).attend(call)
     assert relative_error(other, one) < 2e-3
 
 
@@ -226,11 +243,11 @@ def test_one_prepared_step_serves_until_the_next_page(launcher):
 
 
 @pytest.mark.parametrize("spec", ["k3v4", "k3v2.5,codec=trellis"])
-def test_tiles_behind_the_last_token_are_not_read(spec, launcher, mode):
+def test_tiles_behind_the_last_token_are_not_read(spec, multiply_adds, launcher, mode):
     """Buffers have room: here of words all ones, and of scales that are no numbers."""
     keys, values = filled(f"{spec},page=32,window=9", 120, 2, 64, 64)
     q = mx.random.normal((1, 4, 1, 64))
-    outputs, backend = [], Gpu(launcher, simdgroups=6)
+    outputs, backend = [], Gpu(launcher, 6, multiply_adds)
     for fill in (None, math.nan):
         sides = [keys, values]
         if fill is not None:
@@ -249,6 +266,38 @@ def with_room(codes):
         tail = mx.full((*array.shape[:2], 5, array.shape[3]), rubbish, array.dtype)
         arrays[name] = mx.concatenate([array, tail], axis=2)
     return TokenArrays(arrays, codes.length, layout=codes.layout)
+
+
+class Noted:
+    """A launcher that notes how many rows pass 1 takes by multiply-adds."""
+
+    def __init__(self, name):
+        self.name, self.rows = name, None
+
+    def __call__(self, launch, inputs):
+        self.rows = dict(launch.template).get("FMA_ROWS", self.rows)
+        shapes = zip(launch.output_shapes, launch.output_dtypes, strict=True)
+        return [mx.zeros(*shape) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "v_dim", "taken"),
+    [
+        ("metal", None, 256, {1: 1, 3: 3, 4: 4, 5: 0}),
+        ("metal", None, 512, {1: 1, 2: 0}),
+        ("metal", False, 64, {1: 0, 4: 0}),
+        ("simulator", None, 64, {2: 2}),
+        ("cuda", None, 64, {1: 0, 4: 0}),
+        ("cuda", True, 64, {1: 1, 4: 4, 5: 0}),
+    ],
+)
+def test_few_rows_take_multiply_adds_where_these_are_better(name, wanted, v_dim, taken):
+    keys, values = filled("k3v3", 200, 1, 64, v_dim)
+    for rows in taken:
+        launcher = Noted(name)
+        call = AttendCall(mx.zeros((1, rows, 1, 64)), keys, values, 0.125)
+        Gpu(launcher, 6, wanted).attend(call)
+        assert launcher.rows == taken[rows]
 
 
 def test_codes_in_vector_order_are_refused(launcher):
@@ -352,7 +401,9 @@ def test_copies_and_batches_go_on_by_themselves(launcher, monkeypatch):
 
 @pytest.mark.parametrize("at", [0, 1700, 2990])
 @pytest.mark.parametrize("simdgroups", [1, 5])
-def test_a_long_tail_counts_beside_one_large_weight(at, simdgroups, launcher):
+def test_a_long_tail_counts_beside_one_large_weight(
+    at, simdgroups, multiply_adds, launcher
+):
     """One token weighs 2^14 times as much as any of 3,000, whose values are one way.
 
     Halves from 2^-14 down are subnormal, and the simulator's products drop those.
@@ -364,7 +415,8 @@ def test_a_long_tail_counts_beside_one_large_weight(at, simdgroups, launcher):
     v[:, :, at] *= 0.1
     keys, values = stored_sides("k8v8,sink=0,window=0,center=off", k, v)
     call = AttendCall(q, keys, values, 1.0)
-    got, want = Gpu(launcher, simdgroups).attend(call), Reference().attend(call)
+    got = Gpu(launcher, simdgroups, multiply_adds).attend(call)
+    want = Reference().attend(call)
     assert relative_error(got, want) < TOLERANCE
 
 
@@ -376,34 +428,43 @@ def rising(q, tokens):
     return k, mx.random.normal((1, 1, tokens, 64))
 
 
-def test_every_round_may_raise_the_maximum(launcher, mode):
-    q = mx.random.normal((1, 1, 1, 64))
+@pytest.mark.parametrize("rows", [1, 3])
+def test_every_round_may_raise_the_maximum(rows, multiply_adds, launcher, mode):
+    q = mx.random.normal((1, rows, 1, 64))
     keys, values = stored_sides("k8v8,sink=0,window=0,center=off", *rising(q, 700))
     call = AttendCall(q, keys, values, 1.0)
-    got, want = Gpu(launcher, simdgroups=2).attend(call), Reference().attend(call)
+    got = Gpu(launcher, 2, multiply_adds).attend(call)
+    want = Reference().attend(call)
     assert relative_error(got, want) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_queries_that_are_no_numbers_spoil_their_own_row_only(number, launcher):
+def test_queries_that_are_no_numbers_spoil_their_own_row_only(
+    number, multiply_adds, launcher
+):
     q = mx.random.normal((1, 2, 1, 64))
     keys, values = stored_sides("k4v4,center=off", *rising(q, 400))
     spoilt = mx.concatenate([q[:, :1], mx.full((1, 1, 1, 64), number)], axis=1)
-    got = Gpu(launcher).attend(AttendCall(spoilt, keys, values, 1.0))
+    got = Gpu(launcher, None, multiply_adds).attend(
+        AttendCall(spoilt, keys, values, 1.0)
+    )
     want = Reference().attend(AttendCall(q, keys, values, 1.0))
     assert relative_error(got[:, :1], want[:, :1]) < 2 * TOLERANCE
 
 
-def test_scales_of_values_may_differ_by_six_decades(launcher):
+@pytest.mark.parametrize("rising", [False, True])
+def test_scales_of_values_may_differ_by_six_decades(rising, multiply_adds, launcher):
     q = mx.random.normal((1, 4, 1, 64))
     k, v = (mx.random.normal((1, 1, 1000, 64)) for _ in range(2))
-    v *= 10 ** mx.random.uniform(-3, 3, (1, 1, 1000, 1))
+    decades = mx.random.uniform(-3, 3, (1, 1, 1000, 1))
+    v *= 10 ** (mx.sort(decades, axis=2) if rising else decades)
     # What weighs most is smallest: small values have to be added up, too.
     small = mx.max(mx.abs(v), axis=-1, keepdims=True) < 0.01
     k = mx.where(small, k + mx.mean(q, axis=1, keepdims=True), k)
     keys, values = stored_sides("k4v4", k, v)
     call = AttendCall(q, keys, values, 1.0)
-    got, want = Gpu(launcher, simdgroups=3).attend(call), Reference().attend(call)
+    got = Gpu(launcher, 3, multiply_adds).attend(call)
+    want = Reference().attend(call)
     assert relative_error(got, want) < TOLERANCE
 
 

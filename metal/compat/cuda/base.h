@@ -34,6 +34,9 @@ TQ_FUNC uint tq_bits(half2 pair) {
 }
 TQ_FUNC half2 tq_half2(float a, float b) { return __floats2half2_rn(a, b); }
 TQ_FUNC half2 tq_fma(half2 a, half2 b, half2 c) { return __hfma2(a, b, c); }
+TQ_FUNC float tq_fma(half a, half b, float c) {
+  return fmaf(__half2float(a), __half2float(b), c);
+}
 TQ_FUNC half2 tq_splat(float a) { return __float2half2_rn(a); }
 TQ_FUNC float tq_exp2(float a) {
   float result;

@@ -11,6 +11,7 @@ TQ_FUNC uint tq_major(uint lane) { return lane / 4u; }
 TQ_FUNC uint tq_minor(uint lane) { return lane % 4u; }
 TQ_FUNC uint tq_lane(uint major, uint minor) { return 4u * major + minor; }
 __device__ constexpr int TQ_MAJOR_STRIDES[3] = {4, 8, 16};
+__device__ constexpr int TQ_MINOR_STRIDES[2] = {1, 2};
 
 TQ_FUNC uint tq_query_lane(uint row, uint quarter, uint) { return tq_lane(row, quarter); }
 TQ_FUNC int tq_query_half(int, int e) { return e; }

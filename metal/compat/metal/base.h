@@ -9,6 +9,8 @@ TQ_FUNC half2 tq_half2(uint bits) { return as_type<half2>(bits); }
 TQ_FUNC uint tq_bits(half2 pair) { return as_type<uint>(pair); }
 TQ_FUNC half2 tq_half2(float a, float b) { return half2(half(a), half(b)); }
 TQ_FUNC half2 tq_fma(half2 a, half2 b, half2 c) { return metal::fma(a, b, c); }
+// a * b + c in float; Apple's GPUs take halves as operands of it as they are.
+TQ_FUNC float tq_fma(half a, half b, float c) { return metal::fma(float(a), float(b), c); }
 TQ_FUNC half2 tq_splat(float a) { return half2(half(a), half(a)); }
 TQ_FUNC float tq_exp2(float a) { return metal::fast::exp2(a); }
 TQ_FUNC float tq_log2(float a) { return metal::precise::log2(a); }

@@ -17,6 +17,8 @@ TQ_FUNC uint tq_lane(uint major, uint minor) {
 }
 // Lanes of one `minor` are these distances of a butterfly apart.
 constant constexpr int TQ_MAJOR_STRIDES[3] = {2, 4, 16};
+// And lanes of one `major`: those of the other bit 0, and bit 1, of `minor`.
+constant constexpr int TQ_MINOR_STRIDES[2] = {1, 8};
 
 // Which lane's fragment of a column has the element 2 column + e of a quarter of a query row,
 // and which half of it.

@@ -13,6 +13,7 @@ import functools
 import mlx.core as mx
 
 from ..codecs.kernel_format import POLYNOMIAL
+from ..codecs.turboquant import TurboQuant
 from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
@@ -20,6 +21,7 @@ from .call import AttendCall
 from .exponential import softmax_parts
 from .planes import Planes, planes_for
 from .reference import Reference, packed_of
+from .scalar_encode import MAX_BITS, encoder_for
 
 #: Vectors whose levels are made at once: they stay in a cache, and malloc does not give
 #: their memory back and fetch it anew page by page, as it does with longer arrays.
@@ -43,6 +45,13 @@ class Cpu(Reference):
             if form is None or form.kind != POLYNOMIAL:
                 return f"codec {codec.spec} has no planes"
         return None
+
+    def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
+        """As `Reference.encode`, to the same bits."""
+        codec = quantizer.codec
+        if not isinstance(codec, TurboQuant) or codec.bits > MAX_BITS:
+            return super().encode(quantizer, x, first)
+        return encoder_for(codec).encode(quantizer.encode_rot(x, first))
 
     def attend(self, call: AttendCall) -> mx.array:
         """As `Reference.attend`; only steps of up to `MAX_STEP` tokens are faster."""

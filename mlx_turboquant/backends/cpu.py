@@ -19,6 +19,7 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from .call import AttendCall
 from .exponential import softmax_parts
+from .long_attention import attend_long, masked
 from .planes import Planes, planes_for
 from .reference import Reference, packed_of
 from .scalar_encode import MAX_BITS, encoder_for
@@ -26,7 +27,7 @@ from .scalar_encode import MAX_BITS, encoder_for
 #: Vectors whose levels are made at once: they stay in a cache, and malloc does not give
 #: their memory back and fetch it anew page by page, as it does with longer arrays.
 _BLOCK = 8192
-#: Query tokens of a decode step; more of them amortise the reference's decoding.
+#: Query tokens of a decode step; for more of them keys and values are decoded.
 MAX_STEP = 8
 
 
@@ -54,10 +55,10 @@ class Cpu(Reference):
         return encoder_for(codec).encode(quantizer.encode_rot(x, first))
 
     def attend(self, call: AttendCall) -> mx.array:
-        """As `Reference.attend`; only steps of up to `MAX_STEP` tokens are faster."""
+        """As `Reference.attend`, in float32."""
         q, keys, values = call.q, call.keys, call.values
         if q.shape[2] > MAX_STEP:
-            return super().attend(call)
+            return attend_long(call, self)
         batch, kv_heads, total, _ = keys.shape
         steps = q.shape[2]
         rows = q.shape[1] // kv_heads * steps
@@ -77,10 +78,7 @@ class Cpu(Reference):
         if isinstance(mask, str):
             mask = mx.arange(total) <= mx.arange(total - steps, total)[:, None]
         if isinstance(mask, mx.array):
-            if mask.dtype == mx.bool_:
-                logits = mx.where(mask, logits, -mx.inf)
-            else:
-                logits = logits + mask.astype(mx.float32)
+            logits = masked(logits, mask)
         weights, divisor = softmax_parts(logits, call.sink_logits)
         weights = weights.reshape(batch, kv_heads, rows, total)
         shape = (batch, -1, steps, values.shape[3])

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from .call import AttendCall
+from .call import AttendCall, Mask
 from .exponential import softmax_of_parts
 from .reference import Reference
 
 #: Logits at a time, of the queries of one KV head: 2 MB stay in a cache.
 _LOGITS = 1 << 19
+
+#: Tokens, and a mask that broadcasts to (B, G, n, tokens) or None.
+Part = tuple[slice, mx.array | None]
 
 
 def attend_long(call: AttendCall, backend: Reference) -> mx.array:
@@ -35,19 +38,11 @@ def attend_long(call: AttendCall, backend: Reference) -> mx.array:
         k_rot = backend.materialize_rot(keys, own, mx.float32)
         v_rot = backend.materialize_rot(values, own, mx.float32)
         sinks = None if call.sink_logits is None else call.sink_logits[heads]
+        own_mask = mask[:, heads] if isinstance(mask, mx.array) else mask
         blocks = []
         for first in range(0, length, step):
             rows = slice(first, min(first + step, length))
-            seen, parts = total, [(slice(0, total), None)]
-            if isinstance(mask, mx.array):
-                parts = [(slice(0, total), mask[:, heads, rows])]
-            elif mask is not None:
-                # All see what came before the block; in it, each up to itself.
-                seen = total - length + rows.stop
-                start = total - length + first
-                own_tokens = mx.arange(step)[: seen - start]
-                causal = own_tokens <= own_tokens[:, None]
-                parts = [(slice(0, start), None), (slice(start, seen), causal)]
+            parts = _seen(own_mask, rows, length, total)
             blocks.append(
                 _attend_block(q_rot[:, heads, rows], k_rot, v_rot, parts, sinks)
             )
@@ -56,11 +51,24 @@ def attend_long(call: AttendCall, backend: Reference) -> mx.array:
     return out.astype(call.q.dtype)
 
 
+def _seen(mask: Mask, rows: slice, length: int, total: int) -> list[Part]:
+    """What queries ``rows`` of the last ``length`` of all tokens see."""
+    if mask is None:
+        return [(slice(0, total), None)]
+    if isinstance(mask, mx.array):
+        return [(slice(0, total), mask[..., rows, :])]
+    # All see what came before the block; in it, each sees up to itself.
+    start, stop = total - length + rows.start, total - length + rows.stop
+    place = mx.arange(stop - start)
+    own: Part = (slice(start, stop), place <= place[:, None])
+    return [(slice(0, start), None), own] if start else [own]
+
+
 def _attend_block(
     q: mx.array,
     k: mx.array,
     v: mx.array,
-    parts: list[tuple[slice, mx.array | None]],
+    parts: list[Part],
     sink_logits: mx.array | None,
 ) -> mx.array:
     """Some queries (B, G, n, Dk) of one KV head: (B, G, n, Dv).
@@ -69,7 +77,7 @@ def _attend_block(
         q: The queries, scaled.
         k: All keys of the head (B, 1, T, Dk).
         v: All values of the head (B, 1, T, Dv).
-        parts: Tokens that are seen, and a mask that broadcasts to (B, G, n, tokens).
+        parts: What they see.
         sink_logits: Learned logits (G,), or None.
     """
     batch, group, count, dim = q.shape

@@ -34,6 +34,8 @@ MAX_BITS = 6
 #: A float32 times this is the float32 before it.
 _BEFORE = 1 - 2.0**-24
 
+#: One over a gain, and <y, c> and ||c||^2 (1, n) of its codewords c.
+Candidate = tuple[mx.array, mx.array, mx.array]
 Loop = Callable[..., mx.array]
 Pairs = Callable[..., tuple[mx.array, mx.array]]
 
@@ -64,11 +66,11 @@ class ScalarEncoder:
             self._encode_block(rows[first : first + _BLOCK])
             for first in range(0, rows.shape[0], _BLOCK)
         ]
-        words, scales = (
-            mx.concatenate(parts, axis=0).reshape(*lead, -1)
-            for parts in zip(*blocks, strict=True)
+        words = mx.concatenate([words for words, _ in blocks], axis=0)
+        scales = mx.concatenate([scales for _, scales in blocks], axis=0)
+        return TokenArrays(
+            {"words": words.reshape(*lead, -1), "scales": scales.reshape(*lead, 1)}
         )
-        return TokenArrays({"words": words, "scales": scales})
 
     def _encode_block(self, rows: mx.array) -> tuple[mx.array, mx.array]:
         """Vectors (n, dim) to words (n, W), scales (n, 1)."""
@@ -157,14 +159,12 @@ def encoder_for(codec: TurboQuant) -> ScalarEncoder:
     Its levels are odd, so the boundary in the middle is 0.
     """
     half = 2 ** (codec.bits - 1)
-    levels = codec.levels(mx.arange(half, 2 * half)).tolist()
-    boundaries = codec.codebook.boundaries[half:].tolist()
+    levels = np.array(codec.levels(mx.arange(half, 2 * half))).tolist()
+    boundaries = np.array(codec.codebook.boundaries[half:]).tolist()
     inverse_gains = [mx.array(1 / gain) for gain in codec.gains]
     mx.eval(inverse_gains)
     packer = Packer.of(codec.bits, codec.dim)
-    return ScalarEncoder(
-        codec, tuple(boundaries), tuple(levels), inverse_gains, packer
-    )
+    return ScalarEncoder(codec, tuple(boundaries), tuple(levels), inverse_gains, packer)
 
 
 def _chain(
@@ -229,7 +229,7 @@ def _better(
     best_gain: mx.array,
     best_dot: mx.array,
     best_code_sq: mx.array,
-) -> tuple[mx.array, ...]:
+) -> Candidate:
     """Whichever codeword has the smaller angle to y; see `TurboQuant`."""
     better = dot * dot * best_code_sq > best_dot * best_dot * code_sq
     return (

@@ -9,7 +9,9 @@ Peak memory is MLX's, model included, other rows' caches not. The last line is J
 
 `--made-up` builds a Llama-3.1-8B shape (32 layers, bf16) with random weights. `--fill`
 stores random keys and values in place of reading a prompt, which takes CPUs minutes.
-`--reference-blas` leaves OpenBLAS out, as on a machine that has none.
+`--reference-blas` leaves OpenBLAS out, as on a machine that has none. `--dequantize`
+turns quantized weights into float32 first: on CPUs MLX's products with quantized ones
+take most of a prompt's time, and a prompt's chunk should show what the cache takes.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from typing import Any
 if "--reference-blas" in sys.argv:
     import mlx.core  # noqa: F401  before the package, which then loads no BLAS
 
+import mlx_turboquant as tq  # before MLX, or its products have the reference BLAS
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-
-import mlx_turboquant as tq
+from mlx_lm.utils import dequantize_model
 
 HERE = Path(__file__).parent
 BUNDLED = HERE.parent / "examples" / "books-20m"
@@ -172,8 +176,12 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=[], help="only these rows")
     parser.add_argument("--fill", action="store_true")
     parser.add_argument("--reference-blas", action="store_true")
+    parser.add_argument("--dequantize", action="store_true")
     options = parser.parse_args()
     model = made_up() if options.made_up else tq.load(options.model)[0]
+    if options.dequantize:
+        model = dequantize_model(model)
+        mx.eval(model.parameters())
     results = {}
     for length in options.tokens:
         rows = results[length] = measure(model, length, options.caches, options.fill)

@@ -8,10 +8,8 @@ Peak memory is MLX's, model included, other rows' caches not. The last line is J
     python benchmarks/bench_generate.py [--model FOLDER | --made-up] [--tokens N ...]
 
 `--made-up` builds a Llama-3.1-8B shape (32 layers, bf16) with random weights. `--fill`
-stores random keys and values in place of reading a prompt, which takes CPUs minutes.
-`--reference-blas` leaves OpenBLAS out, as on a machine that has none. `--dequantize`
-turns quantized weights into float32 first: on CPUs MLX's products with quantized ones
-take most of a prompt's time, and a prompt's chunk should show what the cache takes.
+stores random keys and values in place of reading a prompt, which can take minutes.
+`--reference-blas` leaves OpenBLAS out, as on a machine that has none.
 """
 
 from __future__ import annotations
@@ -34,7 +32,6 @@ import mlx_turboquant as tq  # before MLX, or its products have the reference BL
 import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import dequantize_model
 
 HERE = Path(__file__).parent
 BUNDLED = HERE.parent / "examples" / "books-20m"
@@ -176,12 +173,8 @@ def main() -> None:
     parser.add_argument("--caches", nargs="+", default=[], help="only these rows")
     parser.add_argument("--fill", action="store_true")
     parser.add_argument("--reference-blas", action="store_true")
-    parser.add_argument("--dequantize", action="store_true")
     options = parser.parse_args()
     model = made_up() if options.made_up else tq.load(options.model)[0]
-    if options.dequantize:
-        model = dequantize_model(model)
-        mx.eval(model.parameters())
     results = {}
     for length in options.tokens:
         rows = results[length] = measure(model, length, options.caches, options.fill)

@@ -1,6 +1,7 @@
-"""Decode steps on MLX's CPU device: attention on planes of codes, no gathers.
+"""MLX's CPU device: decode steps on planes of codes, no gathers.
 
-Owns that one path; `reference` is what it is held to, and does everything else here.
+Owns that one path. Steps of more tokens are `long_attention`'s, encoding is
+`scalar_encode`'s; `reference` is what all are held to, and does everything else here.
 The levels of a plane (`planes`: the same place of every group, for all tokens) are
 multiplied as they lie with the query elements they stand for, so that nothing is
 unpacked into the order of elements.
@@ -32,7 +33,7 @@ MAX_STEP = 8
 
 
 class Cpu(Reference):
-    """Plain MLX operations in the order a CPU likes, for decode steps."""
+    """Plain MLX operations in the order a CPU likes."""
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ Peak memory is MLX's, model included, other rows' caches not. The last line is J
     python benchmarks/bench_generate.py [--model FOLDER | --made-up] [--tokens N ...]
 
 `--made-up` builds a Llama-3.1-8B shape (32 layers, bf16) with random weights. `--fill`
-stores random keys and values in place of reading a prompt, which takes CPUs minutes.
+stores random keys and values in place of reading a prompt, which can take minutes.
 `--reference-blas` leaves OpenBLAS out, as on a machine that has none.
 """
 
@@ -26,11 +26,12 @@ from typing import Any
 if "--reference-blas" in sys.argv:
     import mlx.core  # noqa: F401  before the package, which then loads no BLAS
 
+import mlx_turboquant as tq  # before MLX, or its products have the reference BLAS
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
-
-import mlx_turboquant as tq
 
 HERE = Path(__file__).parent
 BUNDLED = HERE.parent / "examples" / "books-20m"

@@ -189,11 +189,15 @@ class Quantizer:
             x: The vectors, in the model's basis.
             first: Encoded vectors before them.
         """
+        return self.codec.encode(self.encode_rot(x, first))
+
+    def encode_rot(self, x: mx.array, first: int = 0) -> mx.array:
+        """What `encode` hands to the codec: x rotated, less the means it adds."""
         self.add_means(x, first)
         x_rot = self.transform.encode(x)
         if self.means is not None:
             x_rot = x_rot - self.means.of_tokens(first, x.shape[2])
-        return self.codec.encode(x_rot)
+        return x_rot
 
     def decode_rot(
         self,

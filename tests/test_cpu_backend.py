@@ -1,4 +1,4 @@
-"""Decode steps on the CPU: planes of codes against the reference backend."""
+"""The CPU backend against the reference backend; encoding: `test_scalar_encode`."""
 
 import mlx.core as mx
 import pytest
@@ -6,6 +6,7 @@ from cases import each_bits, each_dim
 from helpers import relative_error
 
 import mlx_turboquant as tq
+from mlx_turboquant.backends import long_attention
 from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.cpu import Cpu
 from mlx_turboquant.backends.reference import Reference
@@ -63,7 +64,48 @@ def test_what_it_leaves_to_the_reference():
     sides = filled("k16v3", 64, 64)
     quantizers = [side.quantizer for side in sides]
     assert Cpu().refuse(*quantizers) == "codec identity:16 has no planes"
-    long = mx.random.normal((2, 4, 9, 64))
+    trellis = tq.TurboQuantCache("k3v3,codec=trellis")
+    trellis.update_and_fetch(*[mx.random.normal((1, 1, 200, 64))] * 2)
+    quantizer = trellis.compressed()[0].quantizer
+    x = mx.random.normal((1, 1, 128, 64))
+    got, want = Cpu().encode(quantizer, x, 0), Reference().encode(quantizer, x, 0)
+    assert mx.array_equal(got.arrays["words"], want.arrays["words"]).item()
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 16 queries, the last one shorter."""
+    monkeypatch.setattr(long_attention, "_LOGITS", 16 * 2 * 2 * 300)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("mask", ["causal", "bool", "by head", "row", "additive", None])
+@pytest.mark.parametrize("spec", ["k3v3", "k4v3,sink=0,center=off", "k7v1,window=0"])
+def test_long_steps_are_the_reference(spec, mask, sinks, small_blocks):
+    sides = filled(spec, 64, 80)
+    q = mx.random.normal((2, 4, 37, 64))
+    shapes = {"bool": (2, 1, 37, 300), "by head": (4, 37, 300), "row": (1, 300)}
+    if mask in shapes:
+        mask = mx.random.uniform(shape=shapes[mask]) > 0.3
+    elif mask == "additive":
+        mask = mx.random.normal((37, 300))
+    learned = mx.random.normal((4,)) if sinks else None
+    call = AttendCall(q, *sides, 0.125, mask, learned)
+    assert relative_error(Cpu().attend(call), Reference().attend(call)) < 2e-6
+
+
+def test_a_chunk_that_is_all_there_is_of_a_block(small_blocks):
+    """As many queries as tokens: the first block sees nothing before itself."""
     sides = filled("k3v3", 64, 64)
-    call = AttendCall(long, *sides, 0.125, "causal")
-    assert mx.array_equal(Cpu().attend(call), Reference().attend(call)).item()
+    q = mx.random.normal((2, 4, 300, 64))
+    call = AttendCall(q, *sides, 0.125, "causal")
+    assert relative_error(Cpu().attend(call), Reference().attend(call)) < 2e-6
+
+
+def test_long_steps_of_half_precision_models():
+    sides = filled("k3v3", 64, 64, dtype=mx.float16)
+    q = mx.random.normal((2, 4, 20, 64)).astype(mx.float16)
+    got = Cpu().attend(AttendCall(q, *sides, 0.125, "causal"))
+    wide = Reference().attend(AttendCall(q.astype(mx.float32), *sides, 0.125, "causal"))
+    assert got.dtype == mx.float16
+    assert relative_error(got.astype(mx.float32), wide) < 1e-3

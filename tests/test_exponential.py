@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from helpers import relative_error
 
-from mlx_turboquant.backends.exponential import softmax_parts
+from mlx_turboquant.backends.exponential import softmax_of_parts, softmax_parts
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 30.0, 1000.0])
@@ -30,3 +30,13 @@ def test_learned_sinks_only_take_weight(learned):
     joined = mx.concatenate([column, logits], axis=-1)
     want = mx.softmax(joined, axis=-1, precise=True)[..., 1:]
     assert mx.allclose(weights / total, want, rtol=1e-5, atol=1e-30).item()
+
+
+@pytest.mark.parametrize("sinks", [None, mx.array([3.0, -3.0])])
+def test_logits_in_several_arrays_share_a_softmax(sinks):
+    logits = mx.random.normal((1, 2, 3, 50)) * 10
+    pieces = [logits[..., :7], logits[..., 7:8], logits[..., 8:]]
+    weights, total = softmax_of_parts(pieces, sinks)
+    want, want_total = softmax_parts(logits, sinks)
+    assert mx.array_equal(mx.concatenate(weights, axis=-1), want).item()
+    assert mx.allclose(total, want_total, rtol=1e-6).item()

@@ -1,6 +1,7 @@
-"""Decode steps on MLX's CPU device: attention on planes of codes, no gathers.
+"""MLX's CPU device: decode steps on planes of codes, no gathers.
 
-Owns that one path; `reference` is what it is held to, and does everything else here.
+Owns that one path. Steps of more tokens are `long_attention`'s, encoding is
+`scalar_encode`'s; `reference` is what all are held to, and does everything else here.
 The levels of a plane (`planes`: the same place of every group, for all tokens) are
 multiplied as they lie with the query elements they stand for, so that nothing is
 unpacked into the order of elements.
@@ -13,23 +14,26 @@ import functools
 import mlx.core as mx
 
 from ..codecs.kernel_format import POLYNOMIAL
+from ..codecs.turboquant import TurboQuant
 from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from .call import AttendCall
 from .exponential import softmax_parts
+from .long_attention import attend_long, masked
 from .planes import Planes, planes_for
 from .reference import Reference, packed_of
+from .scalar_encode import MAX_BITS, encoder_for
 
 #: Vectors whose levels are made at once: they stay in a cache, and malloc does not give
 #: their memory back and fetch it anew page by page, as it does with longer arrays.
 _BLOCK = 8192
-#: Query tokens of a decode step; more of them amortise the reference's decoding.
+#: Query tokens of a decode step; for more of them keys and values are decoded.
 MAX_STEP = 8
 
 
 class Cpu(Reference):
-    """Plain MLX operations in the order a CPU likes, for decode steps."""
+    """Plain MLX operations in the order a CPU likes."""
 
     @property
     def name(self) -> str:
@@ -44,11 +48,18 @@ class Cpu(Reference):
                 return f"codec {codec.spec} has no planes"
         return None
 
+    def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:
+        """As `Reference.encode`, to the same bits."""
+        codec = quantizer.codec
+        if not isinstance(codec, TurboQuant) or codec.bits > MAX_BITS:
+            return super().encode(quantizer, x, first)
+        return encoder_for(codec).encode(quantizer.encode_rot(x, first))
+
     def attend(self, call: AttendCall) -> mx.array:
-        """As `Reference.attend`; only steps of up to `MAX_STEP` tokens are faster."""
+        """As `Reference.attend`, in float32."""
         q, keys, values = call.q, call.keys, call.values
         if q.shape[2] > MAX_STEP:
-            return super().attend(call)
+            return attend_long(call, self)
         batch, kv_heads, total, _ = keys.shape
         steps = q.shape[2]
         rows = q.shape[1] // kv_heads * steps
@@ -68,10 +79,7 @@ class Cpu(Reference):
         if isinstance(mask, str):
             mask = mx.arange(total) <= mx.arange(total - steps, total)[:, None]
         if isinstance(mask, mx.array):
-            if mask.dtype == mx.bool_:
-                logits = mx.where(mask, logits, -mx.inf)
-            else:
-                logits = logits + mask.astype(mx.float32)
+            logits = masked(logits, mask)
         weights, divisor = softmax_parts(logits, call.sink_logits)
         weights = weights.reshape(batch, kv_heads, rows, total)
         shape = (batch, -1, steps, values.shape[3])

@@ -6,6 +6,7 @@ arithmetic of it: 2**y is 2**n, by its bits, times a polynomial of the fraction.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import mlx.core as mx
@@ -41,15 +42,24 @@ def softmax_parts(
     >>> mx.allclose(weights / total, mx.array([0.268941, 0.731059, 0])).item()
     True
     """
-    highest = mx.max(logits, axis=-1, keepdims=True)
-    if sink_logits is None:
-        weights = _exp(logits, highest)
-        return weights, mx.sum(weights, axis=-1, keepdims=True)
-    sinks = sink_logits.astype(mx.float32)[None, :, None, None]
-    highest = mx.maximum(highest, sinks)
-    weights = _exp(logits, highest)
-    total = mx.sum(weights, axis=-1, keepdims=True)
-    return weights, total + mx.exp(sinks - highest)
+    (weights,), total = softmax_of_parts([logits], sink_logits)
+    return weights, total
+
+
+def softmax_of_parts(
+    parts: list[mx.array], sink_logits: mx.array | None = None
+) -> tuple[list[mx.array], mx.array]:
+    """`softmax_parts` of logits whose last axis is in several arrays."""
+    highest = [mx.max(logits, axis=-1, keepdims=True) for logits in parts]
+    if sink_logits is not None:
+        sinks = sink_logits.astype(mx.float32)[None, :, None, None]
+        highest.append(sinks)
+    most = functools.reduce(mx.maximum, highest)
+    weights = [_exp(logits, most) for logits in parts]
+    sums = [mx.sum(some, axis=-1, keepdims=True) for some in weights]
+    if sink_logits is not None:
+        sums.append(mx.exp(sinks - most))
+    return weights, functools.reduce(mx.add, sums)
 
 
 def _exp(x: mx.array, highest: mx.array) -> mx.array:

@@ -34,9 +34,12 @@ def default_scale_rule(side: Side) -> Rule:
     return "norm" if side == "keys" else "least-squares"
 
 
-def rms_normalize(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Divide x (..., D) float32 by its root mean square (..., 1); returns both."""
-    rms = mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True))
+def rms_normalize(x: mx.array, axis: int = -1) -> tuple[mx.array, mx.array]:
+    """Divide x (..., D) float32 by its root mean square (..., 1); returns both.
+
+    ``axis`` is that of D.
+    """
+    rms = mx.sqrt(mx.mean(x * x, axis=axis, keepdims=True))
     return x / mx.where(rms > 0, rms, 1.0), rms
 
 

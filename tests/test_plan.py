@@ -165,13 +165,13 @@ def test_a_text_that_does_not_fit_is_told_with_a_way_out():
     fits = model.tokens_in(8 * 10**9)
     assert warning(fits) is None
     assert re.fullmatch(
-        rf"100000 tokens need 17\.1 GB with the weights, this machine has 8\.0 GB, "
+        rf"100000 tokens need 17\.4 GB with the weights, this machine has 8\.0 GB, "
         rf"enough for {fits}; --kv-bits 3 holds 13\d{{4}}",
         warning(100_000),
     )
     assert warning(100_000, "3") is None
     assert warning(100_000, "auto,budget=3") is None
-    assert "--kv-bits 2" in warning(140_000, "3")
+    assert "--kv-bits 2" in warning(130_000, "3")
     assert ";" not in warning(10**6, "2")  # nothing holds more
 
 

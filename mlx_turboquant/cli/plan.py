@@ -62,22 +62,31 @@ def plan(
     fp16_tokens = footprint.tokens_in(memory_bytes)
     fitting_tokens = [footprint.tokens_in(memory_bytes, spec) for spec in presets]
     at_tokens = tokens or max(1, *fitting_tokens)
-    rows = [
-        ("fp16", str(fp16_tokens), decimal(footprint.cache_bytes(at_tokens)), "1.00")
-    ]
-    for spec, fitting in zip(presets, fitting_tokens, strict=True):
-        speed = footprint.speed(at_tokens, spec)
-        speed_text = "not timed" if speed is None else f"{speed:.2f}"
-        cache_bytes = footprint.cache_bytes(at_tokens, spec)
-        rows.append((str(spec), str(fitting), decimal(cache_bytes), speed_text))
-    typer.echo()
+    rows = []
+    for spec, fitting in [
+        (None, fp16_tokens),
+        *zip(presets, fitting_tokens, strict=True),
+    ]:
+        speed = 1.0 if spec is None else footprint.speed(at_tokens, spec)
+        peak = footprint.weights + footprint.prompt_bytes(at_tokens, spec)
+        rows.append(
+            (
+                "fp16" if spec is None else str(spec),
+                str(fitting),
+                decimal(footprint.cache_bytes(at_tokens, spec)),
+                decimal(peak),
+                "not timed" if speed is None else f"{speed:.2f}",
+            )
+        )
+    typer.echo(f"\nat {at_tokens} tokens:")
     print_table(
         rows,
-        head=("cache", "tokens that fit", f"bytes at {at_tokens}", "speed at best"),
-        right_aligned=(1, 2, 3),
+        head=("cache", "tokens that fit", "cache", "peak", "speed at best"),
+        right_aligned=(1, 2, 3, 4),
     )
     typer.echo(
-        "\nspeed at best: tokens per second over fp16's at that length if reading "
+        "\npeak: while the prompt is read in chunks of 2048, weights included\n"
+        "speed at best: tokens per second over fp16's at that length if reading "
         "memory\nis all that takes time, codes counted as often as their decoding was "
         "measured to\ncost on an NVIDIA H100; no Mac has been measured"
     )

@@ -88,11 +88,11 @@ def test_a_plan(run_cli):
 
 
 def test_generate_warns_before_memory_runs_out(run_cli, monkeypatch):
-    """On a machine that says it has 89 MB."""
+    """On a machine that says it has 112 MB."""
     code = (
         "import sys; from mlx_turboquant import memory;"
         "from mlx_turboquant.cli import app;"
-        "memory.machine_memory = lambda: 89_000_000;"
+        "memory.machine_memory = lambda: 112_000_000;"
         "sys.argv = ['mlx_tq', *sys.argv[1:]]; app.main()"
     )
     run = [sys.executable, "-c", code, "generate", "--model", MODEL, "-p", "hello"]

@@ -166,7 +166,7 @@ def test_a_text_that_does_not_fit_is_told_with_a_way_out():
     assert warning(fits) is None
     assert re.fullmatch(
         rf"100000 tokens need 17\.4 GB with the weights, this machine has 8\.0 GB, "
-        rf"enough for {fits}; --kv-bits 3 holds 13\d{{4}}",
+        rf"enough for {fits}; --kv-bits 3 holds 12\d{{4}}",
         warning(100_000),
     )
     assert warning(100_000, "3") is None

@@ -11,8 +11,8 @@ alone: MLX's cache is empty before it, and nothing else but the weights is in me
     cache       bytes of the caches behind the prompt
     law         what it should be at most: caches, two decoded slices, and what two
                 layers compute of a chunk. Ours only
-    growth      chats: bytes in use and in MLX's cache of free ones, less the caches',
-                after the last turn over those after the fifth
+    held        chats: bytes in use and in MLX's cache of free ones, less the caches'
+                and the weights, after the fifth turn and after the last
 
     python benchmarks/bench_memory.py [--shape 8b|1b|gemma3|lfm2] [--tokens N ...]
         [--batch N] [--max-kv-size N] [--turns N] [--caches NAME ...] [--repeats N]
@@ -24,13 +24,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from bench_generate import made_up, prefill
+from bench_generate import CHUNK, made_up
 from mlx_lm.models import gemma3_text, lfm2
-from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 import mlx_turboquant as tq
 from mlx_turboquant.integrations.footprint import of_network
@@ -75,12 +80,25 @@ def model_of(shape: str) -> Any:
 
 def maker(model: Any, name: str, max_kv_size: int | None) -> Callable[[], list[Any]]:
     """Of empty prompt caches."""
+    if name == "uncompressed" and max_kv_size:
+        # mlx-lm's own `make_prompt_cache` does not limit models like these.
+        return lambda: [RotatingKVCache(max_kv_size, keep=4) for _ in model.layers]
     if name == "uncompressed":
-        return lambda: make_prompt_cache(model, max_kv_size)
+        return lambda: make_prompt_cache(model)
     if name == "mlx-lm kv_bits=4":
         plain = make_prompt_cache(model)
         return lambda: [QuantizedKVCache(group_size=64, bits=4) for _ in plain]
     return lambda: tq.make_prompt_cache(model, name, max_kv_size=max_kv_size)
+
+
+def read(model: Any, cache: list[Any], prompt: mx.array) -> float:
+    """Seconds to read a prompt as mlx-lm does: no logits, free buffers let go."""
+    start = time.perf_counter()
+    for at in range(0, prompt.shape[1], CHUNK):
+        model(prompt[:, at : at + CHUNK], cache=cache)
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+    return time.perf_counter() - start
 
 
 def decode(model: Any, cache: list[Any], batch: int, steps: int) -> None:
@@ -105,7 +123,7 @@ def measured(
 ) -> dict[str, Any]:
     """One row, but for seconds."""
     cache = make()
-    row = {"prompt_mb": peak_above(weights, lambda: prefill(model, cache, prompt))}
+    row = {"prompt_mb": peak_above(weights, lambda: read(model, cache, prompt))}
     batch = prompt.shape[0]
     row["cache_mb"] = sum(layer.nbytes for layer in cache)
     row["decoding_mb"] = peak_above(weights, lambda: decode(model, cache, batch, STEPS))
@@ -119,18 +137,19 @@ def law_mb(model: Any, name: str, prompt: mx.array) -> float:
     return batch * of_network(model).prompt_bytes(tokens, spec) / 1e6
 
 
-def chat_growth(model: Any, make: Callable[[], list[Any]], turns: int) -> float:
-    """Bytes held besides the caches after the last turn, over those after the fifth."""
+def chat(
+    model: Any, make: Callable[[], list[Any]], turns: int, weights: int
+) -> list[float]:
+    """MB held besides weights and caches, after every turn."""
     mx.clear_cache()
     cache, held = make(), []
-    before = mx.get_active_memory()
     for turn in range(turns):
-        prefill(model, cache, mx.random.randint(5, 1000, (1, 150 + 37 * (turn % 7))))
+        read(model, cache, mx.random.randint(5, 1000, (1, 150 + 37 * (turn % 7))))
         decode(model, cache, 1, STEPS)
         mx.eval([layer.state for layer in cache])
-        free = mx.get_active_memory() - before + mx.get_cache_memory()
-        held.append(free - sum(layer.nbytes for layer in cache))
-    return held[-1] / held[4]
+        used = mx.get_active_memory() + mx.get_cache_memory() - weights
+        held.append((used - sum(layer.nbytes for layer in cache)) / 1e6)
+    return held
 
 
 def main() -> None:
@@ -150,15 +169,19 @@ def main() -> None:
     report: dict[str, Any] = {}
     if options.turns:
         for name, make in makers.items():
-            report[name] = round(chat_growth(model, make, options.turns), 3)
-            print(f"{name:20} {options.turns} turns, growth {report[name]}", flush=True)
+            held = chat(model, make, options.turns, weights)
+            report[name] = {"held_mb": held}
+            print(
+                f"{name:20} MB held after 5 turns {held[4]:7.1f}, "
+                f"after {options.turns} {held[-1]:7.1f}, most {max(held):7.1f}"
+            )
     for tokens in [] if options.turns else options.tokens:
         prompt = mx.random.randint(5, 1000, (options.batch, tokens))
         rows = {n: measured(model, m, prompt, weights) for n, m in makers.items()}
         seconds: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(options.repeats):
             for name, make in makers.items():
-                seconds[name].append(prefill(model, make(), prompt))
+                seconds[name].append(read(model, make(), prompt))
         print(f"\n{options.batch} x {tokens:6}     seconds  x plain  prompt MB  x plain"
               "  decoding MB  cache MB    law MB")  # fmt: skip
         base = rows[next(iter(rows))]

@@ -49,14 +49,20 @@ class Frozen:
         cache: The cache, one of ours or mlx-lm's.
     """
 
+    _fetched: tuple[Any, ...]
+
     def __init__(self, cache: Any) -> None:
-        ours = isinstance(cache, tq.TurboQuantCache)
         self.offset = cache.offset
-        self._fetched = cache.compressed() if ours else tuple(cache.state[:2])
+        if isinstance(cache, tq.TurboQuantCache):
+            self._fetched = cache.compressed()
+        else:
+            held = cache.keys, cache.values
+            self._fetched = tuple(side[:, :, : cache.offset] for side in held)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """What it holds."""
-        return self._fetched
+        keys, values = self._fetched
+        return keys, values
 
     def make_mask(self, *_: Any, **__: Any) -> None:
         """None: one query sees all."""

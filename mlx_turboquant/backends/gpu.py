@@ -8,6 +8,7 @@ reference.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -30,7 +31,7 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform
 from . import specialize
-from .call import AttendCall
+from .call import AttendCall, Mask
 from .code_launches import (
     gains_launch,
     materialize_launch,
@@ -84,7 +85,7 @@ class Gpu(Reference):
     def attend(self, call: AttendCall) -> mx.array:
         """As `Reference.attend`; up to `MAX_STEP` query tokens are fused."""
         if call.q.shape[2] > MAX_STEP:
-            return super().attend(call)
+            return super().attend(call._replace(mask=_additive(call.mask, call.q)))
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
@@ -269,6 +270,13 @@ class Gpu(Reference):
         return TokenArrays(
             dict(zip(("words", "scales"), arrays, strict=True)), tokens, layout=layout
         )
+
+
+def _additive(mask: Mask, q: mx.array) -> Mask:
+    """A bool mask in numbers: MLX's attention on CUDA would make them for each head."""
+    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+        return mx.where(mask, 0.0, -math.inf).astype(q.dtype)
+    return mask
 
 
 @functools.lru_cache(maxsize=256)

@@ -63,17 +63,15 @@ def plan(
     fitting_tokens = [footprint.tokens_in(memory_bytes, spec) for spec in presets]
     at_tokens = tokens or max(1, *fitting_tokens)
     rows = []
-    for spec, fitting in [
-        (None, fp16_tokens),
-        *zip(presets, fitting_tokens, strict=True),
-    ]:
-        speed = 1.0 if spec is None else footprint.speed(at_tokens, spec)
-        peak = footprint.weights + footprint.prompt_bytes(at_tokens, spec)
+    fits = zip([None, *presets], [fp16_tokens, *fitting_tokens], strict=True)
+    for stored, fitting in fits:
+        speed = 1.0 if stored is None else footprint.speed(at_tokens, stored)
+        peak = footprint.weights + footprint.prompt_bytes(at_tokens, stored)
         rows.append(
             (
-                "fp16" if spec is None else str(spec),
+                "fp16" if stored is None else str(stored),
                 str(fitting),
-                decimal(footprint.cache_bytes(at_tokens, spec)),
+                decimal(footprint.cache_bytes(at_tokens, stored)),
                 decimal(peak),
                 "not timed" if speed is None else f"{speed:.2f}",
             )

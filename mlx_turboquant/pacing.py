@@ -5,7 +5,7 @@ prompt's chunk is asked for as a whole, so activations of all layers, and what t
 codes are made from, would be held at once: gigabytes. So a layer that has packed a
 chunk has its codes computed at once, and waits until the layer before it has its own.
 Two layers are in flight: one that is computed, one that is being built. The same goes
-for slices of heads, where a layer's tokens are decoded in several.
+for parts of one attention, where it has several: slices of heads, blocks of queries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-#: Tokens of a step from which on it is paced: what shorter ones hold is less.
+#: Tokens of a step from which on layers are paced: what shorter ones hold is little.
 PACED_TOKENS = 256
 
 
@@ -35,15 +35,12 @@ class _Pacer(threading.local):
 _pacer = _Pacer()
 
 
-def pace(arrays: Sequence[mx.array], tokens: int) -> None:
-    """Compute arrays of this layer; wait for those of the call before.
+def pace(arrays: Sequence[mx.array]) -> None:
+    """Compute some arrays; wait for those of the call before.
 
     Args:
-        arrays: What is stored of the layer's keys and values, or a slice's output.
-        tokens: Of this step.
+        arrays: What is stored of a layer's keys and values, or an attention's part.
     """
-    if tokens < PACED_TOKENS:
-        return
     cast(Any, mx.async_eval)(arrays)
     before = [array for ref in _pacer.latest if (array := ref()) is not None]
     if before:

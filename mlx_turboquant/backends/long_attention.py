@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..pacing import pace
 from .call import AttendCall, Mask
 from .exponential import softmax_of_parts
 from .reference import Reference
@@ -46,6 +47,7 @@ def attend_long(call: AttendCall, backend: Reference) -> mx.array:
             blocks.append(
                 _attend_block(q_rot[:, heads, rows], k_rot, v_rot, parts, sinks)
             )
+            pace(blocks[-1:])
         outputs.append(mx.concatenate(blocks, axis=2))
     out = values.quantizer.transform.decode(mx.concatenate(outputs, axis=1))
     return out.astype(call.q.dtype)

@@ -112,7 +112,7 @@ class Reference:
                 )
             )
             if len(slices) > 1:
-                pace(outputs[-1:], q_rot.shape[2])
+                pace(outputs[-1:])
         return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 
     def slices_of_heads(

@@ -24,7 +24,7 @@ from ..attention import dequantize
 from ..backends.reference import Reference
 from ..backends.select import Choice
 from ..errors import UnsupportedError
-from ..pacing import pace
+from ..pacing import PACED_TOKENS, pace
 from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
@@ -200,7 +200,8 @@ class TurboQuantCache(SequenceCache):
             first,
         )
         tokens.pack(codes, sink=start)
-        pace(tokens.arrays, step)
+        if step >= PACED_TOKENS:
+            pace(tokens.arrays)
         self._set_packed(schedule.packed + count)
 
     def _set_packed(self, count: int) -> None:

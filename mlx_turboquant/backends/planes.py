@@ -16,6 +16,7 @@ transposed, and codes are not even shifted down: `Planes.factors` makes up for i
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class Layout:
         own_shifts: Shifts of the planes in own halves.
         field_shifts: Shifts of the planes in the groups' bytes of shared halves.
         spare_shifts: Shifts of the planes in what the spare bits spell.
-        rows: Elements of the rows of each plane, below `padded`.
+        widths: Rows of each plane.
+        order: Elements of the rows of all planes, below `padded`.
         shifts: Shift of each element's plane.
         padded: Elements of a vector, rounded up to whole groups.
         places: Row of each element when the planes' rows are joined.
@@ -45,10 +47,16 @@ class Layout:
     own_shifts: list[int]
     field_shifts: list[int]
     spare_shifts: list[int]
-    rows: list[mx.array]
+    widths: list[int]
+    order: mx.array
     shifts: list[int]
     padded: int
     places: mx.array
+
+    @property
+    def widest(self) -> int:
+        """Rows of the planes that have most."""
+        return max(self.widths)
 
 
 @functools.cache
@@ -89,12 +97,13 @@ def layout_of(bits: int, dim: int) -> Layout:
         own_shifts=own_shifts,
         field_shifts=field_shifts,
         spare_shifts=spare_shifts,
-        rows=[_index(plane) for plane in planes],
+        widths=[len(plane) for plane in planes],
+        order=_index(order),
         shifts=[shift_of[element] for element in sorted(shift_of)],
         padded=len(order),
         places=_index([where[d] for d in range(dim)]),
     )
-    mx.eval(layout.rows, layout.places)
+    mx.eval(layout.order, layout.places)
     return layout
 
 
@@ -153,14 +162,31 @@ class Planes:
             last = words[..., in_chunks:]
             own = mx.concatenate([own, last[..., :-1]], axis=-1)
             shared = mx.concatenate([shared, last[..., -1:]], axis=-1)
-        # What the shift drags from high to low halves lies above their fields.
-        fields = mx.stack([shared, shared >> 8], axis=-1).flatten(-2)[..., :groups]
-        return own.view(mx.uint16), fields.view(mx.uint16)
+        fields = _fields(mx.contiguous(shared)).view(mx.uint16)
+        return own.view(mx.uint16), fields[..., : 2 * groups]
 
     def _extract(self, halves: mx.array, shifts: list[int]) -> list[mx.array]:
+        if len(self.coefficients) <= _MONIC_TERMS:
+            return _extractor(self.bits, tuple(shifts), self.coefficients)(halves)
+        # Several of these long loops in one are slower than one by one.
         return [
-            _extractor(self.bits, shift, self.coefficients)(halves) for shift in shifts
+            plane
+            for shift in shifts
+            for plane in _extractor(self.bits, (shift,), self.coefficients)(halves)
         ]
+
+    def pieces(self, q: mx.array) -> list[mx.array]:
+        """What each plane is multiplied with: (B, H, plane's rows, rows) of q.
+
+        Args:
+            q: (B, H, rows, dim) float32.
+        """
+        padding = self.layout.padded - q.shape[-1]
+        if padding:
+            q = mx.pad(q, [(0, 0)] * 3 + [(0, padding)])
+        ordered = mx.take(q * self.factors, self.layout.order, axis=-1)
+        ends = list(itertools.accumulate(self.layout.widths[:-1]))
+        return list(mx.split(ordered.swapaxes(-1, -2), ends, axis=-2))
 
     @functools.cached_property
     def factors(self) -> mx.array:
@@ -199,21 +225,30 @@ def _spare_bits(bits: int) -> Callable[..., mx.array]:
     return compiled
 
 
+@mx.compile
+def _fields(shared: mx.array) -> mx.array:
+    """Shared words to two each, as uint64: the field of each group in its low bytes.
+
+    What the shift drags from high to low halves lies above their fields.
+    """
+    return shared.astype(mx.uint64) | ((shared >> 8).astype(mx.uint64) << 32)
+
+
 @functools.cache
 def _extractor(
-    bits: int, shift: int, coefficients: tuple[float, ...]
-) -> Callable[[mx.array], mx.array]:
-    """Halves to the levels of one plane, over its factor.
+    bits: int, shifts: tuple[int, ...], coefficients: tuple[float, ...]
+) -> Callable[[mx.array], list[mx.array]]:
+    """Halves to the levels of some planes, over their factors.
 
     All numbers are constants of the compiled loop. With the shift as an input, or with
     more operations in a row than MLX fuses, g++ makes it 1.5 to 4 times slower.
     """
-    mask = (2**bits - 1) << shift
-    middle = (2**bits - 1) / 2 * 2**shift
-    unit = 2.0 ** (bits + shift)
     shape = kernel_coefficients(coefficients)[1:]
 
-    def extract(halves: mx.array) -> mx.array:
+    def extract(halves: mx.array, shift: int) -> mx.array:
+        mask = (2**bits - 1) << shift
+        middle = (2**bits - 1) / 2 * 2**shift
+        unit = 2.0 ** (bits + shift)
         u: mx.array = (halves & mask).astype(mx.float32) - middle
         if len(coefficients) > _MONIC_TERMS:
             return odd_polynomial(u * (1 / unit), coefficients)
@@ -224,5 +259,7 @@ def _extractor(
             total = total * total + shape[1] * unit**4
         return total * u
 
-    compiled: Callable[[mx.array], mx.array] = mx.compile(extract)
+    compiled: Callable[[mx.array], list[mx.array]] = mx.compile(
+        lambda halves: [extract(halves, shift) for shift in shifts]
+    )
     return compiled

@@ -133,25 +133,51 @@ class Planes:
         Args:
             words: (B, H, T, W) of some tokens.
         """
-        layout = self.layout
-        if self.bits % 2 == 0:
-            own, fields = words.view(mx.uint16), None
-        else:
-            own, fields = self._halves(words)
-        planes = self._extract(own, layout.own_shifts)
-        parts = []
-        if layout.own_shifts:
-            by_group = own.reshape(*own.shape[:-1], -1, self.bits // 2, 2)
-            parts = [by_group[..., i, :].flatten(-2) for i in range(self.bits // 2)]
-        if fields is not None:
-            planes += self._extract(fields, layout.field_shifts)
-            parts.append(fields)
-        if layout.spare_shifts:
-            stream = _spare_bits(self.bits)(*parts)
-            planes += self._extract(stream, layout.spare_shifts)
-        return planes
+        halves = self._halves(words) if self.bits % 2 else [words.view(mx.uint16)]
+        # Several long polynomials in one loop are slower than one by one.
+        if len(self.coefficients) <= _MONIC_TERMS:
+            return self._at_once(*halves)
+        return self._planes(_extractor, *halves)
 
-    def _halves(self, words: mx.array) -> tuple[mx.array, mx.array]:
+    @functools.cached_property
+    def _at_once(self) -> Callable[..., list[mx.array]]:
+        """One loop for all planes: each array of halves is read once."""
+        compiled: Callable[..., list[mx.array]] = mx.compile(
+            functools.partial(self._planes, _extraction)
+        )
+        return compiled
+
+    def _planes(
+        self,
+        extraction: Callable[..., Callable[[mx.array], mx.array]],
+        *halves: mx.array,
+    ) -> list[mx.array]:
+        """All planes, in order, of own halves and of fields, where there are any."""
+        layout = self.layout
+        sources = []
+        if layout.own_shifts:
+            sources.append((halves[0], layout.own_shifts))
+        if layout.field_shifts:
+            sources.append((halves[-1], layout.field_shifts))
+        if layout.spare_shifts:
+            stream = _spare_bits(self.bits)(*self._parts(halves))
+            sources.append((stream, layout.spare_shifts))
+        return [
+            extraction(self.bits, shift, self.coefficients)(some)
+            for some, shifts in sources
+            for shift in shifts
+        ]
+
+    def _parts(self, halves: tuple[mx.array, ...]) -> list[mx.array]:
+        """Halves as arrays with a row for each group, for what spare bits spell."""
+        own, count = halves[0], self.bits // 2
+        if count == 1:
+            return list(halves)
+        by_group = own.reshape(*own.shape[:-1], -1, count, 2)
+        parts = [by_group[..., i, :].flatten(-2) for i in range(count)]
+        return [*parts, *halves[1:]]
+
+    def _halves(self, words: mx.array) -> list[mx.array]:
         """Words of odd widths to own halves and to fields, both group by group."""
         groups = -(-self.dim // _GROUP)
         in_chunks = groups // 2 * self.bits
@@ -162,18 +188,8 @@ class Planes:
             last = words[..., in_chunks:]
             own = mx.concatenate([own, last[..., :-1]], axis=-1)
             shared = mx.concatenate([shared, last[..., -1:]], axis=-1)
-        fields = _fields(mx.contiguous(shared)).view(mx.uint16)
-        return own.view(mx.uint16), fields[..., : 2 * groups]
-
-    def _extract(self, halves: mx.array, shifts: list[int]) -> list[mx.array]:
-        if len(self.coefficients) <= _MONIC_TERMS:
-            return _extractor(self.bits, tuple(shifts), self.coefficients)(halves)
-        # Several of these long loops in one are slower than one by one.
-        return [
-            plane
-            for shift in shifts
-            for plane in _extractor(self.bits, (shift,), self.coefficients)(halves)
-        ]
+        fields = _fields(shared).view(mx.uint16)[..., : 2 * groups]
+        return [own.view(mx.uint16), fields]
 
     def pieces(self, q: mx.array) -> list[mx.array]:
         """What each plane is multiplied with: (B, H, plane's rows, rows) of q.
@@ -212,14 +228,16 @@ def _spare_bits(bits: int) -> Callable[..., mx.array]:
     """Joins the spare bits of own halves and the shared field, low ones first."""
 
     def join(*fields: mx.array) -> mx.array:
-        stream, taken = mx.array(0, dtype=mx.uint16), 0
+        parts, taken = [], 0
         for i, field in enumerate(fields):
             width = 16 if i < bits // 2 else 8
             spare = width % bits
-            some = (field >> (width - spare)) & ((1 << spare) - 1)
-            stream = stream | (some << taken)
+            # To their place at once: with more shifts g++ does not vectorize it.
+            down = width - spare - taken
+            moved = field >> down if down >= 0 else field << -down
+            parts.append(moved & (((1 << spare) - 1) << taken))
             taken += spare
-        return stream
+        return functools.reduce(mx.bitwise_or, parts)
 
     compiled: Callable[..., mx.array] = mx.compile(join)
     return compiled
@@ -236,19 +254,29 @@ def _fields(shared: mx.array) -> mx.array:
 
 @functools.cache
 def _extractor(
-    bits: int, shifts: tuple[int, ...], coefficients: tuple[float, ...]
-) -> Callable[[mx.array], list[mx.array]]:
-    """Halves to the levels of some planes, over their factors.
+    bits: int, shift: int, coefficients: tuple[float, ...]
+) -> Callable[[mx.array], mx.array]:
+    """`_extraction` as a loop of its own."""
+    compiled: Callable[[mx.array], mx.array] = mx.compile(
+        _extraction(bits, shift, coefficients)
+    )
+    return compiled
+
+
+def _extraction(
+    bits: int, shift: int, coefficients: tuple[float, ...]
+) -> Callable[[mx.array], mx.array]:
+    """Halves to the levels of one plane, over its factor; to be compiled.
 
     All numbers are constants of the compiled loop. With the shift as an input, or with
     more operations in a row than MLX fuses, g++ makes it 1.5 to 4 times slower.
     """
+    mask = (2**bits - 1) << shift
+    middle = (2**bits - 1) / 2 * 2**shift
+    unit = 2.0 ** (bits + shift)
     shape = kernel_coefficients(coefficients)[1:]
 
-    def extract(halves: mx.array, shift: int) -> mx.array:
-        mask = (2**bits - 1) << shift
-        middle = (2**bits - 1) / 2 * 2**shift
-        unit = 2.0 ** (bits + shift)
+    def extract(halves: mx.array) -> mx.array:
         u: mx.array = (halves & mask).astype(mx.float32) - middle
         if len(coefficients) > _MONIC_TERMS:
             return odd_polynomial(u * (1 / unit), coefficients)
@@ -259,7 +287,4 @@ def _extractor(
             total = total * total + shape[1] * unit**4
         return total * u
 
-    compiled: Callable[[mx.array], list[mx.array]] = mx.compile(
-        lambda halves: [extract(halves, shift) for shift in shifts]
-    )
-    return compiled
+    return extract

@@ -33,7 +33,7 @@ _BLOCK = 16384
 #: does larger ones one after the other, so that two streams would wait for each other.
 _ALONE = 1 << 18
 #: Packed tokens from which two streams take half of them each.
-_SHARED = 2048
+_SHARED = 3072
 #: Query tokens of a decode step; for more of them keys and values are decoded.
 MAX_STEP = 8
 

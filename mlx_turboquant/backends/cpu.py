@@ -32,8 +32,8 @@ _BLOCK = 16384
 #: Multiplications of a product that OpenBLAS leaves to the thread that calls it. It
 #: does larger ones one after the other, so that two streams would wait for each other.
 _ALONE = 1 << 18
-#: Packed tokens from which two streams take half of them each.
-_SHARED = 3072
+#: Packed tokens times terms of their polynomial from which two streams take half each.
+_SHARED = 6144
 #: Query tokens of a decode step; for more of them keys and values are decoded.
 MAX_STEP = 8
 
@@ -109,7 +109,7 @@ def _blocks(codes: TokenArrays, planes: Planes, rows: int) -> list[Block]:
     most = min(_BLOCK // (batch * heads), _ALONE // (rows * planes.layout.widest))
     count = -(-codes.length // max(1, most))
     streams: list[mx.Stream | mx.ThreadLocalStream] = [mx.default_stream(mx.cpu)]
-    if codes.length >= _SHARED:
+    if codes.length * len(planes.coefficients) >= _SHARED:
         streams.append(_side_stream())
         count += count % 2  # alike for both
     ends = [codes.length * i // count for i in range(count + 1)]

@@ -4,7 +4,8 @@ Owns that one path. Steps of more tokens are `long_attention`'s, encoding is
 `scalar_encode`'s; `reference` is what all are held to, and does everything else here.
 The levels of a plane (`planes`: the same place of every group, for all tokens) are
 multiplied as they lie with the query elements they stand for, so that nothing is
-unpacked into the order of elements.
+unpacked into the order of elements. Where tokens are many, two of MLX's streams take
+blocks of them by turns, each on a core.
 """
 
 from __future__ import annotations

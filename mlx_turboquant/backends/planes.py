@@ -134,24 +134,15 @@ class Planes:
             words: (B, H, T, W) of some tokens.
         """
         halves = self._halves(words) if self.bits % 2 else [words.view(mx.uint16)]
-        # Several long polynomials in one loop are slower than one by one.
-        if len(self.coefficients) <= _MONIC_TERMS:
-            return self._at_once(*halves)
-        return self._planes(_extractor, *halves)
+        return self._at_once(*halves)
 
     @functools.cached_property
     def _at_once(self) -> Callable[..., list[mx.array]]:
         """One loop for all planes: each array of halves is read once."""
-        compiled: Callable[..., list[mx.array]] = mx.compile(
-            functools.partial(self._planes, _extraction)
-        )
+        compiled: Callable[..., list[mx.array]] = mx.compile(self._planes)
         return compiled
 
-    def _planes(
-        self,
-        extraction: Callable[..., Callable[[mx.array], mx.array]],
-        *halves: mx.array,
-    ) -> list[mx.array]:
+    def _planes(self, *halves: mx.array) -> list[mx.array]:
         """All planes, in order, of own halves and of fields, where there are any."""
         layout = self.layout
         sources = []
@@ -163,7 +154,7 @@ class Planes:
             stream = _spare_bits(self.bits)(*self._parts(halves))
             sources.append((stream, layout.spare_shifts))
         return [
-            extraction(self.bits, shift, self.coefficients)(some)
+            _level(some, self.bits, shift, self.coefficients)
             for some, shifts in sources
             for shift in shifts
         ]
@@ -252,20 +243,9 @@ def _fields(shared: mx.array) -> mx.array:
     return shared.astype(mx.uint64) | ((shared >> 8).astype(mx.uint64) << 32)
 
 
-@functools.cache
-def _extractor(
-    bits: int, shift: int, coefficients: tuple[float, ...]
-) -> Callable[[mx.array], mx.array]:
-    """`_extraction` as a loop of its own."""
-    compiled: Callable[[mx.array], mx.array] = mx.compile(
-        _extraction(bits, shift, coefficients)
-    )
-    return compiled
-
-
-def _extraction(
-    bits: int, shift: int, coefficients: tuple[float, ...]
-) -> Callable[[mx.array], mx.array]:
+def _level(
+    halves: mx.array, bits: int, shift: int, coefficients: tuple[float, ...]
+) -> mx.array:
     """Halves to the levels of one plane, over its factor; to be compiled.
 
     All numbers are constants of the compiled loop. With the shift as an input, or with
@@ -275,16 +255,12 @@ def _extraction(
     middle = (2**bits - 1) / 2 * 2**shift
     unit = 2.0 ** (bits + shift)
     shape = kernel_coefficients(coefficients)[1:]
-
-    def extract(halves: mx.array) -> mx.array:
-        u: mx.array = (halves & mask).astype(mx.float32) - middle
-        if len(coefficients) > _MONIC_TERMS:
-            return odd_polynomial(u * (1 / unit), coefficients)
-        if len(coefficients) == 1:
-            return u
-        total: mx.array = u * u + shape[0] * unit**2
-        if len(coefficients) == 3:
-            total = total * total + shape[1] * unit**4
-        return total * u
-
-    return extract
+    u: mx.array = (halves & mask).astype(mx.float32) - middle
+    if len(coefficients) > _MONIC_TERMS:
+        return odd_polynomial(u * (1 / unit), coefficients)
+    if len(coefficients) == 1:
+        return u
+    total: mx.array = u * u + shape[0] * unit**2
+    if len(coefficients) == 3:
+        total = total * total + shape[1] * unit**4
+    return total * u

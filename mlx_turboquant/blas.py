@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
+
+#: Where OpenBLAS, when it is loaded, looks up how long an idle thread spins: 2**n
+#: cycles. It has no function for it. Its 2**26 last longer than a decode step and take
+#: a core from MLX's streams.
+_TIMEOUT, _SPINNING = "OPENBLAS_THREAD_TIMEOUT", "17"
 
 
 @functools.cache
@@ -21,8 +27,13 @@ def prefer_openblas() -> bool:
     """
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return False
+    chosen = os.environ.get(_TIMEOUT)
+    os.environ.setdefault(_TIMEOUT, _SPINNING)
     try:
         ctypes.CDLL("libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
     except OSError:
         return False
+    finally:
+        if chosen is None:
+            del os.environ[_TIMEOUT]
     return True

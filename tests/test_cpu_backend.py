@@ -6,10 +6,12 @@ from cases import each_bits, each_dim
 from helpers import relative_error
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import long_attention
+from mlx_turboquant.backends import cpu, long_attention
 from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.cpu import Cpu
+from mlx_turboquant.backends.planes import planes_for
 from mlx_turboquant.backends.reference import Reference
+from mlx_turboquant.tokens import TokenArrays
 
 
 def filled(spec, k_dim, v_dim, tokens=300, heads=2, dtype=mx.float32):
@@ -70,6 +72,36 @@ def test_what_it_leaves_to_the_reference():
     x = mx.random.normal((1, 1, 128, 64))
     got, want = Cpu().encode(quantizer, x, 0), Reference().encode(quantizer, x, 0)
     assert mx.array_equal(got.arrays["words"], want.arrays["words"]).item()
+
+
+@pytest.mark.parametrize("planes_first", [False, True])
+@pytest.mark.parametrize("tokens", [200, 300])
+@each_bits
+def test_blocks_on_two_streams(bits, tokens, planes_first, monkeypatch):
+    """Two and four blocks of unlike lengths, in both orders of the products."""
+    monkeypatch.setattr(cpu, "_SHARED", 1)
+    monkeypatch.setattr(cpu, "_BLOCK", 100 * 4)
+    monkeypatch.setattr(cpu, "prefer_openblas", lambda: planes_first)
+    sides = filled(f"k{bits}v{9 - bits}", 64, 80, tokens + 1)
+    q = mx.random.normal((2, 4, 2, 64))
+    call = AttendCall(q, *sides, 0.125, "causal")
+    assert relative_error(Cpu().attend(call), Reference().attend(call)) < 2e-6
+
+
+def test_blocks_share_the_tokens():
+    """Streams take turns, and no product is larger than OpenBLAS leaves to one."""
+    codes = TokenArrays({"words": mx.zeros((1, 2, 41_000, 16), mx.uint32)})
+    planes = planes_for(4, 128, (1.0, 1.0, 1.0))
+    blocks = cpu._blocks(codes, planes, 4)
+    spans, streams = zip(*blocks, strict=True)
+    assert [span.start for span in spans[1:]] == [span.stop for span in spans[:-1]]
+    assert (spans[0].start, spans[-1].stop) == (0, 41_000)
+    assert max(s.stop - s.start for s in spans) * 4 * 32 <= cpu._ALONE
+    assert len(blocks) % 2 == 0
+    assert len(set(streams[::2])) == 1
+    assert streams[0] != streams[1] == streams[-1]
+    few = TokenArrays({"words": mx.zeros((1, 2, cpu._SHARED // 3 - 1, 16), mx.uint32)})
+    assert len({stream for _, stream in cpu._blocks(few, planes, 1)}) == 1
 
 
 @pytest.fixture

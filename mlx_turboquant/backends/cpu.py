@@ -4,15 +4,18 @@ Owns that one path. Steps of more tokens are `long_attention`'s, encoding is
 `scalar_encode`'s; `reference` is what all are held to, and does everything else here.
 The levels of a plane (`planes`: the same place of every group, for all tokens) are
 multiplied as they lie with the query elements they stand for, so that nothing is
-unpacked into the order of elements.
+unpacked into the order of elements. Where tokens are many, two of MLX's streams take
+blocks of them by turns, each on a core.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 
 import mlx.core as mx
 
+from ..blas import prefer_openblas
 from ..codecs.kernel_format import POLYNOMIAL
 from ..codecs.turboquant import TurboQuant
 from ..quantizer import PageMeans, Quantizer
@@ -25,11 +28,17 @@ from .planes import Planes, planes_for
 from .reference import Reference, packed_of
 from .scalar_encode import MAX_BITS, encoder_for
 
-#: Vectors whose levels are made at once: they stay in a cache, and malloc does not give
-#: their memory back and fetch it anew page by page, as it does with longer arrays.
-_BLOCK = 8192
+#: Vectors whose levels are made at once, at most: they stay in a cache.
+_BLOCK = 16384
+#: Multiplications of a product that OpenBLAS leaves to the thread that calls it. It
+#: does larger ones one after the other, so that two streams would wait for each other.
+_ALONE = 1 << 18
+#: Packed tokens times terms of their polynomial from which two streams take half each.
+_SHARED = 6144
 #: Query tokens of a decode step; for more of them keys and values are decoded.
 MAX_STEP = 8
+
+Block = tuple[slice, mx.Stream | mx.ThreadLocalStream]
 
 
 class Cpu(Reference):
@@ -64,8 +73,6 @@ class Cpu(Reference):
         steps = q.shape[2]
         rows = q.shape[1] // kv_heads * steps
         k_planes, v_planes = _planes_of(keys), _planes_of(values)
-        with mx.stream(_side_stream()):  # beside the keys, on another core
-            value_levels = _levels_by_block(packed_of(values), v_planes)
         dtype, q = q.dtype, q.astype(mx.float32) * call.scale
         q_rot = keys.quantizer.transform.encode_query(q)
         logits = _logits(
@@ -83,7 +90,7 @@ class Cpu(Reference):
         weights, divisor = softmax_parts(logits, call.sink_logits)
         weights = weights.reshape(batch, kv_heads, rows, total)
         shape = (batch, -1, steps, values.shape[3])
-        out_rot = _weigh_packed(weights, values, v_planes, value_levels)
+        out_rot = _weigh_packed(weights, values, v_planes)
         out = values.quantizer.transform.decode(out_rot.reshape(shape))
         out = out + _weigh_uncompressed(weights, values).reshape(shape)
         return (out / divisor).astype(dtype)
@@ -97,17 +104,20 @@ def _planes_of(side: CompressedTokens) -> Planes:
     return planes_for(form.bits, codec.dim, form.coefficients)
 
 
-def _levels_by_block(
-    codes: TokenArrays, planes: Planes
-) -> list[tuple[slice, list[mx.array]]]:
-    """(tokens, levels of their planes) of all codes, `_BLOCK` vectors at a time."""
-    words = codes.arrays["words"]
-    step = max(1, _BLOCK // (words.shape[0] * words.shape[1]))
-    blocks = []
-    for first in range(0, codes.length, step):
-        some = slice(first, min(first + step, codes.length))
-        blocks.append((some, planes.levels(words[:, :, some])))
-    return blocks
+def _blocks(codes: TokenArrays, planes: Planes, rows: int) -> list[Block]:
+    """Tokens, in order, and the stream that takes them, for so many rows of queries."""
+    batch, heads = codes.arrays["words"].shape[:2]
+    most = min(_BLOCK // (batch * heads), _ALONE // (rows * planes.layout.widest))
+    count = -(-codes.length // max(1, most))
+    streams: list[mx.Stream | mx.ThreadLocalStream] = [mx.default_stream(mx.cpu)]
+    if codes.length * len(planes.coefficients) >= _SHARED:
+        streams.append(_side_stream())
+        count += count % 2  # alike for both
+    ends = [codes.length * i // count for i in range(count + 1)]
+    return [
+        (slice(*pair), streams[i % len(streams)])
+        for i, pair in enumerate(itertools.pairwise(ends))
+    ]
 
 
 def _logits(
@@ -115,18 +125,12 @@ def _logits(
 ) -> mx.array:
     """Logits of all tokens (B, H, rows, T) float32, from both spellings of q."""
     codes = packed_of(keys)
-    layout = planes.layout
-    padding = layout.padded - q_rot.shape[-1]
-    factored = mx.pad(q_rot, [(0, 0)] * 3 + [(0, padding)]) * planes.factors
-    pieces = [mx.take(factored, rows, axis=-1) for rows in layout.rows]
+    words = codes.arrays["words"]
+    pieces = planes.pieces(q_rot)
     blocks = []
-    for _, levels in _levels_by_block(codes, planes):
-        # q first: the reference BLAS takes 3 times as long for planes times q. And a
-        # chain, so that each plane is multiplied while it is in the cache.
-        block = pieces[0] @ levels[0].swapaxes(-1, -2)
-        for piece, plane in zip(pieces[1:], levels[1:], strict=True):
-            block = mx.addmm(block, piece, plane.swapaxes(-1, -2))
-        blocks.append(block)
+    for some, stream in _blocks(codes, planes, q.shape[2]):
+        with mx.stream(stream):
+            blocks.append(_products(pieces, planes.levels(words[:, :, some])))
     packed = mx.concatenate(blocks, axis=-1) if len(blocks) > 1 else blocks[0]
     packed = packed * _scales(codes)
     if keys.quantizer.means is not None:
@@ -137,6 +141,27 @@ def _logits(
     return mx.concatenate(parts, axis=-1)
 
 
+def _products(pieces: list[mx.array], levels: list[mx.array]) -> mx.array:
+    """The sum of all planes' products (B, H, rows, tokens).
+
+    A chain, so that each plane is multiplied while it is in the cache.
+
+    Args:
+        pieces: What each plane is multiplied with (B, H, plane's rows, rows).
+        levels: The planes (B, H, tokens, plane's rows).
+    """
+    if prefer_openblas():
+        out = levels[0] @ pieces[0]
+        for piece, plane in zip(pieces[1:], levels[1:], strict=True):
+            out = mx.addmm(out, plane, piece)
+        return out.swapaxes(-1, -2)
+    # The reference BLAS takes 3 times as long for planes times q.
+    out = pieces[0].swapaxes(-1, -2) @ levels[0].swapaxes(-1, -2)
+    for piece, plane in zip(pieces[1:], levels[1:], strict=True):
+        out = mx.addmm(out, piece.swapaxes(-1, -2), plane.swapaxes(-1, -2))
+    return out
+
+
 def _mean_logits(q_rot: mx.array, means: PageMeans, tokens: int) -> mx.array:
     """Logits of each packed token's mean: (B, H, rows, tokens)."""
     logits = _dot(q_rot, means.state["keys"])
@@ -144,24 +169,26 @@ def _mean_logits(q_rot: mx.array, means: PageMeans, tokens: int) -> mx.array:
 
 
 def _weigh_packed(
-    weights: mx.array,
-    values: CompressedTokens,
-    planes: Planes,
-    blocks: list[tuple[slice, list[mx.array]]],
+    weights: mx.array, values: CompressedTokens, planes: Planes
 ) -> mx.array:
     """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
     codes = packed_of(values)
+    words = codes.arrays["words"]
     first = values.sink_length
     scaled = weights[..., first : first + codes.length] * _scales(codes)
-    some, levels = blocks[0]
-    pieces = [scaled[..., some] @ plane for plane in levels]
-    for some, levels in blocks[1:]:
-        part = scaled[..., some]
-        pieces = [
-            mx.addmm(piece, part, plane)
-            for piece, plane in zip(pieces, levels, strict=True)
-        ]
-    out = mx.concatenate(pieces, axis=-1)
+    sums: dict[mx.Stream | mx.ThreadLocalStream, list[mx.array]] = {}
+    for some, stream in _blocks(codes, planes, weights.shape[2]):
+        with mx.stream(stream):
+            part, levels = scaled[..., some], planes.levels(words[:, :, some])
+            if stream not in sums:
+                sums[stream] = [part @ plane for plane in levels]
+                continue
+            sums[stream] = [
+                mx.addmm(total, part, plane)
+                for total, plane in zip(sums[stream], levels, strict=True)
+            ]
+    joined = [mx.concatenate(totals, axis=-1) for totals in sums.values()]
+    out = functools.reduce(mx.add, joined)
     dim = values.shape[-1]
     return out[..., planes.layout.places] * planes.factors[:dim]
 

@@ -16,6 +16,7 @@ transposed, and codes are not even shifted down: `Planes.factors` makes up for i
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class Layout:
         own_shifts: Shifts of the planes in own halves.
         field_shifts: Shifts of the planes in the groups' bytes of shared halves.
         spare_shifts: Shifts of the planes in what the spare bits spell.
-        rows: Elements of the rows of each plane, below `padded`.
+        widths: Rows of each plane.
+        order: Elements of the rows of all planes, below `padded`.
         shifts: Shift of each element's plane.
         padded: Elements of a vector, rounded up to whole groups.
         places: Row of each element when the planes' rows are joined.
@@ -45,10 +47,16 @@ class Layout:
     own_shifts: list[int]
     field_shifts: list[int]
     spare_shifts: list[int]
-    rows: list[mx.array]
+    widths: list[int]
+    order: mx.array
     shifts: list[int]
     padded: int
     places: mx.array
+
+    @property
+    def widest(self) -> int:
+        """Rows of the planes that have most."""
+        return max(self.widths)
 
 
 @functools.cache
@@ -89,12 +97,13 @@ def layout_of(bits: int, dim: int) -> Layout:
         own_shifts=own_shifts,
         field_shifts=field_shifts,
         spare_shifts=spare_shifts,
-        rows=[_index(plane) for plane in planes],
+        widths=[len(plane) for plane in planes],
+        order=_index(order),
         shifts=[shift_of[element] for element in sorted(shift_of)],
         padded=len(order),
         places=_index([where[d] for d in range(dim)]),
     )
-    mx.eval(layout.rows, layout.places)
+    mx.eval(layout.order, layout.places)
     return layout
 
 
@@ -124,25 +133,42 @@ class Planes:
         Args:
             words: (B, H, T, W) of some tokens.
         """
-        layout = self.layout
-        if self.bits % 2 == 0:
-            own, fields = words.view(mx.uint16), None
-        else:
-            own, fields = self._halves(words)
-        planes = self._extract(own, layout.own_shifts)
-        parts = []
-        if layout.own_shifts:
-            by_group = own.reshape(*own.shape[:-1], -1, self.bits // 2, 2)
-            parts = [by_group[..., i, :].flatten(-2) for i in range(self.bits // 2)]
-        if fields is not None:
-            planes += self._extract(fields, layout.field_shifts)
-            parts.append(fields)
-        if layout.spare_shifts:
-            stream = _spare_bits(self.bits)(*parts)
-            planes += self._extract(stream, layout.spare_shifts)
-        return planes
+        halves = self._halves(words) if self.bits % 2 else [words.view(mx.uint16)]
+        return self._at_once(*halves)
 
-    def _halves(self, words: mx.array) -> tuple[mx.array, mx.array]:
+    @functools.cached_property
+    def _at_once(self) -> Callable[..., list[mx.array]]:
+        """One loop for all planes: each array of halves is read once."""
+        compiled: Callable[..., list[mx.array]] = mx.compile(self._planes)
+        return compiled
+
+    def _planes(self, *halves: mx.array) -> list[mx.array]:
+        """All planes, in order, of own halves and of fields, where there are any."""
+        layout = self.layout
+        sources = []
+        if layout.own_shifts:
+            sources.append((halves[0], layout.own_shifts))
+        if layout.field_shifts:
+            sources.append((halves[-1], layout.field_shifts))
+        if layout.spare_shifts:
+            stream = _spare_bits(self.bits)(*self._parts(halves))
+            sources.append((stream, layout.spare_shifts))
+        return [
+            _level(some, self.bits, shift, self.coefficients)
+            for some, shifts in sources
+            for shift in shifts
+        ]
+
+    def _parts(self, halves: tuple[mx.array, ...]) -> list[mx.array]:
+        """Halves as arrays with a row for each group, for what spare bits spell."""
+        own, count = halves[0], self.bits // 2
+        if count == 1:
+            return list(halves)
+        by_group = own.reshape(*own.shape[:-1], -1, count, 2)
+        parts = [by_group[..., i, :].flatten(-2) for i in range(count)]
+        return [*parts, *halves[1:]]
+
+    def _halves(self, words: mx.array) -> list[mx.array]:
         """Words of odd widths to own halves and to fields, both group by group."""
         groups = -(-self.dim // _GROUP)
         in_chunks = groups // 2 * self.bits
@@ -153,14 +179,21 @@ class Planes:
             last = words[..., in_chunks:]
             own = mx.concatenate([own, last[..., :-1]], axis=-1)
             shared = mx.concatenate([shared, last[..., -1:]], axis=-1)
-        # What the shift drags from high to low halves lies above their fields.
-        fields = mx.stack([shared, shared >> 8], axis=-1).flatten(-2)[..., :groups]
-        return own.view(mx.uint16), fields.view(mx.uint16)
+        fields = _fields(shared).view(mx.uint16)[..., : 2 * groups]
+        return [own.view(mx.uint16), fields]
 
-    def _extract(self, halves: mx.array, shifts: list[int]) -> list[mx.array]:
-        return [
-            _extractor(self.bits, shift, self.coefficients)(halves) for shift in shifts
-        ]
+    def pieces(self, q: mx.array) -> list[mx.array]:
+        """What each plane is multiplied with: (B, H, plane's rows, rows) of q.
+
+        Args:
+            q: (B, H, rows, dim) float32.
+        """
+        padding = self.layout.padded - q.shape[-1]
+        if padding:
+            q = mx.pad(q, [(0, 0)] * 3 + [(0, padding)])
+        ordered = mx.take(q * self.factors, self.layout.order, axis=-1)
+        ends = list(itertools.accumulate(self.layout.widths[:-1]))
+        return list(mx.split(ordered.swapaxes(-1, -2), ends, axis=-2))
 
     @functools.cached_property
     def factors(self) -> mx.array:
@@ -186,24 +219,34 @@ def _spare_bits(bits: int) -> Callable[..., mx.array]:
     """Joins the spare bits of own halves and the shared field, low ones first."""
 
     def join(*fields: mx.array) -> mx.array:
-        stream, taken = mx.array(0, dtype=mx.uint16), 0
+        parts, taken = [], 0
         for i, field in enumerate(fields):
             width = 16 if i < bits // 2 else 8
             spare = width % bits
-            some = (field >> (width - spare)) & ((1 << spare) - 1)
-            stream = stream | (some << taken)
+            # To their place at once: with more shifts g++ does not vectorize it.
+            down = width - spare - taken
+            moved = field >> down if down >= 0 else field << -down
+            parts.append(moved & (((1 << spare) - 1) << taken))
             taken += spare
-        return stream
+        return functools.reduce(mx.bitwise_or, parts)
 
     compiled: Callable[..., mx.array] = mx.compile(join)
     return compiled
 
 
-@functools.cache
-def _extractor(
-    bits: int, shift: int, coefficients: tuple[float, ...]
-) -> Callable[[mx.array], mx.array]:
-    """Halves to the levels of one plane, over its factor.
+@mx.compile
+def _fields(shared: mx.array) -> mx.array:
+    """Shared words to two each, as uint64: the field of each group in its low bytes.
+
+    What the shift drags from high to low halves lies above their fields.
+    """
+    return shared.astype(mx.uint64) | ((shared >> 8).astype(mx.uint64) << 32)
+
+
+def _level(
+    halves: mx.array, bits: int, shift: int, coefficients: tuple[float, ...]
+) -> mx.array:
+    """Halves to the levels of one plane, over its factor; to be compiled.
 
     All numbers are constants of the compiled loop. With the shift as an input, or with
     more operations in a row than MLX fuses, g++ makes it 1.5 to 4 times slower.
@@ -212,17 +255,12 @@ def _extractor(
     middle = (2**bits - 1) / 2 * 2**shift
     unit = 2.0 ** (bits + shift)
     shape = kernel_coefficients(coefficients)[1:]
-
-    def extract(halves: mx.array) -> mx.array:
-        u: mx.array = (halves & mask).astype(mx.float32) - middle
-        if len(coefficients) > _MONIC_TERMS:
-            return odd_polynomial(u * (1 / unit), coefficients)
-        if len(coefficients) == 1:
-            return u
-        total: mx.array = u * u + shape[0] * unit**2
-        if len(coefficients) == 3:
-            total = total * total + shape[1] * unit**4
-        return total * u
-
-    compiled: Callable[[mx.array], mx.array] = mx.compile(extract)
-    return compiled
+    u: mx.array = (halves & mask).astype(mx.float32) - middle
+    if len(coefficients) > _MONIC_TERMS:
+        return odd_polynomial(u * (1 / unit), coefficients)
+    if len(coefficients) == 1:
+        return u
+    total: mx.array = u * u + shape[0] * unit**2
+    if len(coefficients) == 3:
+        total = total * total + shape[1] * unit**4
+    return total * u

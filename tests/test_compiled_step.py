@@ -334,6 +334,26 @@ def test_a_model_that_reads_the_tokens_number_is_not_traced(gpu):
         traced_layer.make_mask(1, window_size=8)
 
 
+def test_what_is_not_compiled_says_why(gpu):
+    model = tiny()
+    compiled = CompiledModel(model)
+    short = prefilled(model, tokens=20)
+    run(compiled, short, 3)
+    assert tq.explain(short).uncompiled == "no page is packed yet"
+    batch = make_prompt_cache(model, SPEC)
+    compiled(mx.ones((2, 90), mx.uint32), cache=batch)
+    compiled(mx.ones((2, 1), mx.uint32), cache=batch)
+    assert tq.explain(batch).uncompiled == "a step of 2 rows is not traced"
+    run(compiled, prefilled(model), 3)
+    assert compiled.uncompiled == ""
+
+
+def test_apply_sets_up_the_model_itself(gpu):
+    model = tiny()
+    tq.apply(CompiledModel(model), SPEC)
+    assert type(model.make_cache()[0]) is tq.TurboQuantCache
+
+
 def test_codes_of_a_cache_that_is_gone_are_freed(gpu):
     model = tiny()
     compiled = CompiledModel(model)

@@ -7,8 +7,9 @@ pages all steps are one graph, so it is traced once a page by ``mx.compile``:
     the next step                                               traced
     further steps of the page                                   replayed
 
-Prompts, batches and models that cannot be traced run as they are, and it says why. What
-a trace sees of a cache is ``cache/traced.py``'s.
+Prompts run as they are. So do steps of batches, of texts that have no page yet, and of
+models that cannot be traced, and it says why. What a trace sees of a cache is
+``cache/traced.py``'s.
 """
 
 from __future__ import annotations
@@ -50,8 +51,15 @@ def compiled(model: nn.Module) -> nn.Module | CompiledModel:
     >>> tq.apply(model, "k4v3")
     >>> generate(tq.compiled(model), tokenizer, "hello")
     """
+    if isinstance(model, CompiledModel):
+        return model
     first = next(backend for backend, off in select.table() if not off)
     return CompiledModel(model) if isinstance(first, Gpu) else model
+
+
+def itself(model: Any) -> nn.Module:
+    """The model that a `CompiledModel` wraps, or the model."""
+    return model._model if isinstance(model, CompiledModel) else cast(nn.Module, model)
 
 
 class CompiledModel:
@@ -79,10 +87,9 @@ class CompiledModel:
 
     def __call__(self, inputs: mx.array, *args: Any, **options: Any) -> Any:
         """What the model returns."""
-        page = self._page
+        page, caches = self._page, options.get("cache")
         is_step = inputs.shape == (1, 1) and not args and list(options) == ["cache"]
-        caches = options.get("cache") if is_step else None
-        if page is not None and caches and page.may_step(caches):
+        if page is not None and is_step and caches and page.may_step(caches):
             try:
                 return page(inputs, caches)
             except Exception as error:  # whatever a model's code makes of stand-ins
@@ -93,24 +100,30 @@ class CompiledModel:
         # A page refers to codes: it goes before the model may make new ones.
         page = self._page = None
         out = self._model(inputs, *args, **options)
-        if caches:
-            self._note(caches)
-            if not self.uncompiled:
-                self._start_page(caches, out)
+        if caches and is_step:
+            reasons = (traced.refusal(cache) for cache in caches)
+            prepared = None
+            reason = self._failure or next(filter(None, reasons), "")
+            if not reason:
+                prepared = traced.prepared_of(caches)
+                reason = "" if prepared else "no page is packed yet"
+            self._note(caches, reason)
+            if prepared is not None:
+                self._start_page(caches, prepared, out)
+        elif caches and inputs.shape[1:] == (1,):
+            self._note(caches, f"a step of {inputs.shape[0]} rows is not traced")
         return out
 
-    def _note(self, caches: Sequence[Any]) -> None:
-        """Find out, and write down, why steps over these caches are not compiled."""
-        reasons = (traced.refusal(cache) for cache in caches)
-        self.uncompiled = self._failure or next(filter(None, reasons), "")
+    def _note(self, caches: Sequence[Any], reason: str) -> None:
+        """Write down why steps over these caches are not compiled."""
+        self.uncompiled = reason
         if isinstance(caches, PromptCache):
-            caches.uncompiled = self.uncompiled
+            caches.uncompiled = reason
 
-    def _start_page(self, caches: Sequence[TurboQuantCache], out: Any) -> None:
-        """Let the next step be traced, if the one that gave ``out`` prepared it."""
-        prepared = traced.prepared_of(caches)
-        if prepared is None:
-            return
+    def _start_page(
+        self, caches: Sequence[TurboQuantCache], prepared: list[Any], out: Any
+    ) -> None:
+        """Let the next step be traced; the one that gave ``out`` has prepared it."""
         # A trace would take what is not computed yet for a part of every step.
         cast(Any, mx.async_eval)(out)
         self._page = _Page(self._model, caches, prepared)

@@ -22,6 +22,7 @@ from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
 from ..spec import CacheSpec
 from . import hook, probe
+from .compiled_step import itself
 from .stock import BOUNDED_KEEP, bound, replace_leaves, stock_caches
 
 #: What users may give: one spec for all layers, or one for each.
@@ -71,7 +72,7 @@ def apply(
     Returns:
         What every layer will store, and why not where it stores no codes.
     """
-    specs = parse_specs(spec)
+    model, specs = itself(model), parse_specs(spec)
     caches = _make_and_warn(model, specs, max_kv_size)
     model.make_cache = _CompressedMaker(model, specs, max_kv_size)
     _applied.append(weakref.ref(model))
@@ -114,7 +115,7 @@ def make_prompt_cache(
         UnsupportedModelError: if no layer can take the cache.
         SpecError: if a list of specs has another length.
     """
-    return _make_and_warn(model, parse_specs(spec), max_kv_size)
+    return _make_and_warn(itself(model), parse_specs(spec), max_kv_size)
 
 
 def caches_for(

@@ -41,7 +41,11 @@ def pace(arrays: Sequence[mx.array]) -> None:
     Args:
         arrays: What is stored of a layer's keys and values, or an attention's part.
     """
-    cast(Any, mx.async_eval)(arrays)
+    try:
+        cast(Any, mx.async_eval)(arrays)
+    except ValueError:
+        # A prompt inside `mx.compile`: MLX wants its graph whole.
+        return
     before = [array for ref in _pacer.latest if (array := ref()) is not None]
     if before:
         mx.eval(before)

@@ -173,3 +173,49 @@ def test_a_long_step_leaves_no_room_and_copies_nothing():
     tokens.append({"x": given[:, :, :1]})
     assert tokens.arrays["x"].shape[2] == 320
     assert mx.array_equal(tokens.view("x")[:, :, :300], given).item()
+
+
+def text_of(tokens, heads=2):
+    """Queries, keys and values of 64 elements."""
+    return [
+        mx.random.normal((1, count, tokens, 64)) for count in (2 * heads, heads, heads)
+    ]
+
+
+def chunk(cache, text, mask="causal"):
+    q, k, v = text
+    return tq.attend(q, *cache.update_and_fetch(k, v), 0.125, mask)
+
+
+@pytest.mark.parametrize("steps", [4, 300])
+def test_rows_that_see_nothing_are_finite(steps):
+    """As of padding: MLX's own attention gives them zeros, whatever, but numbers."""
+    cache = tq.TurboQuantCache("k4v4")
+    chunk(cache, text_of(600))
+    mask = mx.ones((steps, 600 + steps), mx.bool_)
+    mask[0] = False
+    out = chunk(cache, text_of(steps), mask)
+    assert cache.packed_length
+    assert mx.all(mx.isfinite(out)).item()
+
+
+def test_prompts_may_be_a_part_of_a_graph():
+    """Compiled: then there is nothing to compute in turn."""
+    first, second = text_of(600), text_of(300)
+
+    def outputs(k):
+        cache = tq.TurboQuantCache("k8v8")
+        chunk(cache, [first[0], k, first[2]])
+        return chunk(cache, second)
+
+    want = outputs(first[1])
+    assert mx.allclose(mx.compile(outputs)(first[1]), want, atol=1e-4).item()
+
+
+def test_long_steps_that_are_not_packed_yet_leave_room():
+    """Else each of them would copy all before it."""
+    cache, sizes = tq.TurboQuantCache("k3v3,window=1024"), set()
+    for _ in range(40):
+        chunk(cache, text_of(20))
+        sizes.add(cache._tokens.recent.arrays["keys"].shape[2])
+    assert len(sizes) == 1

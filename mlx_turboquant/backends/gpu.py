@@ -8,7 +8,6 @@ reference.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import mlx.core as mx
@@ -275,7 +274,8 @@ class Gpu(Reference):
 def _additive(mask: Mask, q: mx.array) -> Mask:
     """A bool mask in numbers: MLX's attention on CUDA would make them for each head."""
     if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
-        return mx.where(mask, 0.0, -math.inf).astype(q.dtype)
+        # Finite: a row that sees nothing, as of padding, must not become NaN.
+        return mx.where(mask, 0.0, mx.finfo(q.dtype).min).astype(q.dtype)
     return mask
 
 

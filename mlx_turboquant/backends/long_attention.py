@@ -17,6 +17,9 @@ from .reference import Reference
 #: Logits at a time, of the queries of one KV head: 2 MB stay in a cache.
 _LOGITS = 1 << 19
 
+#: Finite: a row that sees nothing, as of padding, must not become NaN.
+_UNSEEN = -1e30
+
 #: Tokens, and a mask that broadcasts to (B, G, n, tokens) or None.
 Part = tuple[slice, mx.array | None]
 
@@ -47,7 +50,8 @@ def attend_long(call: AttendCall, backend: Reference) -> mx.array:
             blocks.append(
                 _attend_block(q_rot[:, heads, rows], k_rot, v_rot, parts, sinks)
             )
-            pace(blocks[-1:])
+            if step < length:
+                pace(blocks[-1:])
         outputs.append(mx.concatenate(blocks, axis=2))
     out = values.quantizer.transform.decode(mx.concatenate(outputs, axis=1))
     return out.astype(call.q.dtype)
@@ -101,5 +105,5 @@ def _attend_block(
 def masked(logits: mx.array, mask: mx.array) -> mx.array:
     """Logits with a bool mask (True is seen) or an additive one."""
     if mask.dtype == mx.bool_:
-        return mx.where(mask, logits, -mx.inf)
+        return mx.where(mask, logits, _UNSEEN)
     return logits + mask.astype(mx.float32)

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..gains import channel_gains, floored, squares_of_queries
-from ..pacing import pace
+from ..pacing import PACED_TOKENS, pace
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
@@ -111,7 +111,7 @@ class Reference:
                     sinks=None if sink_logits is None else sink_logits[q_heads],
                 )
             )
-            if len(slices) > 1:
+            if len(slices) > 1 and q_rot.shape[2] >= PACED_TOKENS:
                 pace(outputs[-1:])
         return mx.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
 

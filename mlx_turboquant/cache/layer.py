@@ -113,7 +113,8 @@ class TurboQuantCache(SequenceCache):
             self._pack()
         step = keys.shape[2]
         # Most of a long step is packed at once; what is left gets a buffer with room.
-        self._tokens.recent.append({"keys": keys, "values": values}, is_short(step))
+        spare = is_short(step) or self.offset + step < schedule.next_page_at
+        self._tokens.recent.append({"keys": keys, "values": values}, spare)
         self.offset += step
         fetched = self.keys_and_values() if self.returns_arrays else self.compressed()
         # The handles keep the buffers they have: packing puts the rest in new ones.
@@ -200,9 +201,9 @@ class TurboQuantCache(SequenceCache):
             first,
         )
         tokens.pack(codes, sink=start)
+        self._set_packed(schedule.packed + count)
         if step >= PACED_TOKENS:
             pace(tokens.arrays)
-        self._set_packed(schedule.packed + count)
 
     def _set_packed(self, count: int) -> None:
         """The packed tokens have changed: ``count`` are, or were, codes."""

@@ -41,12 +41,15 @@ def pace(arrays: Sequence[mx.array]) -> None:
     Args:
         arrays: What is stored of a layer's keys and values, or an attention's part.
     """
+    # Forgotten first: what cannot be waited for must not fail the next prompt, too.
+    latest, _pacer.latest = _pacer.latest, ()
     try:
         cast(Any, mx.async_eval)(arrays)
-    except ValueError:
-        # A prompt inside `mx.compile`: MLX wants its graph whole.
-        return
-    before = [array for ref in _pacer.latest if (array := ref()) is not None]
+    except ValueError as error:
+        if "transformation" in str(error):
+            return  # a prompt inside `mx.compile`: MLX wants its graph whole
+        raise
+    before = [array for ref in latest if (array := ref()) is not None]
     if before:
         mx.eval(before)
     _pacer.latest = tuple(weakref.ref(array) for array in arrays)

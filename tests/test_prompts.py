@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_turboquant as tq
 from mlx_turboquant import memory, pacing
 from mlx_turboquant.backends import reference
+from mlx_turboquant.backends.gpu import _additive
 from mlx_turboquant.integrations.footprint import of_network
 from mlx_turboquant.tokens import TokenArrays, capacity_of
 
@@ -116,6 +117,43 @@ def test_each_layer_waits_for_the_one_before(monkeypatch):
     recorder.log.clear()
     pacing.pace(layers[0])
     assert recorder.log == [("ask", ids[0])]
+
+
+def test_what_cannot_be_waited_for_is_forgotten(monkeypatch):
+    """Of another cache, say: the next prompt does not meet it again."""
+    monkeypatch.setattr(pacing._pacer, "latest", ())
+    gone, ours = [mx.zeros(3)], [mx.ones(3)]
+    pacing.pace(gone)
+
+    def failing(arrays):
+        raise RuntimeError("no primitive")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pacing.mx, "eval", failing)
+        with pytest.raises(RuntimeError, match="no primitive"):
+            pacing.pace(ours)
+        pacing.pace(ours)
+    assert [ref() for ref in pacing._pacer.latest] == ours
+
+
+def test_other_refusals_are_not_swallowed(monkeypatch):
+    def failing(arrays):
+        raise ValueError("out of range")
+
+    monkeypatch.setattr(pacing.mx, "async_eval", failing)
+    with pytest.raises(ValueError, match="out of range"):
+        pacing.pace([mx.zeros(3)])
+
+
+def test_masks_become_numbers_without_a_wider_copy():
+    mask, q = mx.random.uniform(shape=(256, 8192)) > 0.5, mx.zeros(1, mx.bfloat16)
+    mx.eval(mask)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    numbers = _additive(mask, q)
+    mx.eval(numbers)
+    assert numbers.dtype == mx.bfloat16
+    assert mx.get_peak_memory() - before < 1.2 * numbers.nbytes
 
 
 @pytest.mark.parametrize(("chunk", "paced"), [(1, False), (64, False), (512, True)])

@@ -102,8 +102,8 @@ class Running:
     def close(self):
         self.http.shutdown()
         self.http.server_close()
+        # Hooks stay until the module's end: another server may be running.
         self.generator.stop_and_join()
-        tq.uninstall()
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,11 @@ import mlx_turboquant as tq  # before MLX, or its products have the reference BL
 # isort: split
 import mlx.core as mx
 from mlx_lm.models import llama
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import (
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+)
 
 HERE = Path(__file__).parent
 BUNDLED = HERE.parent / "examples" / "books-20m"
@@ -72,22 +76,28 @@ def made_up(shape: str = "8b") -> Any:
     return model
 
 
-def caches(model: Any, chosen: list[str]) -> dict[str, Callable[[], list[Any]]]:
+def caches(
+    model: Any, chosen: list[str], max_kv_size: int | None = None
+) -> dict[str, Callable[[], list[Any]]]:
     """Name to a maker of an empty prompt cache; names may be specs of ours."""
 
-    def affine() -> list[Any]:
-        from mlx_lm.models.cache import QuantizedKVCache
+    def uncompressed() -> list[Any]:
+        if max_kv_size is None:
+            return make_prompt_cache(model)
+        # mlx-lm's own `make_prompt_cache` does not limit models like these.
+        return [RotatingKVCache(max_kv_size, keep=4) for _ in model.layers]
 
+    def affine() -> list[Any]:
         plain = make_prompt_cache(model)
         return [QuantizedKVCache(group_size=64, bits=4) for _ in plain]
 
     makers: dict[str, Callable[[], list[Any]]] = {
-        "uncompressed": lambda: make_prompt_cache(model),
+        "uncompressed": uncompressed,
         "mlx-lm kv_bits=4": affine,
     }
     specs = [name for name in chosen if name not in makers]
     for spec in specs or ("k3v3", "k4v4", "k8v8", "k3v3,codec=trellis"):
-        makers[spec] = lambda spec=spec: tq.make_prompt_cache(model, spec)
+        makers[spec] = lambda spec=spec: tq.make_prompt_cache(model, spec, max_kv_size)
     return {name: makers[name] for name in chosen or makers}
 
 
@@ -116,9 +126,9 @@ def prefill(model: Any, cache: list[Any], prompt: mx.array) -> float:
     return time.perf_counter() - start
 
 
-def decode(model: Any, cache: list[Any], steps: int) -> float:
-    """Tokens per second of greedy steps, one in flight as in mlx-lm."""
-    token = mx.array([[1]])
+def decode(model: Any, cache: list[Any], steps: int, batch: int = 1) -> float:
+    """Steps per second, greedy, one in flight as in mlx-lm."""
+    token = mx.ones((batch, 1), mx.int32)
     start = time.perf_counter()
     for _ in range(steps):
         token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)

@@ -28,20 +28,17 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bench_generate import CHUNK, caches, decode, made_up  # first: see there
+
+# isort: split
 import mlx.core as mx
-from bench_generate import CHUNK, made_up
 from mlx_lm.models import gemma3_text, lfm2
-from mlx_lm.models.cache import (
-    QuantizedKVCache,
-    RotatingKVCache,
-    make_prompt_cache,
-)
 
 import mlx_turboquant as tq
 from mlx_turboquant.integrations.footprint import of_network
 
 STEPS = 64
-NAMES = ("uncompressed", "mlx-lm kv_bits=4", "k3v3", "k4v4", "k3v3,codec=trellis")
+NAMES = ("uncompressed", "mlx-lm kv_bits=4", "k3v3")
 
 
 def model_of(shape: str) -> Any:
@@ -78,19 +75,6 @@ def model_of(shape: str) -> Any:
     return model
 
 
-def maker(model: Any, name: str, max_kv_size: int | None) -> Callable[[], list[Any]]:
-    """Of empty prompt caches."""
-    if name == "uncompressed" and max_kv_size:
-        # mlx-lm's own `make_prompt_cache` does not limit models like these.
-        return lambda: [RotatingKVCache(max_kv_size, keep=4) for _ in model.layers]
-    if name == "uncompressed":
-        return lambda: make_prompt_cache(model)
-    if name == "mlx-lm kv_bits=4":
-        plain = make_prompt_cache(model)
-        return lambda: [QuantizedKVCache(group_size=64, bits=4) for _ in plain]
-    return lambda: tq.make_prompt_cache(model, name, max_kv_size=max_kv_size)
-
-
 def read(model: Any, cache: list[Any], prompt: mx.array) -> float:
     """Seconds to read a prompt as mlx-lm does: no logits, free buffers let go."""
     start = time.perf_counter()
@@ -99,15 +83,6 @@ def read(model: Any, cache: list[Any], prompt: mx.array) -> float:
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()
     return time.perf_counter() - start
-
-
-def decode(model: Any, cache: list[Any], batch: int, steps: int) -> None:
-    """Greedy steps, one in flight, as mlx-lm takes them."""
-    token = mx.ones((batch, 1), mx.uint32)
-    for _ in range(steps):
-        token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
-        mx.async_eval(token)
-    mx.eval(token)
 
 
 def peak_above(weights: int, run: Callable[[], Any]) -> int:
@@ -126,7 +101,7 @@ def measured(
     row = {"prompt_mb": peak_above(weights, lambda: read(model, cache, prompt))}
     batch = prompt.shape[0]
     row["cache_mb"] = sum(layer.nbytes for layer in cache)
-    row["decoding_mb"] = peak_above(weights, lambda: decode(model, cache, batch, STEPS))
+    row["decoding_mb"] = peak_above(weights, lambda: decode(model, cache, STEPS, batch))
     return {name: count / 1e6 for name, count in row.items()}
 
 
@@ -145,7 +120,7 @@ def chat(
     cache, held = make(), []
     for turn in range(turns):
         read(model, cache, mx.random.randint(5, 1000, (1, 150 + 37 * (turn % 7))))
-        decode(model, cache, 1, STEPS)
+        decode(model, cache, STEPS)
         mx.eval([layer.state for layer in cache])
         used = mx.get_active_memory() + mx.get_cache_memory() - weights
         held.append((used - sum(layer.nbytes for layer in cache)) / 1e6)
@@ -159,13 +134,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--max-kv-size", type=int)
     parser.add_argument("--turns", type=int, default=0, help="of a chat, instead")
-    parser.add_argument("--caches", nargs="+", default=NAMES[:3])
+    parser.add_argument("--caches", nargs="+", default=NAMES)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     mx.random.seed(0)
     model = model_of(options.shape)
     weights = mx.get_active_memory()
-    makers = {n: maker(model, n, options.max_kv_size) for n in options.caches}
+    makers = caches(model, options.caches, options.max_kv_size)
     report: dict[str, Any] = {}
     if options.turns:
         for name, make in makers.items():

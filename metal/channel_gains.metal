@@ -3,7 +3,7 @@
 #include "page_sums.h"
 #include "arguments.h"
 
-// This lane's powers, of a mean over channels that floors weak ones (gains.floored).
+// This lane's powers, of a mean over channels that floors weak ones (gains.power_of).
 template <int DIM>
 TQ_FUNC void floor_powers(thread float* power, uint lane) {
   constexpr int PER_LANE = (DIM + 31) / 32;

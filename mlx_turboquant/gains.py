@@ -31,7 +31,7 @@ def channel_gains(
     Args:
         x: Vectors of a page (B, H, T, D).
         centers: Whether what is stored is what differs from their mean.
-        query_power: `channel_power` of the queries (B, H, 1, D); None for none.
+        query_power: `power_of` the queries' squares (B, H, 1, D); None for none.
     """
     power = channel_power(centred(x) if centers else x)
     gains = mx.sqrt(power) if query_power is None else (power / query_power) ** 0.25
@@ -47,11 +47,15 @@ def centred(x: mx.array) -> mx.array:
 def channel_power(x: mx.array) -> mx.array:
     """Mean square per channel of (B, H, T, D): (B, H, 1, D) float32, above zero."""
     x = x.astype(mx.float32)
-    return floored(mx.mean(x * x, axis=2, keepdims=True))
+    return power_of(x * x)
 
 
-def floored(power: mx.array) -> mx.array:
-    """Powers (.., D) with those of weak channels raised; see `FLOOR`."""
+def power_of(squares: mx.array) -> mx.array:
+    """`channel_power` of vectors whose squares these are (B, H, T, D), float32.
+
+    That of weak channels is raised; see `FLOOR`.
+    """
+    power = mx.mean(squares, axis=2, keepdims=True)
     floor = FLOOR**2 * mx.mean(power, axis=-1, keepdims=True)
     return mx.maximum(power, mx.maximum(floor, 1e-30))
 

@@ -204,7 +204,6 @@ class Quantizer:
         codes: TokenArrays,
         dtype: mx.Dtype = mx.float32,
         heads: slice = slice(None),
-        centered_rot: mx.array | None = None,
         first: int = 0,
     ) -> mx.array:
         """Vectors (B, heads, N, D) in the codes' basis, means put back.
@@ -213,11 +212,9 @@ class Quantizer:
             codes: What `encode` returned, in any order.
             dtype: Of the result; the arithmetic is float32.
             heads: Which KV heads.
-            centered_rot: The decoded codes without means, where a kernel made them.
             first: Encoded vectors before them.
         """
-        if centered_rot is None:
-            centered_rot = self.codec.decode(in_vectors(codes, heads), dtype)
+        centered_rot = self.codec.decode(in_vectors(codes, heads), dtype)
         if self.means is None:
             return centered_rot
         means = self.means.of_tokens(first, codes.length, heads)

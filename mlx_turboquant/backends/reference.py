@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..gains import channel_gains, floored, squares_of_queries
+from ..gains import channel_gains, power_of, squares_of_queries
 from ..pacing import PACED_TOKENS, pace
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
@@ -54,8 +54,7 @@ class Reference:
         """
         power = None
         if queries is not None:
-            squares = squares_of_queries(queries, x.shape[1])
-            power = floored(mx.mean(squares, axis=2, keepdims=True))
+            power = power_of(squares_of_queries(queries, x.shape[1]))
         return channel_gains(x, centers, power)
 
     def encode(self, quantizer: Quantizer, x: mx.array, first: int) -> TokenArrays:

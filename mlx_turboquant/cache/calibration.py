@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from ..backends.reference import Reference
-from ..gains import channel_gains, channel_power, floored, squares_of_queries
+from ..gains import channel_gains, channel_power, power_of, squares_of_queries
 from ..tokens import TokenArrays
 
 #: Last queries of a step that `far_value_sensitivity` looks at.
@@ -88,8 +88,7 @@ class Calibration:
         return backend.channel_gains(keys, centers)
 
     def _query_power(self) -> mx.array:
-        squares = self.state["squares"][:, :, self._skip :]
-        return floored(mx.mean(squares, axis=2, keepdims=True))
+        return power_of(self.state["squares"][:, :, self._skip :])
 
     def logit_variance(self, keys: mx.array, gains: mx.array | None) -> mx.array | None:
         """What a relative error of 1 in the keys would add to each logit's variance.

@@ -3,12 +3,12 @@
 Models have random weights, bf16: Llama-3.1-8B's and 3.2-1B's shapes, Gemma-3-1B's (most
 layers slide), LFM2-1.2B's (most layers have no keys and values). Every row is measured
 alone: MLX's cache is empty before it, and nothing else but the weights is in memory.
+Where MLX lacks what a cache needs, its error takes the row's place.
 
     seconds     of the prompt, in chunks of 2,048; the fastest of `--repeats`, behind a
                 first one that compiles kernels and chooses plans. Caches take turns
     prompt      MLX's peak while it reads the prompt, weights taken off
-    decoding    the same over `STEPS` steps behind it. A cache whose operations MLX lacks on
-                this machine has its error in place of a row
+    decoding    the same over `STEPS` steps behind it
     cache       bytes of the caches behind the prompt
     law         what it should be at most: caches, two decoded slices, and what two
                 layers compute of a chunk. Ours only

@@ -21,11 +21,11 @@ from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
 from .cache.schedule import DECODE_TOKENS
-from .cache.stored import PACKED_GROWTH
 from .codecs import codec_for, codec_info
 from .entries import CacheEntry
+from .pages import GROWTH
 from .spec import CacheSpec
-from .tokens import TILE, capacity_of
+from .tokens import capacity_of
 
 #: Tokens of a prompt's chunk: mlx-lm's default.
 CHUNK = 2048
@@ -160,10 +160,8 @@ def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int,
     quantizable = max(0, stored - spec.sink - spec.window)
     if window is not None and tokens > window:
         quantizable += spec.page  # its first page may be hidden in part
-    packed = quantizable // spec.page * spec.page
-    capacity = (
-        TILE * capacity_of(packed // TILE, PACKED_GROWTH // TILE) if packed else 0
-    )
+    pages = quantizable // spec.page
+    capacity = spec.page * capacity_of(pages, max(1, GROWTH // spec.page)) * (pages > 0)
     keys = codec_for(spec.keys, k_dim, "keys")
     values = codec_for(spec.values, v_dim, "values")
     bytes_per_token = (keys.bits_per_vector + values.bits_per_vector) / 8

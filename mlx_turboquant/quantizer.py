@@ -9,6 +9,7 @@ the same faster; what they must agree with is here.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -17,13 +18,12 @@ import mlx.core as mx
 
 from .codecs import Codec, codec_for
 from .codecs.base import Side
+from .page_table import PageTable
+from .pages import PagePool
 from .spec import CodecSpec
 from .tiles import TileLayout, in_vectors, tile_layout
-from .tokens import TokenArrays
+from .tokens import Codes, TokenArrays
 from .transform import ChannelTransform
-
-#: Pages that the buffer of means grows by.
-_MEANS_GROWTH = 8
 
 T = TypeVar("T")
 
@@ -45,58 +45,56 @@ class PageMeans:
 
     Args:
         page: Tokens to a mean.
-
-    Attributes:
-        rows: Whole buffer (B, H, capacity, D) float16, or None while there is no page.
-        count: Pages in use.
+        table: The pages that hold them, beside codes; pages of their own if None.
     """
 
-    def __init__(self, page: int) -> None:
-        self.page = page
-        self._rows = TokenArrays(growth=_MEANS_GROWTH)
+    def __init__(self, page: int, table: PageTable | None = None) -> None:
+        self._table = PageTable(PagePool(page)) if table is None else table
+
+    @property
+    def page(self) -> int:
+        """Tokens to a mean."""
+        return self._table.pool.page
 
     @property
     def rows(self) -> mx.array | None:
-        """Whole buffer (B, H, capacity, D) float16; None before the first page."""
-        return self._rows.arrays.get("keys")
+        """The pool's buffer (B, H, capacity, D) float16; None before the first page."""
+        return self._table.pool.groups.get("means", {}).get("keys")
 
     @property
     def count(self) -> int:
-        """Pages in use."""
-        return self._rows.length
+        """Pages that have one."""
+        return self._table.means
 
     def append(self, means_rot: mx.array) -> None:
         """Add means (B, H, pages, D) of the pages that follow."""
-        self._rows.append({"keys": means_rot.astype(mx.float16)})
+        self._table.append_means(means_rot.astype(mx.float16))
+
+    def of_pages(self, first: int, stop: int, heads: slice = slice(None)) -> mx.array:
+        """Means (B, heads, stop - first, D) float16 of some pages of the text."""
+        return self._table.mean_rows(first, stop, heads)
 
     def of_tokens(self, first: int, count: int, heads: slice = slice(None)) -> mx.array:
         """Each token's mean (B, heads, count, D) float32, from token ``first`` on."""
         low, high = first // self.page, -(-(first + count) // self.page)
-        rows = self._rows.view("keys", heads)[:, :, low:high].astype(mx.float32)
+        rows = self.of_pages(low, high, heads).astype(mx.float32)
         start = first - low * self.page
         return mx.repeat(rows, self.page, axis=2)[:, :, start : start + count]
 
     def keep(self, tokens: int) -> None:
         """Forget the pages that begin behind the first ``tokens`` tokens."""
-        self._rows.drop_last(max(0, self.count - -(-tokens // self.page)))
-
-    def drop_first(self, tokens: int) -> None:
-        """Forget the first ``tokens`` tokens, whole pages."""
-        self._rows.drop_first(tokens // self.page)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffer, capacity included."""
-        return self._rows.nbytes
+        self._table.keep_means(tokens)
 
     @property
     def state(self) -> dict[str, mx.array]:
         """The means in use, as arrays to save."""
-        return self._rows.views()
+        return {"keys": self.of_pages(0, self.count)} if self.count else {}
 
     @state.setter
     def state(self, arrays: dict[str, mx.array]) -> None:
-        self._rows.replace(arrays)
+        self._table.keep_means(0)
+        if arrays:
+            self._table.append_means(arrays["keys"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +199,7 @@ class Quantizer:
 
     def decode_rot(
         self,
-        codes: TokenArrays,
+        codes: Codes,
         dtype: mx.Dtype = mx.float32,
         heads: slice = slice(None),
         first: int = 0,
@@ -221,7 +219,7 @@ class Quantizer:
         return (centered_rot.astype(mx.float32) + means).astype(dtype)
 
     def decode(
-        self, codes: TokenArrays, heads: slice = slice(None), first: int = 0
+        self, codes: Codes, heads: slice = slice(None), first: int = 0
     ) -> mx.array:
         """Vectors (B, heads, N, D) float32 in the model's basis: undoes `encode`."""
         return self.transform.of_heads(heads).decode(
@@ -230,15 +228,13 @@ class Quantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of gains, channel order and means."""
+        """Bytes of gains and channel order; means are in pages, which are counted."""
         arrays = (self.transform.gains, self.transform.channel_order)
-        means = 0 if self.means is None else self.means.nbytes
-        return means + sum(array.nbytes for array in arrays if array is not None)
+        return sum(array.nbytes for array in arrays if array is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantizer:
         """A copy whose means grow on their own; what never changes is shared."""
         if self.means is None:
             return self
-        means = PageMeans(self.means.page)
-        means.state = self.means.state
+        means = copy.deepcopy(self.means, memo)
         return Quantizer(self.codec, self.transform, self.side, means)

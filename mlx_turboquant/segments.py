@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .errors import UnsupportedModelError
 from .quantizer import Quantizer
-from .tokens import TokenArrays
+from .tokens import Codes
 
 Shape = tuple[int, int, int, int]
 
@@ -120,7 +120,7 @@ class CompressedTokens(CompressedKV):
 
     quantizer: Quantizer
     sink: mx.array | None
-    packed: TokenArrays | None
+    packed: Codes | None
     recent: mx.array
     recent_length: int
     hidden: tuple[int, int] = (0, 0)

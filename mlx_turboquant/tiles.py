@@ -52,7 +52,7 @@ from .codecs import Codec
 from .codecs.base import Side
 from .codecs.kernel_format import ANGLES, POLYNOMIAL, TRELLIS
 from .packing import pack, words_per_vector
-from .tokens import TILE, TokenArrays
+from .tokens import TILE, Codes, TokenArrays
 
 _ROWS, _MAJORS = 4, 8
 _WORD, _HALF = 32, 16
@@ -179,7 +179,7 @@ def in_tiles(codes: TokenArrays, layout: TileLayout) -> TokenArrays:
     return TokenArrays({"words": words, "scales": scales}, codes.length, layout=layout)
 
 
-def in_vectors(codes: TokenArrays, heads: slice = slice(None)) -> TokenArrays:
+def in_vectors(codes: Codes, heads: slice = slice(None)) -> TokenArrays:
     """Codes of some heads in vector order, whatever order they have."""
     if codes.layout is None:
         views = {name: codes.view(name, heads) for name in codes.arrays}

@@ -9,7 +9,7 @@ of pages.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
@@ -34,6 +34,36 @@ def capacity_of(rows: int, growth: int) -> int:
     """
     step = max(growth, 1 << max(0, (rows // _SPARE).bit_length() - 1))
     return max(1, -(-rows // step)) * step
+
+
+class Codes(Protocol):
+    """Codes to read: `TokenArrays`, or a sequence's pages of a pool.
+
+    Attributes:
+        length: Tokens.
+        layout: Of codes in tile order, or None.
+    """
+
+    length: int
+    layout: TileLayout | None
+
+    @property
+    def arrays(self) -> Mapping[str, mx.array]:
+        """Whole buffers (B, H, capacity, .) by name."""
+        ...
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Row of the buffers that each tile of the text is in, in tile order."""
+        ...
+
+    def view(self, name: str, heads: slice = slice(None)) -> mx.array:
+        """The rows in use of one array: (B, heads, tokens or tiles, .)."""
+        ...
+
+    def views(self) -> dict[str, mx.array]:
+        """`view` of every array."""
+        ...
 
 
 class TokenArrays:
@@ -74,46 +104,32 @@ class TokenArrays:
         """Tokens of a row of axis 2."""
         return 1 if self.layout is None else TILE
 
-    def snapshot(self) -> TokenArrays:
-        """The same buffers with today's length, whatever is appended later."""
-        return TokenArrays(self.arrays, self.length, self.growth, self.layout)
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Rows that tiles are in, in tile order: one behind the other."""
+        return tuple(range(-(-self.length // TILE)))
 
     def append(self, new: Mapping[str, mx.array], spare: bool = True) -> None:
         """Write tokens (B, H, N, .) of every array behind the present ones.
+
+        Not of codes in tile order, which pages hold (`page_table`).
 
         Args:
             new: The tokens.
             spare: Whether a buffer that grows gets room for those that follow.
         """
-        self.extend(TokenArrays(new, layout=self.layout), spare)
-
-    def extend(self, new: TokenArrays, spare: bool = True) -> None:
-        """Write another's tokens behind the present ones.
-
-        Raises:
-            ValueError: if they are in another order, or the last tile is not whole.
-        """
-        if not self.length and self.layout != new.layout:
-            self.arrays, self.layout = {}, new.layout
-        per_row = self._row_tokens
-        if self.layout != new.layout or self.length % per_row:
-            raise ValueError(
-                f"{new!r} cannot follow {self!r}: codes of one order follow whole tiles"
-            )
-        start, count = self.length // per_row, -(-new.length // per_row)
-        stop = start + count
-        capacity = stop
-        if spare:
-            # At least one growth: kernels do not take arrays of under 8 elements.
-            capacity = capacity_of(stop, max(1, self.growth // per_row))
-        for name, rows in new.arrays.items():
-            buffer, used = self.arrays.get(name), rows[:, :, :count]
+        count = next((a.shape[2] for a in new.values()), 0)
+        start, stop = self.length, self.length + count
+        # At least one growth: kernels do not take arrays of under 8 elements.
+        capacity = capacity_of(stop, self.growth) if spare else stop
+        for name, rows in new.items():
+            buffer = self.arrays.get(name)
             if buffer is None or stop > buffer.shape[2]:
-                grown = self._grown(name, used, capacity)
+                grown = self._grown(name, rows, capacity)
                 self.arrays = {**self.arrays, name: grown}
             else:
-                buffer[:, :, start:stop] = used
-        self.length += new.length
+                buffer[:, :, start:stop] = rows
+        self.length = stop
 
     def _grown(self, name: str, new: mx.array, capacity: int) -> mx.array:
         """A buffer of so many rows with those in use and new ones."""
@@ -141,22 +157,18 @@ class TokenArrays:
         self.length -= count
 
     def drop_first(self, count: int) -> None:
-        """Forget the first ``count`` tokens; what is left moves to new buffers.
+        """Forget the first ``count`` tokens; what is left moves to new buffers."""
+        self.replace({name: a[:, :, count:] for name, a in self.views().items()})
 
-        Of tiles, whole ones.
-        """
-        first = count // self._row_tokens
-        left = {name: rows[:, :, first:] for name, rows in self.views().items()}
-        self.assign(TokenArrays(left, self.length - count, layout=self.layout))
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenArrays:
+        """The same arrays, until one of the two is written to."""
+        arrays = {name: a.reshape(a.shape) for name, a in self.arrays.items()}
+        return TokenArrays(arrays, self.length, self.growth, self.layout)
 
     def replace(self, tokens: Mapping[str, mx.array]) -> None:
         """Start over in new buffers holding just ``tokens``, which may be empty."""
-        self.assign(TokenArrays(tokens, layout=self.layout))
-
-    def assign(self, new: TokenArrays) -> None:
-        """Start over in new buffers holding just another's tokens."""
         self.arrays, self.length = {}, 0
-        self.extend(new)
+        self.append(tokens)
 
     @property
     def nbytes(self) -> int:

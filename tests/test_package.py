@@ -34,6 +34,8 @@ LAYERS = (
     ("polynomial",),
     ("codecs", "transform"),
     ("tiles",),
+    ("pages",),
+    ("page_table",),
     ("quantizer",),
     ("segments",),
     ("kernels",),

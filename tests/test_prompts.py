@@ -166,7 +166,7 @@ def test_long_steps_are_paced(chunk, paced, monkeypatch):
     cache = tq.make_prompt_cache(model, "k3v3,page=32,window=8")
     read(model, cache, 512, chunk=chunk)
     assert bool(calls) is paced
-    assert set(calls) <= {6}  # words and scales of both sides, and recent tokens
+    assert set(calls) <= {7}  # words, scales, means; recent tokens
 
 
 def test_slices_of_heads_are_paced(monkeypatch):

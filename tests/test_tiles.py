@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -231,69 +229,3 @@ def test_orders_turn_into_each_other_and_stay_as_they_are():
         assert of_a_head.length == 70
         for name, array in of_a_head.arrays.items():
             assert mx.array_equal(array, codes.arrays[name][:, 1:2]).item()
-
-
-def test_buffers_of_tiles_grow_by_whole_tiles():
-    parts = [random_vectors(count, count) for count in (64, 32, 96, 10)]
-    tokens, sizes = TokenArrays(growth=128), []
-    for part in parts:
-        tokens.extend(in_tiles(part, LAYOUT))
-        sizes.append(tokens.arrays["words"].shape[2])
-        assert tokens.arrays["scales"].shape[2] == sizes[-1]
-    assert tokens.length == 202
-    assert sizes == [4, 4, 8, 8]
-    assert tokens.view("words").shape == (2, 3, 7, LAYOUT.tile_words)
-    assert tokens.view("scales", slice(0, 1)).shape == (2, 1, 7, LAYOUT.tile_scales)
-    assert not mx.any(tokens.arrays["scales"][:, :, 7:]).item()
-    whole = TokenArrays()
-    for part in parts:
-        whole.extend(part)
-    same_codes(in_vectors(tokens), whole)
-    assert tokens.nbytes == sum(array.nbytes for array in tokens.arrays.values())
-
-
-def test_tiles_are_dropped_from_both_ends():
-    codes = random_vectors(160, 1)
-    tokens = TokenArrays(growth=128)
-    tokens.extend(in_tiles(codes, LAYOUT))
-    held = tokens.snapshot()
-    tokens.drop_last(60)
-    assert tokens.view("words").shape[2] == 4
-    tokens.drop_first(64)
-    assert (tokens.length, tokens.layout, tokens.growth) == (36, LAYOUT, 128)
-    for name, array in in_vectors(tokens).arrays.items():
-        assert mx.array_equal(array, codes.arrays[name][:, :, 64:100]).item()
-    same_codes(in_vectors(held), codes)
-    tokens.drop_last(4)
-    tokens.extend(in_tiles(random_vectors(32, 2), LAYOUT))
-    assert tokens.length == 64
-    same_codes(in_vectors(held), codes)
-
-
-def test_tokens_start_over_in_any_order():
-    codes, tokens = random_vectors(50, 1), TokenArrays(growth=128)
-    for start_over in (in_tiles(codes, LAYOUT), codes, in_tiles(codes, LAYOUT)):
-        tokens.assign(start_over)
-        same_codes(tokens, start_over)
-        assert tokens.arrays["words"].shape[2] == (4 if tokens.layout else 128)
-    tokens.replace(tokens.views())
-    assert (tokens.length, tokens.layout) == (64, LAYOUT)
-
-
-def test_codes_of_another_order_and_codes_behind_a_cut_tile_are_refused():
-    vectors, tiles = random_vectors(64, 1), in_tiles(random_vectors(64, 1), LAYOUT)
-    of_keys = in_tiles(vectors, replace(LAYOUT, side="keys"))
-    says = "codes of one order follow whole tiles"
-    for held, new in ((vectors, tiles), (tiles, vectors), (tiles, of_keys)):
-        tokens = held.snapshot()
-        with pytest.raises(ValueError, match=says):
-            tokens.extend(new)
-        same_codes(tokens, held)
-    tokens = tiles.snapshot()
-    tokens.drop_last(1)
-    with pytest.raises(ValueError, match=says):
-        tokens.extend(tiles)
-    assert tokens.length == 63
-    tokens.drop_last(63)
-    tokens.extend(vectors)
-    same_codes(tokens, vectors)

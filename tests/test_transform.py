@@ -6,6 +6,8 @@ from helpers import attend, relative_error, softmax_attention, stored
 
 import mlx_turboquant as tq
 from mlx_turboquant.cache.calibration import Calibration
+from mlx_turboquant.page_table import PageTable
+from mlx_turboquant.pages import PagePool
 from mlx_turboquant.quantizer import PageMeans
 from mlx_turboquant.rotation import rotation_for
 from mlx_turboquant.transform import ChannelTransform
@@ -44,14 +46,15 @@ def test_signs_of_kernels_are_the_basis():
 
 def test_page_means_by_token():
     rows = mx.arange(12.0).reshape(1, 1, 12, 1).astype(mx.float16)
-    means = PageMeans(16)
+    table = PageTable(PagePool(16))
+    means = PageMeans(16, table)
     means.append(rows[:, :, :3])
     got = means.of_tokens(20, 28)[0, 0, :, 0].tolist()
     assert got == [1.0] * 12 + [2.0] * 16
     assert means.of_tokens(16, 16)[0, 0, :, 0].tolist() == [1.0] * 16
     means.keep(17)
     assert means.count == 2
-    means.drop_first(16)
+    table.drop_first(16)
     assert means.of_tokens(0, 3)[0, 0, :, 0].tolist() == [1.0] * 3
 
 

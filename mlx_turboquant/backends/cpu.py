@@ -20,7 +20,7 @@ from ..codecs.kernel_format import POLYNOMIAL
 from ..codecs.turboquant import TurboQuant
 from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
-from ..tokens import TokenArrays
+from ..tokens import Codes, TokenArrays
 from .call import AttendCall
 from .exponential import softmax_parts
 from .long_attention import attend_long, masked
@@ -104,7 +104,7 @@ def _planes_of(side: CompressedTokens) -> Planes:
     return planes_for(form.bits, codec.dim, form.coefficients)
 
 
-def _blocks(codes: TokenArrays, planes: Planes, rows: int) -> list[Block]:
+def _blocks(codes: Codes, planes: Planes, rows: int) -> list[Block]:
     """Tokens, in order, and the stream that takes them, for so many rows of queries."""
     batch, heads = codes.arrays["words"].shape[:2]
     most = min(_BLOCK // (batch * heads), _ALONE // (rows * planes.layout.widest))
@@ -125,7 +125,7 @@ def _logits(
 ) -> mx.array:
     """Logits of all tokens (B, H, rows, T) float32, from both spellings of q."""
     codes = packed_of(keys)
-    words = codes.arrays["words"]
+    words = codes.view("words")
     pieces = planes.pieces(q_rot)
     blocks = []
     for some, stream in _blocks(codes, planes, q.shape[2]):
@@ -173,7 +173,7 @@ def _weigh_packed(
 ) -> mx.array:
     """Weights (B, H, rows, T) times the packed values: (B, H, rows, D), rotated."""
     codes = packed_of(values)
-    words = codes.arrays["words"]
+    words = codes.view("words")
     first = values.sink_length
     scaled = weights[..., first : first + codes.length] * _scales(codes)
     sums: dict[mx.Stream | mx.ThreadLocalStream, list[mx.array]] = {}
@@ -207,7 +207,7 @@ def _dot(q: mx.array, keys: mx.array) -> mx.array:
     return q @ keys.astype(mx.float32).swapaxes(-1, -2)
 
 
-def _scales(codes: TokenArrays) -> mx.array:
+def _scales(codes: Codes) -> mx.array:
     return codes.view("scales").astype(mx.float32).swapaxes(-1, -2)
 
 

@@ -206,7 +206,11 @@ class Gpu(Reference):
         launch = _encode_launch(
             form, x.dtype, x.shape, rotates, centers=means is not None
         )
-        rows = None if means is None else means.rows
+        page = means.page if means else 1
+        begun = first // page  # pages before x
+        rows = None
+        if means is not None:
+            rows = means.of_pages(begun, -(-(first + tokens) // page))
         words, scales = self.launcher(
             launch,
             [
@@ -215,9 +219,7 @@ class Gpu(Reference):
                 placeholder(mx.float16) if rows is None else rows,
                 form.table,
                 pack(
-                    EncodeArguments(
-                        tokens, kv_heads, batch, first, means.page if means else 1
-                    )
+                    EncodeArguments(tokens, kv_heads, batch, first - begun * page, page)
                 ),
             ],
         )

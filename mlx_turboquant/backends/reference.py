@@ -18,7 +18,7 @@ from ..pacing import PACED_TOKENS, pace
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
-from ..tokens import TokenArrays
+from ..tokens import Codes, TokenArrays
 from ..transform import ChannelTransform
 from .call import AttendCall, Mask
 
@@ -170,7 +170,7 @@ class Reference:
         return self
 
 
-def packed_of(side: CompressedTokens) -> TokenArrays:
+def packed_of(side: CompressedTokens) -> Codes:
     """The packed tokens of a side that has some.
 
     Raises:

@@ -75,9 +75,11 @@ class TurboQuantCache(SequenceCache):
         spec = self._requested_spec
         self.offset = 0
         uncompressed = spec.sink + spec.window + spec.page + DECODE_TOKENS
-        self._tokens = StoredTokens(recent_growth=uncompressed)
+        self._tokens = StoredTokens(recent_growth=uncompressed, page=spec.page)
         self._schedule = PackingSchedule(spec)
-        self._quantizers = LayerQuantizers(spec, self._slot, self._schedule)
+        self._quantizers = LayerQuantizers(
+            spec, self._slot, self._schedule, self._tokens.table
+        )
         # What attends to the packed tokens, while there are any.
         self._backend: Reference | None = None
         self._prepared = PreparedSteps()
@@ -226,7 +228,7 @@ class TurboQuantCache(SequenceCache):
         if tokens.packed_length < before:
             self._decode_cut_tile()
             self._set_packed(self._schedule.packed - before + tokens.packed_length)
-        self._quantizers.trim(self.offset, tokens.packed_length)
+        self._quantizers.trim(self.offset)
         return n
 
     def _decode_cut_tile(self) -> None:
@@ -299,12 +301,12 @@ class TurboQuantCache(SequenceCache):
             dims = recent["keys"].shape[3], recent["values"].shape[3]
             self._quantizers.load(groups, dims, calibrated)
         tokens, quantizers = self._tokens, self._quantizers
-        tokens.load(groups, quantizers.layouts if numbers["tiles"] else None)
+        layouts = quantizers.layouts if numbers["tiles"] else None
+        # Into the order of this machine's backend.
+        tokens.load(groups, layouts, quantizers.arranged)
         if tokens.packed_length:
-            # Into the order of this machine's backend.
-            tokens.arrange(quantizers.arranged)
             self._decode_cut_tile()
-            quantizers.trim(tokens.length, tokens.packed_length)
+            quantizers.trim(tokens.length)
         self.offset = self._tokens.length
         self._set_packed(self._tokens.packed_length)
 

@@ -17,6 +17,7 @@ from ..backends.select import Choice
 from ..codecs import codec_for
 from ..codecs.base import Side
 from ..gains import centred
+from ..page_table import PackedCodes, PageTable
 from ..quantizer import PageMeans, Quantizer, Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tiles import TileLayout
@@ -36,6 +37,7 @@ class LayerQuantizers:
         spec: What was asked for; with bits to choose, until they are chosen.
         slot: The layer's place among those whose bits are chosen together, or None.
         schedule: Its phase is moved on here.
+        table: The layer's pages, which means are in.
 
     Attributes:
         spec: What is stored, with bits of its own once they are chosen.
@@ -43,9 +45,14 @@ class LayerQuantizers:
     """
 
     def __init__(
-        self, spec: CacheSpec, slot: LayerSlot | None, schedule: PackingSchedule
+        self,
+        spec: CacheSpec,
+        slot: LayerSlot | None,
+        schedule: PackingSchedule,
+        table: PageTable,
     ) -> None:
         self.spec = spec
+        self._table = table
         self.sides: Sides[Quantizer] | None = None
         self._slot, self._schedule = slot, schedule
         self._calibration: Calibration | None = Calibration(
@@ -73,7 +80,7 @@ class LayerQuantizers:
             has_means = (
                 side == "keys" and spec.center == "page" and codec.wants_centering
             )
-            means = PageMeans(spec.page) if has_means else None
+            means = PageMeans(spec.page, self._table) if has_means else None
             quantizers.append(Quantizer(codec, transform, side, means))
         self.sides, self._choice = Sides(*quantizers), None
         return self.sides
@@ -170,12 +177,13 @@ class LayerQuantizers:
         """Of codes in tile order."""
         return Sides(*(quantizer.layout for quantizer in self._built))
 
-    def decode_last(self, packed: Sides[TokenArrays], count: int) -> Arrays:
+    def decode_last(self, packed: Sides[PackedCodes], count: int) -> Arrays:
         """The last ``count`` codes, of one tile, as vectors by side, float32."""
         decoded: Arrays = {}
         for (side, codes), quantizer in zip(packed.items(), self._built, strict=True):
             first = codes.length - count
-            tile = slice(first // TILE, first // TILE + 1)
+            place = codes.tiles[first // TILE]
+            tile = slice(place, place + 1)
             rows = {name: array[:, :, tile] for name, array in codes.arrays.items()}
             cut = TokenArrays(rows, count, layout=codes.layout)
             decoded[side] = quantizer.decode(cut, first=first)
@@ -187,23 +195,14 @@ class LayerQuantizers:
             raise ValueError("no vectors were seen yet, so there are no quantizers")
         return self.sides
 
-    def trim(self, stored: int, packed: int) -> None:
-        """Keep what ``stored`` tokens need, ``packed`` of them codes; gains stay."""
+    def trim(self, stored: int) -> None:
+        """Keep what ``stored`` tokens need; gains stay, means go with their pages."""
         if self._calibration is not None:
             self._calibration.trim(stored)
-        for quantizer in self.sides or ():
-            if quantizer.means is not None:
-                quantizer.means.keep(packed)
-
-    def drop_first(self, packed: int) -> None:
-        """Forget the first ``packed`` codes, whole pages."""
-        for quantizer in self.sides or ():
-            if quantizer.means is not None:
-                quantizer.means.drop_first(packed)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of means, gains and channel orders."""
+        """Bytes of gains and channel orders."""
         return sum(quantizer.nbytes for quantizer in self.sides or ())
 
     @property

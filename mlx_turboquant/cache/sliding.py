@@ -96,7 +96,6 @@ class RotatingTurboQuantCache(TurboQuantCache):
             self._tokens.cut_sink(self.keep)
             self._evicted_sink = spec.sink - self.keep
         self._tokens.drop_first_codes(count)
-        self._quantizers.drop_first(count)
         self._evicted_pages += count
         self._prepared = PreparedSteps()
 

@@ -15,10 +15,10 @@ from ..codecs import codec_for
 from ..codecs.base import Codec, Side
 from ..codecs.registry import RESEARCH
 from ..errors import FormatError
+from ..page_table import PackedCodes
 from ..quantizer import Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tiles import tile_layout
-from ..tokens import TokenArrays
 from ..version import __version__
 
 #: Raised by any change to bit layout, levels, signs or array names.
@@ -30,7 +30,7 @@ State = dict[str, Any]
 Numbers = dict[str, int]
 
 
-def join_sides(packed: Sides[TokenArrays]) -> dict[str, mx.array]:
+def join_sides(packed: Sides[PackedCodes]) -> dict[str, mx.array]:
     """The used tokens of both sides' arrays under ``keys_NAME`` and ``values_NAME``."""
     return {
         f"{side}_{name}": array

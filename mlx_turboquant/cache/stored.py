@@ -15,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..codecs.base import Side
+from ..page_table import PageTable
+from ..pages import PagePool
 from ..quantizer import Quantizer, Sides
 from ..segments import CompressedTokens, PreparedSteps, QueryObserver
 from ..tiles import TileLayout
@@ -23,29 +25,31 @@ from . import state as saved
 
 Arrays = dict[str, mx.array]
 
-#: Tokens that the buffers of codes grow by.
-PACKED_GROWTH = 128
-
 
 class StoredTokens:
     """One layer's tokens.
 
     Args:
         recent_growth: Tokens that the buffer of recent tokens grows by.
+        page: Tokens of a page of codes.
 
     Attributes:
         sink: ``keys`` and ``values`` (B, H, S, .), or empty.
+        table: The pages of codes.
         packed: Codes by side. A new object whenever codes change, so that handles keep
             the length they have.
         recent: ``keys`` and ``values`` (B, H, capacity, .).
     """
 
-    def __init__(self, recent_growth: int) -> None:
+    def __init__(self, recent_growth: int, page: int) -> None:
         self.sink: Arrays = {}
-        self.packed = Sides(
-            TokenArrays(growth=PACKED_GROWTH), TokenArrays(growth=PACKED_GROWTH)
-        )
+        self.table = PageTable(PagePool(page))
         self.recent = TokenArrays(growth=recent_growth)
+        self._codes_changed()
+
+    def _codes_changed(self) -> None:
+        table = self.table
+        self.packed = Sides(table.codes("keys"), table.codes("values"))
 
     @property
     def sink_length(self) -> int:
@@ -119,10 +123,8 @@ class StoredTokens:
                 name: mx.contiguous(tokens[:, :, :sink])
                 for name, tokens in self.recent.views().items()
             }
-        packed = self._packed_snapshot()
-        for side, new in zip(packed, codes, strict=True):
-            side.extend(new)
-        self.packed = packed
+        self.table.extend(dict(codes.items()))
+        self._codes_changed()
         self.recent.drop_first(sink + codes.keys.length)
 
     def drop_last(self, count: int) -> None:
@@ -133,9 +135,8 @@ class StoredTokens:
         self.recent.drop_last(from_recent)
         if not from_packed:
             return
-        self.packed = self._packed_snapshot()
-        for side in self.packed:
-            side.drop_last(from_packed)
+        self.table.drop_last(from_packed)
+        self._codes_changed()
         if not self.packed_length:
             # What is left of the sink is recent again, for the next page to follow it.
             self._sink_to_recent(self.sink_length - from_sink)
@@ -148,9 +149,8 @@ class StoredTokens:
             decoded: ``keys`` and ``values`` that they stand for; from now on they are
                 the first recent tokens.
         """
-        self.packed = self._packed_snapshot()
-        for side in self.packed:
-            side.drop_last(count)
+        self.table.drop_last(count)
+        self._codes_changed()
         self._put_before_recent(decoded)
         if not self.packed_length:
             self._sink_to_recent(self.sink_length)
@@ -171,19 +171,10 @@ class StoredTokens:
             }
         self.recent.replace(recent)
 
-    def arrange(self, arranged: Callable[[Side, TokenArrays], TokenArrays]) -> None:
-        """Bring codes into the order that ``arranged`` returns them in."""
-        growth = PACKED_GROWTH
-        packed = Sides(TokenArrays(growth=growth), TokenArrays(growth=growth))
-        for (name, side), new in zip(self.packed.items(), packed, strict=True):
-            new.assign(arranged(name, side))
-        self.packed = packed
-
     def drop_first_codes(self, count: int) -> None:
         """Forget the first ``count`` tokens that are codes."""
-        self.packed = self._packed_snapshot()
-        for side in self.packed:
-            side.drop_first(count)
+        self.table.drop_first(count)
+        self._codes_changed()
 
     def cut_sink(self, keep: int) -> None:
         """Forget all of the sink but its first ``keep`` tokens."""
@@ -192,21 +183,17 @@ class StoredTokens:
             name: mx.contiguous(tokens) for name, tokens in kept.items() if keep
         }
 
-    def _packed_snapshot(self) -> Sides[TokenArrays]:
-        return Sides(self.packed.keys.snapshot(), self.packed.values.snapshot())
-
     @property
     def nbytes(self) -> int:
         """Bytes of every buffer, capacity included."""
         sink = sum(array.nbytes for array in self.sink.values())
-        codes = sum(side.nbytes for side in self.packed)
-        return codes + self.recent.nbytes + sink
+        return self.table.nbytes + self.recent.nbytes + sink
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The buffers of codes and of recent tokens."""
-        sides = (*self.packed, self.recent)
-        return [array for side in sides for array in side.arrays.values()]
+        """The buffers of pages and of recent tokens."""
+        groups = (*self.table.pool.groups.values(), self.recent.arrays)
+        return [array for arrays in groups for array in arrays.values()]
 
     @property
     def state(self) -> dict[str, Arrays]:
@@ -218,13 +205,28 @@ class StoredTokens:
         }
 
     def load(
-        self, groups: Mapping[str, Arrays], layouts: Sides[TileLayout | None] | None
+        self,
+        groups: Mapping[str, Arrays],
+        layouts: Sides[TileLayout | None] | None,
+        arranged: Callable[[Side, TokenArrays], TokenArrays],
     ) -> None:
-        """Take over what `state` gave, codes in tile order if they have layouts."""
+        """Take over what `state` gave.
+
+        Args:
+            groups: The arrays; means are in their pages already.
+            layouts: Of codes in tile order; None if they are in vector order.
+            arranged: Brings a side's codes into the order to keep them in.
+        """
         layouts = layouts or Sides(None, None)
         self.sink = groups["sink"]
-        for side, arrays, layout in zip(
-            self.packed, saved.split_sides(groups["packed"]), layouts, strict=True
-        ):
-            side.assign(TokenArrays(arrays, layout=layout))
+        if groups["packed"]:
+            arrays = saved.split_sides(groups["packed"])
+            codes = {
+                side: arranged(side, TokenArrays(arrays_of_side, layout=layout))
+                for (side, arrays_of_side), layout in zip(
+                    arrays.items(), layouts, strict=True
+                )
+            }
+            self.table.extend(codes)
+            self._codes_changed()
         self.recent.replace(groups["recent"])

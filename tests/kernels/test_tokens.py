@@ -204,8 +204,7 @@ def test_decode_is_the_definition(spec, launcher):
     codecs = codecs_of(spec, (72, 80))
     quantizers = quantizers_of(codecs, 3, 51, page=32)
     for quantizer, x in zip(quantizers, vectors(3, 51, (72, 80)), strict=True):
-        codes = TokenArrays(growth=128)
-        codes.assign(in_tiles(quantizer.codec.encode(x), quantizer.layout))
+        codes = with_room(quantizer, x)
         side = CompressedTokens(quantizer, None, codes, x, 16)
         for heads in (slice(0, 3), slice(1, 2)):
             got = Gpu(launcher).decode_rot(side, mx.float32, heads)
@@ -225,11 +224,18 @@ SIDES = {
 }
 
 
+def with_room(quantizer, x):
+    """Codes of x in tile order, in a longer buffer."""
+    codes = in_tiles(quantizer.codec.encode(x), quantizer.layout)
+    tail = [(0, 0), (0, 0), (0, 2), (0, 0)]
+    arrays = {name: mx.pad(array, tail) for name, array in codes.arrays.items()}
+    return TokenArrays(arrays, codes.length, layout=codes.layout)
+
+
 def side_with_all(quantizer, x, tokens, sink=3, recent=6, dtype=mx.float32):
     """A handle over x (2, 3, ..): sink, packed and recent tokens, in longer buffers."""
     packed = tokens - sink - recent
-    codes = TokenArrays(growth=128)
-    codes.assign(in_tiles(quantizer.codec.encode(x[:, :, :packed]), quantizer.layout))
+    codes = with_room(quantizer, x[:, :, :packed])
     first = mx.contiguous(x[:, :, :sink]).astype(dtype) if sink else None
     return CompressedTokens(quantizer, first, codes, x.astype(dtype), recent)
 

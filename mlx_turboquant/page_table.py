@@ -1,0 +1,224 @@
+"""`PageTable`: which pages of a pool are one sequence's, in the order of its text.
+
+A page that other sequences hold, too, is copied before it is written to. Pages hold
+codes of both sides, equally many, and means of keys, which are there before codes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from .codecs.base import Side
+from .pages import PagePool
+from .tiles import TileLayout
+from .tokens import TILE, TokenArrays
+
+
+class PageTable:
+    """One sequence's pages.
+
+    Args:
+        pool: Where they are.
+
+    Attributes:
+        pool: As given.
+        pages: Their numbers, in the order of the text.
+        length: Tokens that are codes; pages but the last are full.
+        means: Pages that have a mean.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.pages: list[int] = []
+        self.length = self.means = 0
+        self._layouts: dict[Side, TileLayout | None] = {}
+
+    def extend(self, sides: Mapping[Side, TokenArrays]) -> None:
+        """Write codes of every side behind the present ones.
+
+        Args:
+            sides: Equally many of each, by ``"keys"`` and ``"values"``.
+
+        Raises:
+            ValueError: if they are in another order, or the last tile is not whole.
+        """
+        page, stop = self.pool.page, self.length
+        first_page = self.length // page
+        for side, codes in sides.items():
+            layout = codes.layout
+            per_row = 1 if layout is None else TILE
+            other = self.length and layout != self._layouts[side]
+            if other or self.length % per_row:
+                raise ValueError(
+                    f"{codes!r} cannot follow {self!r}: codes of one order follow "
+                    "whole tiles"
+                )
+            stop = self.length + codes.length
+            self._reserve(first_page, -(-stop // page))
+            rows = -(-codes.length // per_row)
+            self.pool.write(
+                side,
+                self.pages[first_page:],
+                {name: array[:, :, :rows] for name, array in codes.arrays.items()},
+                self.length % page // per_row,
+                page // per_row,
+            )
+            self._layouts[side] = layout
+        self.length = stop
+
+    def append_means(self, rows: mx.array) -> None:
+        """Write means (B, H, pages, D) of the pages that follow."""
+        first, stop = self.means, self.means + rows.shape[2]
+        self._reserve(first, stop)
+        self.pool.write("means", self.pages[first:stop], {"keys": rows}, 0, 1)
+        self.means = stop
+
+    def _reserve(self, first: int, stop: int) -> None:
+        """Have pages up to ``stop``; nobody else holds those from ``first`` on."""
+        pages, pool = self.pages, self.pool
+        for i in range(first, min(stop, len(pages))):
+            if pool.holders(pages[i]) > 1:
+                (own,) = pool.take(1)
+                pool.copy(pages[i], own)
+                pool.release([pages[i]])
+                pages[i] = own
+        if stop > len(pages):
+            pages += pool.take(stop - len(pages), pages[-1] if pages else None)
+
+    def drop_last(self, count: int) -> None:
+        """Forget the last ``count`` tokens, and pages that have no other."""
+        self.length -= count
+        self.keep_means(self.length)
+
+    def keep_means(self, tokens: int) -> None:
+        """Forget means of pages that begin behind the first ``tokens`` tokens."""
+        page = self.pool.page
+        self.means = min(self.means, -(-tokens // page))
+        needed = max(self.means, -(-self.length // page))
+        self.pool.release(self.pages[needed:])
+        del self.pages[needed:]
+
+    def drop_first(self, count: int) -> None:
+        """Forget the first ``count`` tokens, whole pages.
+
+        What is left moves together, if nobody shares it.
+        """
+        gone = count // self.pool.page
+        self.length = max(0, self.length - count)
+        self.means = max(0, self.means - gone)
+        self.pool.release(self.pages[:gone])
+        del self.pages[:gone]
+        if self.is_alone:
+            self.move_to(PagePool(self.pool.page))
+
+    def move_to(self, pool: PagePool) -> None:
+        """Hold the same in another pool of the same codecs and shape."""
+        if pool is self.pool:
+            return
+        old, pages = self.pool, self.pages
+        self.pool, self.pages = pool, pool.take(len(pages))
+        pool.copy_from(old, pages, self.pages)
+        old.release(pages)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else has pages in its pool."""
+        return self.pool.held == len(self.pages) and not self.shared_pages
+
+    @property
+    def shared_pages(self) -> int:
+        """How many of its pages others hold, too."""
+        return sum(self.pool.holders(page) > 1 for page in self.pages)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages, and of the pool's free ones if it is alone there."""
+        pool = self.pool
+        return pool.nbytes if self.is_alone else len(self.pages) * pool.page_nbytes
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of its pages that others hold, too; they are part of `nbytes`."""
+        return self.shared_pages * self.pool.page_nbytes
+
+    def codes(self, side: Side) -> PackedCodes:
+        """One side's codes as they are now."""
+        return PackedCodes(self, side, self._layouts.get(side))
+
+    def mean_rows(self, first: int, stop: int, heads: slice = slice(None)) -> mx.array:
+        """Means (B, heads, pages, D) of some pages."""
+        pages = self.pages[first:stop]
+        return self.pool.rows("means", "keys", pages, len(pages), heads)
+
+    def fork(self) -> PageTable:
+        """Another sequence with the same pages."""
+        other = PageTable(self.pool)
+        other.pages, other.length, other.means = (
+            list(self.pages),
+            self.length,
+            self.means,
+        )
+        other._layouts = dict(self._layouts)
+        self.pool.hold(other.pages)
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
+        copied = memo[id(self)] = self.fork()
+        return copied
+
+    def __del__(self) -> None:
+        self.pool.leave(self.pages)
+
+    def __repr__(self) -> str:
+        return f"PageTable({self.length} tokens in {len(self.pages)} pages)"
+
+
+class PackedCodes:
+    """One side's codes of a sequence, with the length they had when it was asked for.
+
+    It reads as `TokenArrays` do, and is valid until its sequence is written to.
+
+    Args:
+        table: The sequence's pages.
+        side: ``"keys"`` or ``"values"``.
+        layout: Of codes in tile order, or None.
+    """
+
+    __slots__ = ("_side", "_table", "_tiles", "layout", "length")
+
+    def __init__(self, table: PageTable, side: Side, layout: TileLayout | None) -> None:
+        self._table, self._side, self.layout = table, side, layout
+        self.length = table.length
+        self._tiles: tuple[int, ...] | None = None
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """Whole buffers (B, H, capacity, .) of the pool; `tiles` are rows of them."""
+        return self._table.pool.groups.get(self._side, {})
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Row of the buffers that each tile of the text is in, in tile order."""
+        if self._tiles is None:
+            of_page, count = self._table.pool.page // TILE, -(-self.length // TILE)
+            places = [
+                page * of_page + i for page in self._table.pages for i in range(of_page)
+            ]
+            self._tiles = tuple(places[:count])
+        return self._tiles
+
+    def view(self, name: str, heads: slice = slice(None)) -> mx.array:
+        """The rows in use of one array: (B, heads, tokens or tiles, .)."""
+        rows = self.length if self.layout is None else -(-self.length // TILE)
+        table = self._table
+        return table.pool.rows(self._side, name, table.pages, rows, heads)
+
+    def views(self) -> dict[str, mx.array]:
+        """`view` of every array; nothing if there are no codes."""
+        return {name: self.view(name) for name in self.arrays if self.length}
+
+    def __repr__(self) -> str:
+        return f"PackedCodes({self._side}, {self.length} tokens)"

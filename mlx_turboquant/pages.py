@@ -10,8 +10,9 @@ Owns buffers, places in them and how many hold each; what is written is its call
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -244,6 +245,29 @@ class PagePool:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
         """Itself: sequences are copied, what they share is not."""
+        return self
+
+
+class PoolShelf:
+    """The pools of one layer of a model, by what fits their pages.
+
+    A pool is there as long as a sequence holds pages of it.
+    """
+
+    def __init__(self) -> None:
+        self._pools: weakref.WeakValueDictionary[Hashable, PagePool] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def pool_for(self, kind: Hashable, page: int) -> PagePool:
+        """The pool of pages of a kind, each of so many tokens."""
+        pool = self._pools.get((kind, page))
+        if pool is None:
+            pool = self._pools[kind, page] = PagePool(page)
+        return pool
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PoolShelf:
+        """Itself, as a pool."""
         return self
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -231,6 +231,12 @@ class Quantizer:
         """Bytes of gains and channel order; means are in pages, which are counted."""
         arrays = (self.transform.gains, self.transform.channel_order)
         return sum(array.nbytes for array in arrays if array is not None)
+
+    def with_pages(self, table: PageTable) -> Quantizer:
+        """The same, with the means of another sequence's pages."""
+        if self.means is None:
+            return self
+        return replace(self, means=PageMeans(self.means.page, table))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Quantizer:
         """A copy whose means grow on their own; what never changes is shared."""

@@ -15,6 +15,7 @@ Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from ..backends.reference import Reference
 from ..backends.select import Choice
 from ..errors import UnsupportedError
 from ..pacing import PACED_TOKENS, pace
+from ..pages import PoolShelf
 from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
@@ -61,15 +63,11 @@ class TurboQuantCache(SequenceCache):
         self._start(CacheSpec.parse(spec), slot)
 
     def _start(self, spec: CacheSpec, slot: LayerSlot | None = None) -> None:
+        self._shelf: PoolShelf | None = None
         if slot is None and spec.adaptive:
             slot = LayerSlot(BitAllocator(spec, [None]), 0)
         self._requested_spec, self._slot = spec, slot
         self._clear()
-
-    @property
-    def spec(self) -> CacheSpec:
-        """What it stores: with bits of its own once they are chosen."""
-        return self._quantizers.spec
 
     def _clear(self) -> None:
         spec = self._requested_spec
@@ -192,6 +190,10 @@ class TurboQuantCache(SequenceCache):
             pending["keys"], pending["values"]
         ):
             return
+        if not schedule.packed and self._shelf is not None:
+            shape = pending["keys"].shape[:2]
+            kind = self._quantizers.kind, *shape
+            tokens.table.move_to(self._shelf.pool_for(kind, self.spec.page))
         count = schedule.tokens_due(self.offset)
         first, start = tokens.packed_length, 0
         if not first and not tokens.sink:
@@ -213,6 +215,30 @@ class TurboQuantCache(SequenceCache):
         packed = self._tokens.packed_length
         self._backend = self._quantizers.choice.backend if packed else None
         self._prepared = PreparedSteps()
+
+    def share_pages(self, shelf: PoolShelf) -> None:
+        """Keep codes where other caches of this layer do, from the first page on."""
+        self._shelf = shelf
+
+    def fork(self) -> TurboQuantCache:
+        """Another cache of the same tokens, which go their own way from here on.
+
+        Pages of codes are shared for good, uncompressed tokens until one of the two is
+        written to. ``copy.deepcopy`` does the same.
+        """
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TurboQuantCache:
+        other = memo[id(self)] = copy.copy(self)
+        if self.spec.adaptive:  # its bits are still to be chosen
+            other._slot = copy.deepcopy(self._slot, memo)
+        other._tokens = copy.deepcopy(self._tokens, memo)
+        other._schedule = copy.copy(self._schedule)
+        other._quantizers = self._quantizers.fork(
+            other._slot, other._schedule, other._tokens.table
+        )
+        other._prepared = PreparedSteps()
+        return other
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens, or all there are; returns how many."""
@@ -238,35 +264,6 @@ class TurboQuantCache(SequenceCache):
         if count:
             decoded = self._quantizers.decode_last(tokens.packed, count)
             tokens.drop_last_codes(count, decoded)
-
-    # Sizes.
-
-    @property
-    def sink_length(self) -> int:
-        """Tokens in the sink segment."""
-        return self._tokens.sink_length
-
-    @property
-    def packed_length(self) -> int:
-        """Tokens stored as codes."""
-        return self._tokens.packed_length
-
-    @property
-    def recent_length(self) -> int:
-        """Latest tokens stored in the model's dtype."""
-        return self._tokens.recent.length
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of every buffer: codes, scales, means, gains, windows, capacity."""
-        return self._tokens.nbytes + self._quantizers.nbytes
-
-    @property
-    def elements(self) -> int:
-        """Key and value elements that an uncompressed cache would hold now."""
-        recent = self._tokens.recent.arrays.values()
-        width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in recent)
-        return self.size() * width
 
     @property
     def choice(self) -> Choice | None:
@@ -320,13 +317,3 @@ class TurboQuantCache(SequenceCache):
         cache = cls.__new__(cls)
         cache.state = state
         return cache
-
-    def __repr__(self) -> str:
-        if self.empty():
-            return f"{type(self).__name__}({self.spec}, empty)"
-        parts = f"{self.sink_length}+{self.packed_length}+{self.recent_length}"
-        bits = 8 * self.nbytes / self.elements
-        return (
-            f"{type(self).__name__}({self.spec}, {self.offset} tokens = {parts} "
-            f"sink+packed+recent, {self.nbytes} bytes, {bits:.2f} bits per element)"
-        )

@@ -1,14 +1,16 @@
-"""What mlx-lm asks of one sequence's cache besides its tokens: masks, sizes, arrays.
+"""What is asked of one sequence's cache besides its tokens: masks, sizes, arrays.
 
-`SequenceCache` is a mixin whose answers follow from ``offset`` and from the buffers of
-recent tokens. The masks are those of mlx-lm's own caches, written again because the
-package's core must import without mlx-lm.
+`SequenceCache` is a mixin whose answers follow from ``offset`` and what is stored. The
+masks are those of mlx-lm's own caches, written again because the package's core must
+import without mlx-lm.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from ..spec import CacheSpec
+from .quantizers import LayerQuantizers
 from .stored import StoredTokens
 
 
@@ -38,7 +40,7 @@ def make_mask(
 
 
 class SequenceCache:
-    """Answers that follow from `offset` and from the buffers of recent tokens.
+    """Answers that follow from `offset` and from what is stored.
 
     Attributes:
         offset: Tokens seen, which is also the position of the next one.
@@ -46,6 +48,12 @@ class SequenceCache:
 
     offset: int
     _tokens: StoredTokens
+    _quantizers: LayerQuantizers
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What it stores: with bits of its own once they are chosen."""
+        return self._quantizers.spec
 
     def is_trimmable(self) -> bool:
         """Always: codes are independent of their neighbours."""
@@ -68,6 +76,38 @@ class SequenceCache:
     ) -> mx.array | str | None:
         """The mask for ``n`` new tokens behind those stored."""
         return make_mask(n, self.offset, return_array, window_size)
+
+    @property
+    def sink_length(self) -> int:
+        """Tokens in the sink segment."""
+        return self._tokens.sink_length
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens stored as codes."""
+        return self._tokens.packed_length
+
+    @property
+    def recent_length(self) -> int:
+        """Latest tokens stored in the model's dtype."""
+        return self._tokens.recent.length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer: codes, scales, means, gains, windows, capacity."""
+        return self._tokens.nbytes + self._quantizers.nbytes
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of pages that other caches hold, too; they are part of `nbytes`."""
+        return self._tokens.table.shared_nbytes
+
+    @property
+    def elements(self) -> int:
+        """Key and value elements that an uncompressed cache would hold now."""
+        recent = self._tokens.recent.arrays.values()
+        width = sum(a.shape[0] * a.shape[1] * a.shape[3] for a in recent)
+        return self.size() * width
 
     # Some models tie other work to the cached arrays with ``mx.depends``: they read
     # ``cache.keys`` and put back what ``mx.depends`` returned. So these are real
@@ -100,3 +140,13 @@ class SequenceCache:
                 "the same array with other dependencies can"
             )
         self._tokens.recent.arrays[name] = array
+
+    def __repr__(self) -> str:
+        if self.empty():
+            return f"{type(self).__name__}({self.spec}, empty)"
+        parts = f"{self.sink_length}+{self.packed_length}+{self.recent_length}"
+        bits = 8 * self.nbytes / self.elements
+        return (
+            f"{type(self).__name__}({self.spec}, {self.offset} tokens = {parts} "
+            f"sink+packed+recent, {self.nbytes} bytes, {bits:.2f} bits per element)"
+        )

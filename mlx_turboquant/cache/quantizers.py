@@ -7,7 +7,8 @@ final. Which tokens are encoded when is `schedule`'s and `layer`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Hashable, Mapping
 from typing import cast
 
 import mlx.core as mx
@@ -176,6 +177,25 @@ class LayerQuantizers:
     def layouts(self) -> Sides[TileLayout | None]:
         """Of codes in tile order."""
         return Sides(*(quantizer.layout for quantizer in self._built))
+
+    @property
+    def kind(self) -> Hashable:
+        """What layers whose codes fit the same pages have in common."""
+        sides = self._built
+        codecs = ((quantizer.codec.spec, quantizer.codec.dim) for quantizer in sides)
+        return self.choice.backend.name, sides.keys.means is None, *codecs
+
+    def fork(
+        self, slot: LayerSlot | None, schedule: PackingSchedule, table: PageTable
+    ) -> LayerQuantizers:
+        """The same for a copy of the cache, with ``table`` as its pages."""
+        other = copy.copy(self)
+        other._slot, other._schedule, other._table = slot, schedule, table
+        other._calibration = copy.deepcopy(self._calibration)
+        other._gains = dict(self._gains)
+        if self.sides is not None:
+            other.sides = Sides(*(q.with_pages(table) for q in self.sides))
+        return other
 
     def decode_last(self, packed: Sides[PackedCodes], count: int) -> Arrays:
         """The last ``count`` codes, of one tile, as vectors by side, float32."""

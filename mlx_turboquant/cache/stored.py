@@ -9,6 +9,7 @@ When tokens move is `schedule`'s, what codes are made with `quantizers`'.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,6 +51,14 @@ class StoredTokens:
     def _codes_changed(self) -> None:
         table = self.table
         self.packed = Sides(table.codes("keys"), table.codes("values"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTokens:
+        """A copy of the same pages until it writes to them, and the same sink."""
+        other = copy.copy(self)
+        other.table = copy.deepcopy(self.table, memo)
+        other.recent = copy.deepcopy(self.recent, memo)
+        other._codes_changed()
+        return other
 
     @property
     def sink_length(self) -> int:

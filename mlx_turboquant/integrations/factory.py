@@ -20,10 +20,17 @@ from ..cache import BitAllocator, LayerSlot, RotatingTurboQuantCache, TurboQuant
 from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
+from ..pages import PoolShelf
 from ..spec import CacheSpec
 from . import hook, probe
 from .compiled_step import itself
-from .stock import BOUNDED_KEEP, bound, replace_leaves, stock_caches
+from .stock import (
+    BOUNDED_KEEP,
+    bound,
+    labelled_leaves,
+    replace_leaves,
+    stock_caches,
+)
 
 #: What users may give: one spec for all layers, or one for each.
 SpecLike = CacheSpec | str | float | Sequence[CacheSpec | str | float]
@@ -32,7 +39,10 @@ _applied: list[weakref.ref[nn.Module]] = []
 
 
 class _CompressedMaker:
-    """The ``make_cache`` that `apply` puts on a model instance."""
+    """The ``make_cache`` that `apply` puts on a model instance.
+
+    The caches that it makes have their pages in common, layer by layer.
+    """
 
     def __init__(
         self,
@@ -42,6 +52,7 @@ class _CompressedMaker:
     ) -> None:
         self._model = weakref.ref(model)  # which owns this object
         self._spec, self._max_kv_size = spec, max_kv_size
+        self._shelves: dict[int, PoolShelf] = {}
         replaced = vars(model).get("make_cache")
         if isinstance(replaced, _CompressedMaker):
             replaced = replaced.replaced
@@ -57,7 +68,11 @@ class _CompressedMaker:
     def __call__(self) -> PromptCache:
         model = self._model()
         assert model is not None, "the model owns this object"
-        return _make(model, self._spec, self._max_kv_size)
+        caches = _make(model, self._spec, self._max_kv_size)
+        for layer, (_, leaf) in enumerate(labelled_leaves(caches)):
+            if isinstance(leaf, TurboQuantCache):
+                leaf.share_pages(self._shelves.setdefault(layer, PoolShelf()))
+        return caches
 
 
 def apply(

@@ -38,6 +38,11 @@ class Reference:
         """What `explain` calls it."""
         return "reference"
 
+    @property
+    def joins(self) -> bool:
+        """Whether it attends to several sequences at once."""
+        return False
+
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
         """None: it can attend to anything."""
         return None

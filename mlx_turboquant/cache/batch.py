@@ -1,21 +1,24 @@
 """`BatchTurboQuantCache`: rows of different lengths under mlx-lm's batch protocol.
 
 Owns the rows, each a `TurboQuantCache` of one sequence, and which of a step's tokens
-belong to which row. Rows never share codes, means or padding, so a row's output is
-that of its single stream whatever happens to the others. Nothing is rolled or
-padded: padding is simply not appended.
+belong to which row. Rows may hold the same pages, but what one does is nothing to the
+others: its output is that of its single stream. Nothing is rolled or padded: padding is
+simply not appended. Decode steps are taken together where they can be (`joined`).
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..segments import CompressedRows
+from .joined import JoinedRows, can_join
 from .layer import TurboQuantCache
+from .schedule import is_short
 
 #: Real tokens to come of a row that nothing pads.
 _UNPADDED = 1 << 30
@@ -30,6 +33,8 @@ class BatchTurboQuantCache:
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
         self.rows = list(rows)
+        # Their recent tokens, while their steps are taken together.
+        self._joined: JoinedRows | None = None
         # Padding tokens still to come on the left of each row.
         self._left_padding = [0] * len(self.rows)
         # Real tokens still to come of each row; None unless the prompt is right-padded.
@@ -51,7 +56,11 @@ class BatchTurboQuantCache:
             Handles for `attend`; or, for a model that computes attention itself,
             arrays whose rows are right-aligned, as `make_mask` has them.
         """
-        self._spans = self._take(keys.shape[2])
+        step = keys.shape[2]
+        self._spans = self._take(step)
+        if self._join(step):
+            return self._joined.update_and_fetch(keys, values)
+        self._part()
         nothing = (keys[:1, :, :0], values[:1, :, :0])
         fetched = []
         for row, (start, stop) in enumerate(self._spans):
@@ -67,9 +76,24 @@ class BatchTurboQuantCache:
         self,
     ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
         """What `update_and_fetch` returned last, for layers that share a cache."""
+        if self._joined is not None:
+            return self._joined.compressed()
         keys, values = next(row.compressed() for row in self.rows if not row.empty())
         nothing = (keys.recent[:, :, :0], values.recent[:, :, :0])
         return self._as_batch([_held(row, nothing) for row in self.rows])
+
+    def _join(self, step: int) -> bool:
+        """Whether a step is taken together; rows that can do so do from now on."""
+        if not is_short(step) or set(self._spans) != {(0, step)}:
+            return False
+        if self._joined is None and can_join(self.rows):
+            self._joined = JoinedRows(self.rows)
+        return self._joined is not None
+
+    def _part(self) -> None:
+        """Rows go on alone."""
+        if self._joined is not None:
+            self.rows, self._joined = self._joined.part(), None
 
     def _as_batch(
         self, fetched: Sequence[tuple[Any, Any]]
@@ -170,6 +194,8 @@ class BatchTurboQuantCache:
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep only these rows, in this order."""
         keep = [int(i) for i in batch_indices]
+        if self._joined is not None and keep:
+            self._joined.keep_only(keep)
         self.rows = [self.rows[i] for i in keep]
         self._left_padding = [self._left_padding[i] for i in keep]
         if self._remaining is not None:
@@ -177,6 +203,8 @@ class BatchTurboQuantCache:
 
     def extend(self, other: BatchTurboQuantCache) -> None:
         """Append the other batch's rows."""
+        self._part()
+        other._part()
         if self._remaining is not None or other._remaining is not None:
             self._remaining = [
                 *(self._remaining or [_UNPADDED] * len(self.rows)),
@@ -186,7 +214,8 @@ class BatchTurboQuantCache:
         self._left_padding += other._left_padding
 
     def extract(self, idx: int) -> TurboQuantCache:
-        """A copy of one row as a cache of its own."""
+        """A copy of one row as a cache of its own; pages of codes are shared."""
+        self._part()
         return copy.deepcopy(self.rows[idx])
 
     def is_trimmable(self) -> bool:
@@ -195,14 +224,16 @@ class BatchTurboQuantCache:
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens of every row; returns the most forgotten."""
+        if self._joined is not None and n > 0 and self._joined.drop_last(n):
+            return n
+        self._part()
         return max((row.trim(n) for row in self.rows), default=0)
 
     @property
     def offset(self) -> mx.array:
         """Position of each row's next token, int32 (B,); negative in left padding."""
         pairs = zip(self.rows, self._left_padding, strict=True)
-        positions = [row.offset - padding for row, padding in pairs]
-        return mx.array(positions, dtype=mx.int32)
+        return _positions(tuple(row.offset - padding for row, padding in pairs))
 
     def size(self) -> int:
         """Tokens of the longest row."""
@@ -218,20 +249,32 @@ class BatchTurboQuantCache:
     @property
     def keys(self) -> mx.array | None:
         """Recent keys of the first row that has any."""
-        return self._first_row.keys
+        return self._anchor("keys")
 
     @keys.setter
     def keys(self, array: mx.array) -> None:
-        self._first_row.keys = array
+        self._set_anchor("keys", array)
 
     @property
     def values(self) -> mx.array | None:
         """Recent values of the first row that has any."""
-        return self._first_row.values
+        return self._anchor("values")
 
     @values.setter
     def values(self, array: mx.array) -> None:
-        self._first_row.values = array
+        self._set_anchor("values", array)
+
+    def _anchor(self, name: str) -> mx.array | None:
+        if self._joined is not None:
+            return self._joined.arrays[name]
+        array: mx.array | None = getattr(self._first_row, name)
+        return array
+
+    def _set_anchor(self, name: str, array: mx.array) -> None:
+        if self._joined is not None:
+            self._joined.arrays[name] = array
+        else:
+            setattr(self._first_row, name, array)
 
     @property
     def _first_row(self) -> TurboQuantCache:
@@ -239,13 +282,15 @@ class BatchTurboQuantCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return sum(row.nbytes for row in self.rows)
+        """Bytes of all rows; pages that several of them hold count once for each."""
+        joined = [] if self._joined is None else self._joined.arrays.values()
+        return sum(row.nbytes for row in self.rows) + sum(a.nbytes for a in joined)
 
     @property
     def state(self) -> list[Any]:
         """The rows' states; batches are evaluated, not saved."""
-        return [row.state for row in self.rows]
+        joined = [] if self._joined is None else list(self._joined.arrays.values())
+        return [*joined, *(row.state for row in self.rows)]
 
     def __repr__(self) -> str:
         lengths = [row.offset for row in self.rows]
@@ -253,6 +298,12 @@ class BatchTurboQuantCache:
 
 
 TurboQuantCache.merge = BatchTurboQuantCache.merge
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(offsets: tuple[int, ...]) -> mx.array:
+    """Positions of the rows' next tokens, int32 (B,): all layers of a step share it."""
+    return mx.array(offsets, dtype=mx.int32)
 
 
 def _held(cache: TurboQuantCache, nothing: tuple[mx.array, mx.array]) -> Any:

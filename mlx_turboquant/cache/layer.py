@@ -26,7 +26,7 @@ from ..backends.reference import Reference
 from ..backends.select import Choice
 from ..errors import UnsupportedError
 from ..pacing import PACED_TOKENS, pace
-from ..pages import PoolShelf
+from ..pages import PagePool, PoolShelf
 from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
@@ -193,7 +193,7 @@ class TurboQuantCache(SequenceCache):
         if not schedule.packed and self._shelf is not None:
             shape = pending["keys"].shape[:2]
             kind = self._quantizers.kind, *shape
-            tokens.table.move_to(self._shelf.pool_for(kind, self.spec.page))
+            self.move_to(self._shelf.pool_for(kind, self.spec.page))
         count = schedule.tokens_due(self.offset)
         first, start = tokens.packed_length, 0
         if not first and not tokens.sink:
@@ -215,6 +215,15 @@ class TurboQuantCache(SequenceCache):
         packed = self._tokens.packed_length
         self._backend = self._quantizers.choice.backend if packed else None
         self._prepared = PreparedSteps()
+
+    def make_room(self) -> None:
+        """Forget what the next step cannot see: nothing."""
+
+    def move_to(self, pool: PagePool) -> None:
+        """Keep codes in this pool, whose pages are of the same codecs and shape."""
+        if pool is not self._tokens.table.pool:
+            self._tokens.move_to(pool)
+            self._prepared = PreparedSteps()
 
     def share_pages(self, shelf: PoolShelf) -> None:
         """Keep codes where other caches of this layer do, from the first page on."""

@@ -72,11 +72,15 @@ class RotatingTurboQuantCache(TurboQuantCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
         """As `TurboQuantCache.update_and_fetch`; forgets what this step cannot see."""
+        self.make_room()
+        return super().update_and_fetch(keys, values)
+
+    def make_room(self) -> None:
+        """Forget what the next step cannot see."""
         shown = self.max_size - 1 - self.keep
         self._first_visible = max(self.keep, self.offset - shown)
         self._evict()
         self._hide()
-        return super().update_and_fetch(keys, values)
 
     def _hide(self) -> None:
         """Hide what left the window but is still stored: under a page, or the sink."""

@@ -48,6 +48,11 @@ class StoredTokens:
         self.recent = TokenArrays(growth=recent_growth)
         self._codes_changed()
 
+    def move_to(self, pool: PagePool) -> None:
+        """Keep codes in another pool, whose pages are of the same codecs and shape."""
+        self.table.move_to(pool)
+        self._codes_changed()
+
     def _codes_changed(self) -> None:
         table = self.table
         self.packed = Sides(table.codes("keys"), table.codes("values"))

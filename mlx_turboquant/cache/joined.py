@@ -1,0 +1,212 @@
+"""`JoinedRows`: rows of a batch whose short steps are stored and attended to at once.
+
+Codes of all rows lie in one pool, their recent tokens in one buffer, where they end
+together: a step is one write and one attention, however many rows there are. Rows keep
+all else, and get their recent tokens back when they go on alone.
+
+Owns that buffer. When a row packs what is the row's own schedule's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import mlx.core as mx
+
+from ..segments import CompressedBatch, CompressedTokens, PreparedSteps
+from .layer import TurboQuantCache
+from .sliding import RotatingTurboQuantCache
+
+#: Tokens that the buffer has room for when it is laid out.
+_ROOM = 128
+_SIDES = ("keys", "values")
+
+
+def can_join(rows: Sequence[TurboQuantCache]) -> bool:
+    """Whether one launch can serve these rows: final codecs, the same in all.
+
+    Rows that compute attention themselves, or that a backend takes one by one, cannot.
+    """
+    kinds = set()
+    for row in rows:
+        if row.empty() or row.returns_arrays or not row._schedule.is_packing:
+            return False
+        choice = row.choice
+        if choice is None or not choice.backend.joins:
+            return False
+        keys = row._tokens.recent.arrays["keys"]
+        window = None
+        if isinstance(row, RotatingTurboQuantCache):
+            window = row.max_size, row.keep
+        kinds.add((row._quantizers.kind, row.spec, window, keys.shape[:2], keys.dtype))
+    return len(kinds) == 1 and next(iter(kinds))[3][0] == 1
+
+
+class JoinedRows:
+    """Rows that take their steps together.
+
+    Args:
+        rows: The sequences' caches, for which `can_join` holds. Their recent tokens
+            are here until `part`.
+    """
+
+    def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
+        self.rows = list(rows)
+        pools = [row._tokens.table.pool for row in rows]
+        largest = max(pools, key=lambda pool: pool.held)
+        for row in rows:
+            row.move_to(largest)
+        self._recent: dict[str, mx.array] = {}
+        self._lay_out({name: self._views(name) for name in _SIDES})
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """Buffers (B, H, capacity, .) of recent keys and values."""
+        return self._recent
+
+    def _views(self, name: str) -> list[mx.array]:
+        return [row._tokens.recent.view(name) for row in self.rows]
+
+    def _lay_out(self, tokens: dict[str, list[mx.array]]) -> None:
+        """Put each row's recent tokens (1, H, N, .) into new buffers."""
+        lengths = [row.recent_length for row in self.rows]
+        self._stop = max(lengths)
+        self._firsts = [self._stop - length for length in lengths]
+        for name, views in tokens.items():
+            parts = [
+                mx.pad(view, [(0, 0), (0, 0), (first, _ROOM), (0, 0)])
+                for view, first in zip(views, self._firsts, strict=True)
+            ]
+            self._recent[name] = mx.concatenate(parts)
+        for row in self.rows:
+            # No views: the buffer would be copied when it is written to.
+            recent = row._tokens.recent
+            recent.arrays = {
+                name: mx.zeros((1, a.shape[1], 0, a.shape[3]), a.dtype)
+                for name, a in self._recent.items()
+            }
+        self._changed()
+
+    def _changed(self) -> None:
+        self._prepared = PreparedSteps()
+        self._seen = [row._prepared for row in self.rows]
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[CompressedBatch, CompressedBatch]:
+        """As `TurboQuantCache.update_and_fetch` of every row, for a short step."""
+        step = keys.shape[2]
+        for index, row in enumerate(self.rows):
+            row.make_room()
+            if row.offset >= row._schedule.next_page_at:
+                self._pack(index)
+        stop = self._stop + step
+        if stop > self._recent["keys"].shape[2]:
+            self._lay_out({name: self._own_views(name) for name in _SIDES})
+            stop = self._stop + step
+        for name, new in zip(_SIDES, (keys, values), strict=True):
+            self._recent[name][:, :, self._stop : stop] = new
+        self._stop = stop
+        for row in self.rows:
+            row.offset += step
+            row._tokens.recent.length += step
+        if any(
+            r._prepared is not p for r, p in zip(self.rows, self._seen, strict=True)
+        ):
+            self._changed()
+        return self.compressed()
+
+    def compressed(self) -> tuple[CompressedBatch, CompressedBatch]:
+        """Handles over everything stored."""
+        row = self.rows[0]
+        choice = row.choice
+        assert choice is not None
+        window = isinstance(row, RotatingTurboQuantCache)
+        keys, values = (
+            CompressedBatch(
+                _Handles(self, side),
+                self._recent[name],
+                tuple(self._firsts),
+                self._stop,
+                choice.backend,
+                self._prepared,
+                row.keep if window else 0,
+                row.max_size if window else None,
+            )
+            for side, name in enumerate(_SIDES)
+        )
+        return keys, values
+
+    def _pack(self, index: int) -> None:
+        """Let one row encode what is due, from the buffer."""
+        row = self.rows[index]
+        recent = row._tokens.recent
+        before, nothing = recent.length, dict(recent.arrays)
+        recent.arrays = self._views_of(index)
+        row._pack()
+        recent.arrays = nothing
+        self._firsts[index] += before - recent.length
+
+    def _views_of(self, index: int) -> dict[str, mx.array]:
+        own = slice(self._firsts[index], self._stop)
+        return {n: a[index : index + 1, :, own] for n, a in self._recent.items()}
+
+    def _own_views(self, name: str) -> list[mx.array]:
+        return [self._views_of(index)[name] for index in range(len(self.rows))]
+
+    def handles_of(self, index: int) -> tuple[CompressedTokens, CompressedTokens]:
+        """One row's own handles."""
+        recent = self.rows[index]._tokens.recent
+        nothing = recent.arrays
+        recent.arrays = self._views_of(index)
+        handles = self.rows[index].compressed()
+        recent.arrays = nothing
+        return handles
+
+    def keep_only(self, indices: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        tokens = {n: [self._views_of(i)[n] for i in indices] for n in _SIDES}
+        self.rows = [self.rows[i] for i in indices]
+        self._lay_out(tokens)
+
+    def drop_last(self, count: int) -> bool:
+        """Forget the last ``count`` tokens of every row, if all are recent."""
+        if any(
+            row.recent_length <= count or not row.is_trimmable() for row in self.rows
+        ):
+            return False
+        for row in self.rows:
+            row.trim(count)
+        self._stop -= count
+        return True
+
+    def part(self) -> list[TurboQuantCache]:
+        """The rows, with their recent tokens."""
+        for index, row in enumerate(self.rows):
+            own = self._views_of(index)
+            row._tokens.recent.arrays = {n: mx.contiguous(a) for n, a in own.items()}
+        return self.rows
+
+
+class _Handles(Sequence[CompressedTokens]):
+    """One side's handles of joined rows, made when somebody asks."""
+
+    def __init__(self, joined: JoinedRows, side: int) -> None:
+        self._joined, self._side = joined, side
+
+    def __len__(self) -> int:
+        return len(self._joined.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> CompressedTokens: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[CompressedTokens]: ...
+    def __getitem__(
+        self, index: int | slice
+    ) -> CompressedTokens | Sequence[CompressedTokens]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._joined.handles_of(index)[self._side]

@@ -74,6 +74,11 @@ class TokenArrays:
         """Tokens of a row of axis 2."""
         return 1 if self.layout is None else TILE
 
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Where each tile of the text lies in the buffers; of codes in tile order."""
+        return tuple(range(-(-self.length // TILE)))
+
     def snapshot(self) -> TokenArrays:
         """The same buffers with today's length, whatever is appended later."""
         return TokenArrays(self.arrays, self.length, self.growth, self.layout)

@@ -47,7 +47,7 @@ struct Shared {
 };
 
 // This lane's logits of its simdgroup's tile: scales, those of means, and what is not seen.
-//   mask     float (rows, mask_columns), log2 units, read if MASKED
+//   mask     float (rows, mask_columns), log2 units, from its first column on, read if MASKED
 template <typename Rows, bool MASKED>
 TQ_FUNC void finish_logits(
     const thread float* k_scales, const thread float* mean_logits, const device float* mask,
@@ -59,7 +59,10 @@ TQ_FUNC void finish_logits(
     thread float& logit = logits[Rows::logit_at(e, i / Rows::LANE_ROWS)];
     logit = logit * k_scales[i / Rows::LANE_ROWS] + mean_logits[e];
   }
-  if (!MASKED && TILE_TOKENS * (tile + 1) <= run.end - run.hidden) return;
+  if (!MASKED && TILE_TOKENS * (tile + 1) <= run.end - run.hidden
+      && stored_number(run, TILE_TOKENS * tile) >= run.forgotten_end) {
+    return;
+  }
   TQ_UNROLL
   for (int e = 0; e < Rows::LANE_ROWS; e++) {
     int row = first_row + Rows::row(lane, e);
@@ -68,22 +71,24 @@ TQ_FUNC void finish_logits(
     for (int i = 0; i < Rows::LANE_TOKENS; i++) {
       thread float& logit = logits[Rows::logit_at(e, i)];
       int token = TILE_TOKENS * tile + Rows::token(lane, i);
-      if (MASKED && row < args.rows && token < end) {
-        int column = token + (token < run.mask_gap_at ? 0 : run.mask_gap);
-        logit += mask[size_t(row) * args.mask_columns + column];
+      int number = stored_number(run, token);
+      bool is_seen = token < end && (number < args.keep || number >= run.forgotten_end);
+      if (MASKED && row < args.rows && is_seen) {
+        int column = number < args.keep ? number : number - (run.forgotten_end - args.keep);
+        logit += mask[size_t(row) * mask_columns(args) + column];
       }
-      if (token >= end) logit = -3e38f;
+      if (!is_seen) logit = -3e38f;
     }
   }
 }
 
-// This lane's codes of a tile's keys, of the first UNITS units; and their logits.
+// This lane's codes of keys of the tile at a place, of the first UNITS units; and their logits.
 template <typename K, int UNITS, typename Tokens>
 TQ_FUNC void load_keys(
-    const thread Tokens& tokens, int tile, uint lane, thread typename K::Unit* keys) {
+    const thread Tokens& tokens, int place, uint lane, thread typename K::Unit* keys) {
   TQ_UNROLL
   for (int u = 0; u < UNITS; u++) {
-    keys[u] = K::load(tokens, tile, u, unit_columns<K::PADDED>(u), lane);
+    keys[u] = K::load(tokens, place, u, unit_columns<K::PADDED>(u), lane);
   }
 }
 template <typename K, typename Rows>
@@ -102,7 +107,7 @@ TQ_FUNC void add_logits(
 // The same where codes are too many for registers: one unit ahead, the first one given.
 template <typename K, typename Rows, typename Tokens>
 TQ_FUNC void add_logits_by_unit(
-    const thread Tokens& tokens, const thread typename K::Params& params, int tile,
+    const thread Tokens& tokens, const thread typename K::Params& params, int place,
     const thread typename K::Unit& first, const threadgroup half2* queries, uint lane,
     thread float* logits) {
   constexpr int UNITS = tq_units(K::PADDED);
@@ -111,7 +116,7 @@ TQ_FUNC void add_logits_by_unit(
   for (int u = 0; u < UNITS; u++) {
     typename K::Unit keys = next;
     if (u + 1 < UNITS) {
-      next = K::load(tokens, tile, u + 1, unit_columns<K::PADDED>(u + 1), lane);
+      next = K::load(tokens, place, u + 1, unit_columns<K::PADDED>(u + 1), lane);
     }
     half2 query[Rows::LANE_QUERIES];
     Rows::template load_unit_query<K::PADDED>(queries, u, lane, query);
@@ -123,17 +128,17 @@ TQ_FUNC void add_logits_by_unit(
   }
 }
 
-// A simdgroup's units of a tile's values; past the last unit it takes that one, for nothing.
+// A simdgroup's units of the values of the tile at a place; past the last unit it takes that one, for nothing.
 template <typename V, int SIMDGROUPS, typename Tokens>
 TQ_FUNC void load_values(
-    const thread Tokens& tokens, int tile, uint simdgroup, uint lane,
+    const thread Tokens& tokens, int place, uint simdgroup, uint lane,
     thread typename V::Unit* values) {
   constexpr int UNITS = tq_units(V::PADDED);
   constexpr int OWN = tq_own_units(V::PADDED, SIMDGROUPS);
   TQ_UNROLL
   for (int i = 0; i < OWN; i++) {
     int unit = tq_min(int(simdgroup) * OWN + i, UNITS - 1);
-    values[i] = V::load(tokens, tile, unit, unit_columns<V::PADDED>(unit), lane);
+    values[i] = V::load(tokens, place, unit, unit_columns<V::PADDED>(unit), lane);
   }
 }
 template <typename V, typename Rows, int SIMDGROUPS>
@@ -155,21 +160,23 @@ TQ_FUNC void add_values(
 
 // Codes of keys, of the first unit at least, and scales of a simdgroup's next tile, loaded a
 // round before they are needed. Tokens that are not packed take one round: no keys are ahead.
+// And the places of the tiles of the round at hand, which are loaded a round before that.
 template <typename K, typename Rows>
 struct Ahead {
   typename K::Unit keys[tq_units_ahead(K::LANE_WORDS, K::PADDED)];
   typename Rows::Scale k_scales[Rows::SCALES];
   typename Rows::Scale v_scales[Rows::SCALES];
+  int places;
 };
 template <typename K, typename V, typename Rows, typename KTokens, typename VTokens>
 TQ_FUNC void load_ahead(
-    const thread KTokens& k_tokens, const thread VTokens& v_tokens, int tile, uint lane,
+    const thread KTokens& k_tokens, const thread VTokens& v_tokens, int place, uint lane,
     thread Ahead<K, Rows>& ahead) {
   if (K::LANE_WORDS > 0) {
-    load_keys<K, tq_units_ahead(K::LANE_WORDS, K::PADDED)>(k_tokens, tile, lane, ahead.keys);
+    load_keys<K, tq_units_ahead(K::LANE_WORDS, K::PADDED)>(k_tokens, place, lane, ahead.keys);
   }
-  load_scales<K>(k_tokens, tile, lane, ahead.k_scales);
-  load_scales<V>(v_tokens, tile, lane, ahead.v_scales);
+  load_scales<K>(k_tokens, place, lane, ahead.k_scales);
+  load_scales<V>(v_tokens, place, lane, ahead.v_scales);
 }
 
 // Attend to a run of tokens, the first of which are loaded ahead: fills `state` and `sums`, in
@@ -205,7 +212,8 @@ TQ_FUNC void attend_tokens(
   for (int round_tile = run.first_tile; round_tile < run.end_tile; round_tile += SIMDGROUPS) {
     int tile = round_tile + int(simdgroup);
     bool has_tile = tile < run.end_tile;
-    if (!has_tile) tile = run.end_tile - 1;
+    int next_places =
+        load_places<SIMDGROUPS>(k_tokens, round_tile + SIMDGROUPS, run.end_tile, lane);
     float mean_logits[Rows::LANE_ROWS];
     TQ_UNROLL
     for (int e = 0; e < Rows::LANE_ROWS; e++) mean_logits[e] = 0.0f;
@@ -224,9 +232,10 @@ TQ_FUNC void attend_tokens(
     if (K_AHEAD) {
       add_logits<K, Rows>(k_params, ahead.keys, shared.queries, lane, logits);
     } else {
-      if (K::LANE_WORDS == 0) load_keys<K, 1>(k_tokens, tile, lane, ahead.keys);
+      int place = nth_place(ahead.places, simdgroup);
+      if (K::LANE_WORDS == 0) load_keys<K, 1>(k_tokens, place, lane, ahead.keys);
       add_logits_by_unit<K, Rows>(
-          k_tokens, k_params, tile, ahead.keys[0], shared.queries, lane, logits);
+          k_tokens, k_params, place, ahead.keys[0], shared.queries, lane, logits);
     }
     // Fewer registers then, before values take theirs.
     Rows::share_logits(logits, lane);
@@ -239,8 +248,8 @@ TQ_FUNC void attend_tokens(
     typename V::Unit values[OWN_UNITS * TILES_AHEAD];
     TQ_UNROLL
     for (int t = 0; t < TILES_AHEAD; t++) {
-      int of_tile = tq_min(round_tile + t, run.end_tile - 1);
-      load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, values + OWN_UNITS * t);
+      load_values<V, SIMDGROUPS>(
+          v_tokens, nth_place(ahead.places, uint(t)), simdgroup, lane, values + OWN_UNITS * t);
     }
     finish_logits<Rows, MASKED>(
         k_scales, mean_logits, mask, args, first_row, run, has_tile ? tile : run.end_tile, logits,
@@ -285,7 +294,7 @@ TQ_FUNC void attend_tokens(
 
     // What the next round needs is in flight from now on.
     load_ahead<K, V, Rows>(
-        k_tokens, v_tokens, tq_min(tile + SIMDGROUPS, run.end_tile - 1), lane, ahead);
+        k_tokens, v_tokens, nth_place(next_places, simdgroup), lane, ahead);
     if (V_AHEAD) {
       TQ_UNROLL
       for (int t = 0; t < SIMDGROUPS; t++) {
@@ -297,14 +306,15 @@ TQ_FUNC void attend_tokens(
       TQ_ROLL
       for (int t = 0; t < SIMDGROUPS; t++) {
         typename V::Unit next[OWN_UNITS];
-        int of_tile = tq_min(round_tile + t + 1, run.end_tile - 1);
-        load_values<V, SIMDGROUPS>(v_tokens, of_tile, simdgroup, lane, next);
+        int place = nth_place(ahead.places, uint(tq_min(t + 1, SIMDGROUPS - 1)));
+        load_values<V, SIMDGROUPS>(v_tokens, place, simdgroup, lane, next);
         add_values<V, Rows, SIMDGROUPS>(
             v_params, values, weights + Rows::TILE_WORDS * t, simdgroup, lane, sums);
         TQ_UNROLL
         for (int i = 0; i < OWN_UNITS; i++) values[i] = next[i];
       }
     }
+    ahead.places = next_places;
     buffer ^= 1u;
   }
 }
@@ -344,8 +354,9 @@ TQ_FUNC void write_partial(
 }
 
 // Threadgroups: (splits of either kind, KV heads * ROW_GROUPS, batch), a row group is the rows
-// of one. SHARED_TABLE: whether keys and values look up the same table. recent_* are whole
-// buffers, of which `recent` tokens are in use.
+// of one; where rows of the batch have fewer splits, the last threadgroups have nothing to do.
+// SHARED_TABLE: whether keys and values look up the same table. recent_* are whole buffers, of
+// which `recent` tokens are in use. tiles: places of all rows' tiles, one row behind the other.
 TQ_ENTRY(decode_split_kv) {
   typedef Format<K_KIND, false, DK, K_BITS, K_TERMS, SINGLE_TABLE> K;
   typedef Format<V_KIND, true, DV, V_BITS, V_TERMS, SINGLE_TABLE> V;
@@ -362,8 +373,10 @@ TQ_ENTRY(decode_split_kv) {
   shared.rounds = (threadgroup uint*)round_words;
   shared.maxima = maxima;
   shared.logits_of_means = logits_of_means;
-  AttendArguments args = load_arguments(arguments);
   uint3 threadgroup_index = threadgroup_position_in_grid;
+  AttendArguments args = load_arguments(arguments, threadgroup_index.z);
+  int splits = args.plain_splits + args.splits;
+  if (int(threadgroup_index.x) >= splits) return;
   uint lane = thread_index_in_simdgroup;
   uint simdgroup = simdgroup_index_in_threadgroup;
   uint thread_index = thread_index_in_threadgroup;
@@ -375,23 +388,27 @@ TQ_ENTRY(decode_split_kv) {
   int split = int(threadgroup_index.x) - args.plain_splits;
   const device T* head_q =
       q + batch * q_strides[0] + head * (args.rows / args.steps) * q_strides[1];
-  const device float* head_mask = mask + (MASKED ? row * args.mask_columns : 0);
+  const device float* head_mask =
+      mask + (MASKED ? row * mask_columns(args) + first_column(args) : 0);
   SoftmaxState<Rows> state;
   float sums[Rows::UNIT_SUMS * tq_own_units(V::PADDED, SIMDGROUPS)];
   if (split < 0) {
     typedef PlainFormat<T, false, DK, K::PADDED> PlainKeys;
     typedef PlainFormat<T, true, DV, V::PADDED> PlainValues;
     PlainTokens<T> k_tokens = make_plain_tokens(
-        sink_keys + kv_head * args.sink * DK, args.sink,
-        recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1], args.recent,
-        int(recent_keys_strides[2]));
+        sink_keys + batch * sink_keys_strides[0] + head * sink_keys_strides[1], args.sink,
+        recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1]
+            + args.first_recent * recent_keys_strides[2],
+        args.recent, int(recent_keys_strides[2]));
     PlainTokens<T> v_tokens = make_plain_tokens(
-        sink_values + kv_head * args.sink * DV, args.sink,
-        recent_values + batch * recent_values_strides[0] + head * recent_values_strides[1],
+        sink_values + batch * sink_values_strides[0] + head * sink_values_strides[1], args.sink,
+        recent_values + batch * recent_values_strides[0] + head * recent_values_strides[1]
+            + args.first_recent * recent_values_strides[2],
         args.recent, int(recent_values_strides[2]));
     TokenRun run = plain_run(int(threadgroup_index.x), SIMDGROUPS, args);
     Ahead<PlainKeys, Rows> ahead;
     Means<DK, K::PADDED> no_means;
+    ahead.places = load_places<SIMDGROUPS>(k_tokens, run.first_tile, run.end_tile, lane);
     load_ahead<PlainKeys, PlainValues, Rows>(k_tokens, v_tokens, run.first_tile, lane, ahead);
     load_queries<T, DK, K::PADDED, Rows, false, SIMDGROUPS>(
         head_q, q_strides[1], q_strides[2], q_strides[3], k_signs, q_scale[1], first_row, args,
@@ -403,19 +420,24 @@ TQ_ENTRY(decode_split_kv) {
         shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, 1.0f, args, first_row,
         run, ahead, no_means, state, sums, simdgroup, lane);
   } else {
+    size_t pool = args.pool_row;
+    const device int* row_tiles = tiles + args.table;
     PackedTokens k_tokens = make_packed_tokens(
-        k_words + batch * k_words_strides[0] + head * k_words_strides[1],
-        k_scales + batch * k_scales_strides[0] + head * k_scales_strides[1]);
+        k_words + pool * k_words_strides[0] + head * k_words_strides[1],
+        k_scales + pool * k_scales_strides[0] + head * k_scales_strides[1], row_tiles);
     PackedTokens v_tokens = make_packed_tokens(
-        v_words + batch * v_words_strides[0] + head * v_words_strides[1],
-        v_scales + batch * v_scales_strides[0] + head * v_scales_strides[1]);
+        v_words + pool * v_words_strides[0] + head * v_words_strides[1],
+        v_scales + pool * v_scales_strides[0] + head * v_scales_strides[1], row_tiles);
     TokenRun run = packed_run(split, args);
     Ahead<K, Rows> ahead;
+    ahead.places = load_places<SIMDGROUPS>(k_tokens, run.first_tile, run.end_tile, lane);
     load_ahead<K, V, Rows>(
-        k_tokens, v_tokens, tq_min(run.first_tile + int(simdgroup), run.end_tile - 1), lane,
-        ahead);
-    const device half* head_means =
-        means + (CENTER ? batch * means_strides[0] + head * means_strides[1] : 0);
+        k_tokens, v_tokens, nth_place(ahead.places, simdgroup), lane, ahead);
+    PageRows pages;
+    if (CENTER) {
+      const device half* head_means = means + pool * means_strides[0] + head * means_strides[1];
+      pages = find_means(head_means, row_tiles, run, args, simdgroup, lane);
+    }
     load_table<K_KIND, K_BITS, SINGLE_TABLE>(k_params, k_table, thread_index, 32 * SIMDGROUPS);
     if (!SHARED_TABLE) {
       load_table<V_KIND, V_BITS, SINGLE_TABLE>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
@@ -425,9 +447,7 @@ TQ_ENTRY(decode_split_kv) {
         k_signs + kv_head * (ROTATE_K ? DK : 0), q_scale[0] * k_params[0], first_row, args,
         (threadgroup half*)query_words, simdgroup, lane);
     Means<DK, K::PADDED> split_means;
-    if (CENTER) {
-      load_means<DK, K::PADDED>(head_means, run, args, simdgroup, lane, split_means);
-    }
+    if (CENTER) load_means<DK, K::PADDED>(pages, lane, split_means);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     typename K::Params k_decode = K::make_params(k_params, k_table, lane);
     typename V::Params v_decode =
@@ -436,9 +456,9 @@ TQ_ENTRY(decode_split_kv) {
         shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, k_params[0], args, first_row,
         run, ahead, split_means, state, sums, simdgroup, lane);
   }
-  int splits = args.plain_splits + args.splits;
+  size_t partial = size_t(args.first_partial)
+                   + (head * args.rows) * splits + threadgroup_index.x;
   write_partial<DV, V::PADDED, Rows, SIMDGROUPS>(
       state, sums, split < 0 ? 1.0f : v_params[0], first_row, args.rows, splits,
-      partial_out + (row * splits + threadgroup_index.x) * DV,
-      partial_lse + (row * splits + threadgroup_index.x) * 2, maxima, simdgroup, lane);
+      partial_out + partial * DV, partial_lse + partial * 2, maxima, simdgroup, lane);
 }

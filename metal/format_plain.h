@@ -25,6 +25,18 @@ TQ_FUNC PlainTokens<T> make_plain_tokens(
   return tokens;
 }
 
+// They lie in the order of the text.
+template <typename T>
+TQ_FUNC int place_of(const thread PlainTokens<T>&, int tile) { return tile; }
+// Behind the last token it is the last: what lies there need not be a number.
+template <int DIM, typename T>
+TQ_FUNC const device T* vector_of(const thread PlainTokens<T>& tokens, int token) {
+  if (token >= tokens.count) token = tokens.count - 1;
+  int recent_token = token - tokens.sink_count;
+  return recent_token < 0 ? tokens.sink + token * DIM
+                          : tokens.recent + recent_token * tokens.recent_stride;
+}
+
 template <typename F, typename T>
 TQ_FUNC void load_scales(const thread PlainTokens<T>&, int, uint, thread half2* pairs) {
   pairs[0] = pairs[1] = tq_splat(1.0f);
@@ -64,8 +76,10 @@ struct PlainFormat {
     half2 pairs[16];  // of elements, token by token
   };
 
+  // Tokens: what `vector_of` finds vectors of T in.
+  template <typename Tokens>
   static TQ_FUNC Unit load(
-      const thread PlainTokens<T>& tokens, int tile, int unit, int columns, uint lane) {
+      const thread Tokens& tokens, int tile, int unit, int columns, uint lane) {
     int major = int(tq_major(lane));
     int minor = int(tq_minor(lane));
     int element = VALUES ? major * (P / 8) + 4 * unit : minor * (P / 4) + 8 * unit;
@@ -74,7 +88,7 @@ struct PlainFormat {
     for (int i = 0; i < TOKENS; i++) {
       int of_eight = VALUES ? 2 * minor + i % 2 : major;
       int token = TILE_TOKENS * tile + 8 * (VALUES ? i / 2 : i) + of_eight;
-      const device T* x = vector(tokens, token);
+      const device T* x = vector_of<DIM>(tokens, token);
       thread half2* pairs = codes.pairs + ELEMENTS / 2 * i;
       if (DIM == P && P % 32 == 0) {
         load_halves<ELEMENTS>(x + element, pairs);
@@ -102,13 +116,6 @@ struct PlainFormat {
         four[2 * i + 1] = codes.pairs[4 * (j + i) + c + 1];
       }
     }
-  }
-  // Behind the last token it is the last: what lies there need not be a number.
-  static TQ_FUNC const device T* vector(const thread PlainTokens<T>& tokens, int token) {
-    if (token >= tokens.count) token = tokens.count - 1;
-    int recent_token = token - tokens.sink_count;
-    return recent_token < 0 ? tokens.sink + token * DIM
-                            : tokens.recent + recent_token * tokens.recent_stride;
   }
   // Elements d, which is even, and d + 1; zero behind the vector's last.
   static TQ_FUNC half2 pair(const device T* x, int d) {

@@ -35,7 +35,8 @@ TQ_FUNC void load_mean(const device half* mean, thread UnitTask<T>& task) {
 // Threadgroups: first those of plain tokens, a simdgroup to a vector in the order (batch, head,
 // token); then those of packed ones, a thread to a unit of every slot, in the order (batch, head,
 // tile, slot, unit): then what a simdgroup reads at once are whole lines of 8 slots, and what it
-// writes lies together. Heads are those from first_head on.
+// writes lies together. Heads are those from first_head on; tiles says where each tile lies in
+// the buffers, as PackedTokens has it.
 TQ_ENTRY(materialize) {
   typedef TileOrder<KIND, DIM, BITS, TERMS, VALUES> Order;
   MaterializeArguments args = load_arguments(arguments);
@@ -66,28 +67,30 @@ TQ_ENTRY(materialize) {
     return;
   }
   uint index = (group - plain_groups) * uint(THREADS) + thread_index_in_threadgroup;
-  uint tiles = (packed + uint(TILE_TOKENS) - 1u) / uint(TILE_TOKENS);
+  uint tile_count = (packed + uint(TILE_TOKENS) - 1u) / uint(TILE_TOKENS);
   uint slots = index / uint(Order::UNITS);
-  uint row = slots / uint(TILE_TOKENS) / tiles;
-  size_t tile = slots / uint(TILE_TOKENS) % tiles;
+  uint row = slots / uint(TILE_TOKENS) / tile_count;
+  uint tile = slots / uint(TILE_TOKENS) % tile_count;
   size_t batch = row / heads;
   size_t head = uint(args.first_head) + row % heads;
   if (batch >= size_t(args.batch)) return;
-  uint first_token = uint(TILE_TOKENS) * uint(tile);
+  size_t place = tiles[tile];
+  uint first_token = uint(TILE_TOKENS) * tile;
   UnitTask<T> task;
   task.tile = words + batch * words_strides[0] + head * words_strides[1]
-              + tile * words_strides[2];
+              + place * words_strides[2];
   task.scales = scales + batch * scales_strides[0] + head * scales_strides[1]
-                + tile * scales_strides[2];
+                + place * scales_strides[2];
   task.out = out + (size_t(row) * total + uint(args.sink) + first_token) * DIM;
   task.tokens = tq_min(uint(TILE_TOKENS), packed - first_token);
   task.slot = slots % uint(TILE_TOKENS);
   task.unit = index % uint(Order::UNITS);
-  size_t page = first_token / uint(args.page);
-  load_mean<Order, DIM, CENTER>(
-      means + (CENTER ? batch * means_strides[0] + head * means_strides[1]
-                            + page * means_strides[2]
-                      : 0),
-      task);
+  const device half* mean = means;
+  if (CENTER) {
+    uint page_tiles = uint(args.page) / uint(TILE_TOKENS);
+    size_t page = uint(tiles[tile / page_tiles * page_tiles]) / page_tiles;
+    mean += batch * means_strides[0] + head * means_strides[1] + page * means_strides[2];
+  }
+  load_mean<Order, DIM, CENTER>(mean, task);
   UnitDecoder<KIND, T, DIM, BITS, TERMS, VALUES>::decode(task, params);
 }

@@ -109,15 +109,18 @@ TQ_FUNC void merge_row(
   }
 }
 
-// Threadgroups: (1, query rows of all heads and batches).
+// Threadgroups: (1, query rows of all heads, batch).
 TQ_ENTRY(merge_states) {
   threadgroup float scratch[SIMDGROUPS * DV];
-  AttendArguments args = load_arguments(arguments);
-  uint row = threadgroup_position_in_grid.y;
-  uint kv_head = row / uint(args.rows);
-  size_t first_partial = size_t(row) * (args.plain_splits + args.splits);
+  uint batch = threadgroup_position_in_grid.z;
+  AttendArguments args = load_arguments(arguments, batch);
+  uint own_row = threadgroup_position_in_grid.y;
+  uint kv_head = batch * uint(args.kv_heads) + own_row / uint(args.rows);
+  uint row = batch * uint(args.kv_heads * args.rows) + own_row;
+  size_t partial =
+      size_t(args.first_partial) + size_t(own_row) * (args.plain_splits + args.splits);
   merge_row<T, DV, SIMDGROUPS, ROTATE_V, HAS_SINK_LOGITS>(
-      partial_out + first_partial * DV, partial_lse + first_partial * 2,
+      partial_out + partial * DV, partial_lse + partial * 2,
       HAS_SINK_LOGITS ? sink_logits[row] : 0.0f, v_signs + kv_head * (ROTATE_V ? DV : 0), args,
       out + size_t(row) * DV, scratch, simdgroup_index_in_threadgroup,
       thread_index_in_simdgroup);

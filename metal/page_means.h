@@ -14,25 +14,42 @@ constexpr int tq_means_floats(int simdgroups, int rows) {
   return simdgroups * MEANS_OF_SIMDGROUP * rows;
 }
 
-// A simdgroup's means, of the first units at least: they do not wait for queries.
+// A simdgroup's means, page by page as tokens of a tile; each lane knows the place of one, that
+// of the page's first tile in pages. Behind the split's last page it is the last.
+struct PageRows {
+  const device half* means;
+  int place;
+};
+// means: half (pages, DIM) of one KV head, tiles: the places of the text's tiles.
+TQ_FUNC PageRows find_means(
+    const device half* means, const device int* tiles, const thread TokenRun& run,
+    const thread AttendArguments& args, uint simdgroup, uint lane) {
+  int page_tiles = args.page / TILE_TOKENS;
+  int page = run.first_tile / page_tiles + MEANS_OF_SIMDGROUP * int(simdgroup) + int(lane);
+  page = tq_min(page, (run.end_tile - 1) / page_tiles);
+  PageRows pages;
+  pages.means = means;
+  pages.place = tiles[page * page_tiles] / page_tiles;
+  return pages;
+}
+template <int DIM>
+TQ_FUNC const device half* vector_of(const thread PageRows& pages, int page) {
+  return pages.means + nth_place(pages.place, uint(page)) * DIM;
+}
+
+// Those of the first units at least: they do not wait for queries.
 constexpr int tq_means_ahead(int padded) { return tq_units(padded) <= 4 ? tq_units(padded) : 1; }
 template <int DIM, int PADDED>
 struct Means {
   typedef PlainFormat<half, false, DIM, PADDED> Format;
-  PlainTokens<half> pages;
+  PageRows pages;
   typename Format::Unit units[tq_means_ahead(PADDED)];
 };
-// means: half (pages, DIM)
 template <int DIM, int PADDED>
 TQ_FUNC void load_means(
-    const device half* means, const thread TokenRun& run, const thread AttendArguments& args,
-    uint simdgroup, uint lane, thread Means<DIM, PADDED>& ahead) {
+    const thread PageRows& pages, uint lane, thread Means<DIM, PADDED>& ahead) {
   typedef typename Means<DIM, PADDED>::Format Format;
-  int page = run.first_tile / (args.page / TILE_TOKENS) + MEANS_OF_SIMDGROUP * int(simdgroup);
-  // Behind the split's last page it is the last.
-  int last_page = (TILE_TOKENS * run.end_tile - 1) / args.page;
-  page = tq_min(page, last_page);
-  ahead.pages = make_plain_tokens(means, 0, means + page * DIM, last_page + 1 - page, DIM);
+  ahead.pages = pages;
   TQ_UNROLL
   for (int u = 0; u < tq_means_ahead(PADDED); u++) {
     ahead.units[u] = Format::load(ahead.pages, 0, u, unit_columns<PADDED>(u), lane);

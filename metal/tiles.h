@@ -28,14 +28,29 @@ TQ_FUNC int unit_columns(int unit) {
   return PADDED % 32 == 0 || unit < tq_units(PADDED) - 1 ? 4 : 2;
 }
 
-// The packed tokens of one KV head, of either side.
+// The packed tokens of one KV head, of either side: tile number i of the text is number tiles[i]
+// of those in the buffers, its *place*. What decodes takes places.
 struct PackedTokens {
   const device uint* words;
   const device half* scales;
+  const device int* tiles;
 };
-TQ_FUNC PackedTokens make_packed_tokens(const device uint* words, const device half* scales) {
+TQ_FUNC PackedTokens make_packed_tokens(
+    const device uint* words, const device half* scales, const device int* tiles) {
   PackedTokens tokens;
   tokens.words = words;
   tokens.scales = scales;
+  tokens.tiles = tiles;
   return tokens;
+}
+TQ_FUNC int place_of(const thread PackedTokens& tokens, int tile) { return tokens.tiles[tile]; }
+
+// Places of the tiles of a round, one of each simdgroup, from tile number `first` on; behind the
+// last tile it is that. A simdgroup has them in its lanes, so that they take one register.
+template <int SIMDGROUPS, typename Tokens>
+TQ_FUNC int load_places(const thread Tokens& tokens, int first, int end, uint lane) {
+  return place_of(tokens, tq_min(first + int(lane % uint(SIMDGROUPS)), end - 1));
+}
+TQ_FUNC int nth_place(int places, uint n) {
+  return int(simd_shuffle(uint(places), ushort(n)));
 }

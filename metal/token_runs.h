@@ -7,9 +7,16 @@ struct TokenRun {
   int first_tile, end_tile;
   int end;  // tokens behind the last that anybody sees
   int hidden;  // of the last ones, that no row sees but the last of each query head; then fewer
-  // Its mask begins with the column of token 0 and has `mask_gap` others before mask_gap_at.
-  int mask_gap_at, mask_gap;
+  // Among all tokens stored, the run's have `gap` others before token number gap_at.
+  int gap_at, gap;
+  int forgotten_end;  // stored tokens from number `keep` up to here are seen by nobody
 };
+
+// Stored tokens that a window has left behind.
+TQ_FUNC int forgotten_tokens(const thread AttendArguments& args) {
+  int forgotten = args.sink + args.packed + args.recent - args.most_shown;
+  return forgotten > 0 ? forgotten : 0;
+}
 
 // Of split number `split` of the packed tokens.
 TQ_FUNC TokenRun packed_run(int split, const thread AttendArguments& args) {
@@ -20,8 +27,9 @@ TQ_FUNC TokenRun packed_run(int split, const thread AttendArguments& args) {
   run.end_tile = run.first_tile + tiles < last ? run.first_tile + tiles : last;
   run.end = args.packed;
   run.hidden = 0;
-  run.mask_gap_at = 0;
-  run.mask_gap = args.sink;
+  run.gap_at = 0;
+  run.gap = args.sink;
+  run.forgotten_end = args.keep + forgotten_tokens(args);
   return run;
 }
 
@@ -33,8 +41,9 @@ TQ_FUNC TokenRun plain_run(int split, int tiles, const thread AttendArguments& a
   run.first_tile = split * tiles;
   run.end_tile = run.first_tile + tiles < last ? run.first_tile + tiles : last;
   run.hidden = args.causal ? args.steps - 1 : 0;
-  run.mask_gap_at = args.sink;
-  run.mask_gap = args.packed;
+  run.gap_at = args.sink;
+  run.gap = args.packed;
+  run.forgotten_end = args.keep + forgotten_tokens(args);
   return run;
 }
 
@@ -43,4 +52,19 @@ TQ_FUNC int row_end(const thread TokenRun& run, int row, const thread AttendArgu
   if (run.hidden == 0) return run.end;
   int hidden = run.hidden - row % args.steps;
   return run.end - (hidden < args.recent ? hidden : args.recent);
+}
+
+// A token's number among all that are stored.
+TQ_FUNC int stored_number(const thread TokenRun& run, int token) {
+  return token + (token < run.gap_at ? 0 : run.gap);
+}
+
+// Columns of the mask: the longest row's tokens but forgotten ones. Each row's are the last of
+// them, from `first_column` on.
+TQ_FUNC int mask_columns(const thread AttendArguments& args) {
+  return tq_min(args.longest, args.most_shown);
+}
+TQ_FUNC int first_column(const thread AttendArguments& args) {
+  return mask_columns(args)
+         - (args.sink + args.packed + args.recent - forgotten_tokens(args));
 }

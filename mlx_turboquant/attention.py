@@ -1,6 +1,7 @@
 """`attend`: attention over what a cache returned.
 
-Validates, hides tokens that left a window, and loops over the rows of a ragged batch.
+Validates, hides tokens that left a window, and loops over the rows of a ragged batch
+where its backend does not take them at once.
 The arithmetic, and with it the change of basis (q into it, the output out of it), is
 the `attend` of the cache's backend. Nothing here writes to a cache.
 """
@@ -13,8 +14,13 @@ from typing import cast
 import mlx.core as mx
 
 from .backends import select
-from .backends.call import AttendCall, Mask
-from .segments import CompressedKV, CompressedRows, CompressedTokens
+from .backends.call import AttendCall, BatchCall, Mask
+from .segments import (
+    CompressedBatch,
+    CompressedKV,
+    CompressedRows,
+    CompressedTokens,
+)
 
 
 def attend(
@@ -44,17 +50,7 @@ def attend(
             other than ``"causal"``.
     """
     if isinstance(keys, CompressedTokens) and isinstance(values, CompressedTokens):
-        batch, heads, _, dim = keys.recent.shape
-        shape = q.shape
-        if len(shape) != 4 or shape[0] != batch or shape[1] % heads or shape[3] != dim:
-            raise ValueError(
-                f"queries {tuple(shape)} do not fit keys {keys.shape}: want "
-                f"({batch}, a multiple of {heads}, L, {dim})"
-            )
-        if isinstance(mask, str) and mask != "causal":
-            raise ValueError(
-                f"mask {mask!r} is unknown; use None, 'causal' or an array"
-            )
+        _check(q, keys, mask)
         call = AttendCall(q, keys, values, scale, mask, sinks)
         if keys.hidden[1]:
             call = _without_hidden(call)
@@ -72,6 +68,15 @@ def attend(
             backend = select.resolve(keys.quantizer, values.quantizer).backend
         out: mx.array = backend.attend(call)
         return out
+    if isinstance(keys, CompressedBatch) and isinstance(values, CompressedBatch):
+        _check(q, keys, mask)
+        at_once: mx.array | None = keys.backend.attend_batch(
+            BatchCall(q, keys, values, scale, mask, sinks)
+        )
+        if at_once is not None:
+            return at_once
+        spans = [(0, q.shape[2])] * q.shape[0]
+        keys, values = (CompressedRows(side.rows, spans) for side in (keys, values))
     if isinstance(keys, CompressedRows) and isinstance(values, CompressedRows):
         return _attend_rows(q, keys, values, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(
@@ -82,6 +87,19 @@ def attend(
         mask=mask,
         sinks=sinks,
     )
+
+
+def _check(q: mx.array, keys: CompressedTokens | CompressedBatch, mask: Mask) -> None:
+    """Raise ValueError if queries do not fit keys, or the mask is unknown text."""
+    batch, heads, _, dim = keys.recent.shape
+    shape = q.shape
+    if len(shape) != 4 or shape[0] != batch or shape[1] % heads or shape[3] != dim:
+        raise ValueError(
+            f"queries {tuple(shape)} do not fit keys {keys.shape}: want "
+            f"({batch}, a multiple of {heads}, L, {dim})"
+        )
+    if isinstance(mask, str) and mask != "causal":
+        raise ValueError(f"mask {mask!r} is unknown; use None, 'causal' or an array")
 
 
 def _without_hidden(call: AttendCall) -> AttendCall:

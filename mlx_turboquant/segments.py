@@ -1,7 +1,8 @@
 """What attention sees of a compressed layer: handles that stand in for arrays.
 
 `CompressedTokens` is one side of one layer: sink, packed and recent tokens.
-`CompressedRows` is a batch whose rows differ in length. Both carry a truthful shape and
+`CompressedBatch` is a batch of them that a backend may attend to at once,
+`CompressedRows` one whose rows have nothing in common. All carry a truthful shape and
 dtype and refuse every other use in words, so a model that reads K or V itself fails
 clearly.
 """
@@ -155,6 +156,11 @@ class CompressedTokens(CompressedKV):
         return self.sink_length + self.packed_length + self.recent_length
 
     @property
+    def stop(self) -> int:
+        """Where the last recent token ends in its buffer."""
+        return self.recent_length
+
+    @property
     def recent_tokens(self) -> mx.array:
         """The recent tokens in use (B, H, R, D)."""
         if self.recent_length == self.recent.shape[2]:
@@ -170,6 +176,59 @@ class CompressedTokens(CompressedKV):
         lengths = (self.sink_length, self.packed_length, self.recent_length)
         spec = self.quantizer.codec.spec
         return f"CompressedTokens({spec}, sink+packed+recent {lengths})"
+
+
+@dataclass(slots=True, eq=False)
+class CompressedBatch(CompressedKV):
+    """One side of a layer of independent sequences of different lengths.
+
+    All are stored with the same spec, calibrated, and get the same steps, so that their
+    recent tokens end together in one buffer. Codes and means of all lie in the same
+    buffers, row 0, each row's tiles where its own `TokenArrays.tiles` say.
+
+    Attributes:
+        rows: Each row's handle (1, H, T, D), a truthful one. Backends that attend to
+            all at once read it when they prepare; it may make handles when asked.
+        recent: Buffer (B, H, capacity, D) of the last tokens as the model gave them.
+        firsts: Where in it each row's first recent token is.
+        stop: Where the last one of all rows ends; every row has one at least.
+        backend: What attends to the packed tokens.
+        prepared: What that backend keeps from step to step; a new one whenever
+            membership, or a row's packed tokens, sink or place in the buffer, change.
+        keep: First tokens of a row that are always shown, of a sliding window.
+        most_shown: Tokens of a row that a step of so many sees, its own included; None
+            if there is no window. Others, behind the first ``keep``, are hidden.
+    """
+
+    rows: Sequence[CompressedTokens]
+    recent: mx.array
+    firsts: Sequence[int]
+    stop: int
+    backend: Any
+    prepared: PreparedSteps
+    keep: int = 0
+    most_shown: int | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """(B, H, longest T, D) over all segments, but hidden tokens."""
+        batch, heads, _, dim = self.recent.shape
+        return batch, heads, max(row.shape[2] for row in self.rows), dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The model's dtype, that of the uncompressed segments."""
+        return self.recent.dtype
+
+    @property
+    def observer(self) -> None:
+        """None: its rows are calibrated."""
+
+    def observe_queries(self, q: mx.array, scale: float) -> None:
+        """Nobody wants to see them."""
+
+    def __repr__(self) -> str:
+        return f"CompressedBatch({', '.join(map(repr, self.rows))})"
 
 
 @dataclass(slots=True, eq=False)

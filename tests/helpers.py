@@ -74,6 +74,12 @@ class InTiles(Reference):
         return in_tiles(codes, quantizer.layout)
 
 
+class Joining(InTiles):
+    """Has batches take their steps together, and attends to them row by row."""
+
+    joins = True
+
+
 @contextmanager
 def backend(chosen):
     """Caches that choose a backend meanwhile choose this one; None for the CPU's."""

@@ -3,13 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers import InTiles, backend
+from helpers import InTiles, Joining, backend
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import mlx_turboquant as tq
 from mlx_turboquant.attention import dequantize
+from mlx_turboquant.pages import PagePool, PoolShelf
 
 VOCAB, HEADS, DIM = 40, 2, 32
 SPEC = "8,window=3,sink=2,page=32"
@@ -31,10 +32,13 @@ class Machine(RuleBasedStateMachine):
 
     windowed = False
 
+    shelf = PoolShelf()
+
     def single(self, tokens):
         cache = tq.TurboQuantCache(SPEC)
         if self.windowed:
             cache = tq.RotatingTurboQuantCache(SPEC, WINDOW)
+        cache.share_pages(self.shelf)
         if tokens:
             cache.update_and_fetch(*vectors([tokens]))
         return cache
@@ -60,6 +64,23 @@ class Machine(RuleBasedStateMachine):
         self.batch.update_and_fetch(*vectors(new))
         for row, tokens in enumerate(new):
             self.grown(row, tokens)
+
+    @rule(steps=st.lists(st.integers(1, 16), min_size=2, max_size=12))
+    def decode(self, steps):
+        """Short steps, which rows that can take them together do."""
+        for count in steps:
+            self.step(count)
+
+    @rule(data=st.data())
+    def fork_a_row(self, data):
+        """Another row goes on from where one is, on the same pages."""
+        row = data.draw(st.integers(0, len(self.texts) - 1))
+        taken = self.batch.extract(row)
+        self.batch.extend(type(taken).merge([taken]))
+        self.texts.append(list(self.texts[row]))
+        self.before.append(self.before[row])
+        if len(self.texts) > 5:
+            self.keep([1, 2, 3, 4, 5])
 
     @rule(data=st.data())
     def padded_prompt(self, data):
@@ -97,7 +118,9 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def keep_some(self, data):
         rows = st.lists(st.integers(0, len(self.texts) - 1), min_size=1, unique=True)
-        keep = data.draw(rows)
+        self.keep(data.draw(rows))
+
+    def keep(self, keep):
         self.batch.filter(mx.array(keep))
         self.texts = [self.texts[row] for row in keep]
         self.before = [self.before[row] for row in keep]
@@ -167,8 +190,11 @@ class WindowMachine(Machine):
 
 
 @pytest.mark.parametrize("machine", [Machine, WindowMachine])
-@pytest.mark.parametrize("chosen", [None, InTiles()], ids=["vectors", "tiles"])
-def test_any_order_of_operations(machine, chosen):
+@pytest.mark.parametrize(
+    "chosen", [None, InTiles(), Joining()], ids=["vectors", "tiles", "joined"]
+)
+def test_any_order_of_operations(machine, chosen, monkeypatch):
+    monkeypatch.setattr(PagePool, "poisons", True)
     case = machine.TestCase
     case.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
     with backend(chosen):

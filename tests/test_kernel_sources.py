@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant.kernels import attention, codes, source
-from mlx_turboquant.kernels.arguments import pack, pack_rows, struct_text
+from mlx_turboquant.kernels.arguments import pack, pack_steps, struct_text
 from mlx_turboquant.kernels.kernel import Kernel, Launch, MlxLauncher
 
 KERNELS = {
@@ -158,6 +158,7 @@ def test_rows_of_arguments_are_each_packed():
         rows: int
         columns: int
 
-    rows = [Two(i, 10 * i) for i in range(5)]
-    for row, array in zip(rows, pack_rows(rows), strict=True):
-        assert mx.array_equal(array, pack(row)).item()
+    rows, growth = [Two(1, 2), Two(3, 4)], Two(0, 5)
+    for step, array in enumerate(pack_steps(rows, growth, 3, 4), 3):
+        want = pack(Two(1, 2 + 5 * step), Two(3, 4 + 5 * step))
+        assert mx.array_equal(array, want).item()

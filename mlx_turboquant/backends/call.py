@@ -1,4 +1,4 @@
-"""`AttendCall`: one attention over compressed tokens, as backends take it."""
+"""What backends take: one attention of a cache, or of several sequences at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..segments import CompressedTokens
+from ..segments import CompressedBatch, CompressedTokens
 
 Mask = mx.array | str | None
 
@@ -28,6 +28,28 @@ class AttendCall(NamedTuple):
     q: mx.array
     keys: CompressedTokens
     values: CompressedTokens
+    scale: float
+    mask: Mask = None
+    sink_logits: mx.array | None = None
+
+
+class BatchCall(NamedTuple):
+    """Arguments of one attention of several sequences; checked.
+
+    Attributes:
+        q: As `AttendCall.q`.
+        keys: Of each row; the longest shows T tokens.
+        values: Of each row.
+        scale: Factor on the logits.
+        mask: None, ``"causal"`` (of every row the last query sees all), or a bool or
+            additive array that broadcasts to (B, Hq, L, T), whose last columns are a
+            row's tokens.
+        sink_logits: As `AttendCall.sink_logits`.
+    """
+
+    q: mx.array
+    keys: CompressedBatch
+    values: CompressedBatch
     scale: float
     mask: Mask = None
     sink_logits: mx.array | None = None

@@ -65,10 +65,11 @@ def materialize_launch(
     """Of MATERIALIZE, for some heads of a side.
 
     Inputs: words uint32 (B, all heads, at least ceil(packed / 32), tile_words) and
-    scales fp16 (.., tile_scales); the codec's ``exact_params``; means fp16 (B, all
-    heads, pages, dim) if it ``centers``; sink and recent (B, all heads, tokens, dim),
-    in the model's basis if it ``rotates``, else in the codes'; `specialize.key_signs`;
-    packed ``arguments``. Output: vectors (B, heads, tokens, dim).
+    scales fp16 (.., tile_scales); packed `TokenArrays.tiles`; the codec's
+    ``exact_params``; means fp16 (B, all heads, pages, dim) if it ``centers``; sink and
+    recent (B, all heads, tokens, dim), in the model's basis if it ``rotates``, else in
+    the codes'; `specialize.key_signs`; packed ``arguments``. Output: vectors (B,
+    heads, tokens, dim).
 
     Args:
         layout: Of the codes.

@@ -5,8 +5,8 @@
     MERGE_STATES      takes those of packed tokens out of the codes' basis, adds learned
                       sink logits, and normalises
 
-Between two pages only q, the buffers of recent tokens and their length change. All else
-is in here: templates, grids, constant buffers, the packed codes.
+Between two pages only q, the buffers of recent tokens and where those end change, in
+all rows of a batch alike. All else is in here: templates, grids, constant buffers.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from collections.abc import Hashable
 
 import mlx.core as mx
 
-from ..kernels.arguments import pack, pack_rows
+from ..kernels.arguments import pack, pack_steps
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
-from ..segments import CompressedTokens
 from ..tokens import TILE
+from ..transform import ChannelTransform
 from . import specialize
-from .call import AttendCall
+from .call import AttendCall, BatchCall
 from .geometry import tokens_per_split
-from .reference import packed_of
 from .specialize import LOG2E, MERGE_SIMDGROUPS, placeholder
+from .step_rows import (
+    GROWTH,
+    StepSide,
+    arguments_of,
+    rows_of,
+    side_of,
+    tables_of,
+)
 
-#: Numbers of recent tokens whose arguments are made at once: a page and more.
+#: Ends of recent tokens whose arguments are made at once: a page and more.
 _BLOCK = 256
-#: 1 where the arguments have the number of recent tokens, else 0.
-_RECENT = AttendArguments(*(int(f == "recent") for f in AttendArguments._fields))
+_Arguments = tuple[AttendArguments, ...]
 
 
-def kind_of(call: AttendCall) -> tuple[Hashable, ...]:
+def kind_of(call: AttendCall | BatchCall) -> tuple[Hashable, ...]:
     """What calls that one `DecodeStep` serves have in common."""
     mask = call.mask
     return (
@@ -60,19 +66,18 @@ class DecodeStep:
     def __init__(
         self,
         launcher: Launcher,
-        call: AttendCall,
+        call: AttendCall | BatchCall,
         simdgroups: int,
         multiply_adds: bool | None = None,
     ) -> None:
         self._launcher = launcher
-        q, keys, values = call.q, call.keys, call.values
-        k_quantizer, v_quantizer = keys.quantizer, values.quantizer
+        q, keys, dtype = call.q, call.keys, call.keys.dtype
+        self._keys, self._values = side_of(keys), side_of(call.values)
+        k_quantizer, v_quantizer = self._keys.quantizer, self._values.quantizer
         batch, query_heads, steps, _ = q.shape
-        kv_heads, v_dim = keys.shape[1], v_quantizer.codec.dim
+        kv_heads, v_dim = keys.recent.shape[1], v_quantizer.codec.dim
         rows = query_heads // kv_heads * steps
-        packed = packed_of(keys).length
         masked = isinstance(call.mask, mx.array)
-        dtype = keys.recent.dtype
         # Where no kernel rotates, everything is taken into the codes' basis before it.
         self._kernel_rotates_q = specialize.rotates_in_kernel(
             k_quantizer.codec.rotation
@@ -83,36 +88,37 @@ class DecodeStep:
 
         row_groups = specialize.row_groups(k_quantizer, v_quantizer, rows)
         team = specialize.split_simdgroups(v_quantizer)
-        # A split's tokens: a whole tile for each simdgroup of its threadgroup.
-        share = TILE * team
         means = k_quantizer.means
+        tokens = rows_of(keys)
         split_tokens = tokens_per_split(
-            packed,
-            share,
-            batch * kv_heads * row_groups,
+            sum(row.packed for row in tokens),
+            TILE * team,
+            kv_heads * row_groups,
             simdgroups // team,
             None if means is None else specialize.most_tokens(means.page, team),
         )
-        splits = -(-packed // split_tokens)
-        plain_splits = -(-(keys.sink_length + keys.recent.shape[2]) // share)
-        arguments = AttendArguments(
-            packed=packed,
-            splits=splits,
-            tokens_per_split=split_tokens,
-            plain_splits=plain_splits,
-            kv_heads=kv_heads,
-            rows=rows,
-            steps=steps,
-            sink=keys.sink_length,
-            recent=0,  # of each step: see `_rows_of`
-            causal=int(isinstance(call.mask, str) and steps > 1),
-            mask_columns=0,
-            page=means.page if means else 1,
+        common = AttendArguments(
+            **dict.fromkeys(AttendArguments._fields, 0)
+            | {
+                "tokens_per_split": split_tokens,
+                "kv_heads": kv_heads,
+                "rows": rows,
+                "steps": steps,
+                "causal": int(isinstance(call.mask, str) and steps > 1),
+                "page": means.page if means else 1,
+            }
         )
-        self._arguments, self._masked = arguments, masked
-        self._rows: dict[int, list[mx.array]] = {}
+        tables, begins = tables_of(tokens)
+        self._tiles = pack(sum(tables, ()))
+        self._arguments = arguments_of(tokens, begins, common, TILE * team, keys)
+        self._masked = masked
+        self._steps: dict[int, list[mx.array]] = {}
 
-        partials = batch * query_heads * steps * (plain_splits + splits)
+        partials = sum(
+            query_heads * steps * (own.plain_splits + own.splits)
+            for own in self._arguments
+        )
+        splits = max(own.plain_splits + own.splits for own in self._arguments)
         threads = 32 * team
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
@@ -123,11 +129,7 @@ class DecodeStep:
             specialize.split_template(
                 k_quantizer, v_quantizer, dtype, rows, masked, by_fma
             ),
-            grid=(
-                threads * (plain_splits + splits),
-                kv_heads * row_groups,
-                batch,
-            ),
+            grid=(threads * splits, kv_heads * row_groups, batch),
             threadgroup=(threads, 1, 1),
             # MLX would pass buffers of fewer than 8 elements to pass 2 as constants.
             output_shapes=[(partials, v_dim), (max(4, partials), 2)],
@@ -137,32 +139,27 @@ class DecodeStep:
         self._merge = Launch(
             MERGE_STATES,
             specialize.merge_template(v_quantizer, dtype, call.sink_logits is not None),
-            grid=(threads, batch * query_heads * steps, 1),
+            grid=(threads, query_heads * steps, batch),
             threadgroup=(threads, 1, 1),
             output_shapes=[(batch, query_heads, steps, v_dim)],
             output_dtypes=[dtype],
         )
-        if packed_of(keys).layout is None:
+        if any(
+            side.packed is not None and side.packed.layout is None
+            for side in (self._keys, self._values)
+        ):
             raise ValueError("codes are in vector order; see Gpu.arranged")
-        self._codes = [
-            packed_of(side).arrays[name]
-            for side in (keys, values)
-            for name in ("words", "scales")
-        ]
-        rows_of_means = None if means is None else means.rows
         heads = batch * kv_heads
         self._split_constants = [
-            placeholder(mx.float16) if rows_of_means is None else rows_of_means,
             *(form.params for form in formats),
             specialize.query_signs(k_quantizer.transform, heads),
             specialize.query_scales(k_quantizer, call.scale),
         ]
         self._v_signs = specialize.query_signs(v_quantizer.transform, heads)
-        sink_keys = _sink_in_basis(keys, self._kernel_rotates_q)
-        sink_values = _sink_in_basis(values, self._kernel_rotates_out)
-        if sink_values is not None and sink_values.dtype != dtype:
-            sink_values = sink_values.astype(dtype)
-        self._sink_tokens = sink_keys, sink_values
+        self._sink_tokens = [
+            _sink_in_basis(self._keys, dtype, self._kernel_rotates_q),
+            _sink_in_basis(self._values, dtype, self._kernel_rotates_out),
+        ]
 
     def arguments_at(self, recent: mx.array) -> mx.array:
         """The arguments of a call in a trace, where no number is known yet.
@@ -176,30 +173,34 @@ class DecodeStep:
         if self._masked:
             raise ValueError("a mask has as many columns as there are tokens")
         # Equal arguments of many layers are one computation: `mx.compile` sees to it.
-        return pack(self._arguments) + recent * pack(_RECENT)
+        growth = pack(*[GROWTH] * len(self._arguments))
+        return pack(*self._arguments) + recent * growth
 
-    def __call__(self, call: AttendCall, arguments: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, call: AttendCall | BatchCall, arguments: mx.array | None = None
+    ) -> mx.array:
         """The output (B, Hq, L, Dv) in q's dtype.
 
         Args:
             call: What to attend to.
-            arguments: Of its number of recent tokens; None to look them up.
+            arguments: Of where its recent tokens end; None to look them up.
         """
+        q, keys, stop = call.q, call.keys, call.keys.stop
         if arguments is None:
-            block, row = divmod(call.keys.recent_length, _BLOCK)
-            rows = self._rows.get(block)
-            if rows is None:
-                rows = _rows_of(self._arguments, self._masked, block)
-                self._rows[block] = rows
-            arguments = rows[row]
-        q, keys, values = call.q, call.keys, call.values
+            block, step = divmod(stop, _BLOCK)
+            steps = self._steps.get(block)
+            if steps is None:
+                steps = self._steps[block] = _steps_of(self._arguments, block)
+            arguments = steps[step]
         dtype = q.dtype
-        recent_keys, recent_values = keys.recent, values.recent
+        recent_keys, recent_values = keys.recent, call.values.recent
         if not self._kernel_rotates_q:
-            q = keys.quantizer.transform.encode_query(q)
-            recent_keys = _in_basis(keys, keys.recent_tokens)
+            transform = self._keys.quantizer.transform
+            q = transform.encode_query(q)
+            recent_keys = _in_basis(transform, recent_keys, stop)
         if not self._kernel_rotates_out:
-            recent_values = _in_basis(values, values.recent_tokens)
+            transform = self._values.quantizer.transform
+            recent_values = _in_basis(transform, recent_values, stop)
         # The kernel reads both sides as the keys' dtype.
         if recent_values.dtype != recent_keys.dtype:
             recent_values = recent_values.astype(recent_keys.dtype)
@@ -207,7 +208,9 @@ class DecodeStep:
             q = q.astype(keys.recent.dtype)
         mask, sink_logits = placeholder(), placeholder()
         if isinstance(call.mask, mx.array):
-            mask = _additive(call.mask, (*q.shape[:3], keys.stored_length))
+            first = self._arguments[0]
+            columns = min(first.longest + stop, first.most_shown)
+            mask = _additive(call.mask, (*q.shape[:3], columns))
         if call.sink_logits is not None:
             sink_logits = _sink_logits_of_rows(call.sink_logits, q.shape[0], q.shape[2])
         launch = self._launcher
@@ -216,45 +219,60 @@ class DecodeStep:
             self._split,
             [
                 q,
-                *self._codes,
+                *_codes_of(self._keys),
+                *_codes_of(self._values),
                 recent_keys if sink_keys is None else sink_keys,
                 recent_values if sink_values is None else sink_values,
                 recent_keys,
                 recent_values,
                 mask,
+                self._tiles,
+                _means_of(self._keys),
                 *self._split_constants,
                 arguments,
             ],
         )
         (out,) = launch(self._merge, [*partial, sink_logits, self._v_signs, arguments])
         if not self._kernel_rotates_out:
-            out = values.quantizer.transform.decode(out)
+            out = self._values.quantizer.transform.decode(out)
         return out if out.dtype == dtype else out.astype(dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _rows_of(arguments: AttendArguments, masked: bool, block: int) -> list[mx.array]:
-    """Packed arguments for each number of recent tokens of a block of `_BLOCK`.
+def _steps_of(arguments: _Arguments, block: int) -> list[mx.array]:
+    """Packed arguments for each end of recent tokens of a block of `_BLOCK`.
 
     Layers whose other arguments are the same share them.
     """
-    rows = []
-    for recent in range(block * _BLOCK, (block + 1) * _BLOCK):
-        columns = arguments.sink + arguments.packed + recent if masked else 0
-        rows.append(arguments._replace(recent=recent, mask_columns=columns))
-    return pack_rows(rows)
+    return pack_steps(arguments, GROWTH, block * _BLOCK, _BLOCK)
 
 
-def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
-    """Uncompressed tokens (B, H, N, D) in the codes' basis, dtype kept."""
-    return side.quantizer.transform.encode(x).astype(side.dtype)
+def _codes_of(side: StepSide) -> tuple[mx.array, mx.array]:
+    """Words and scales, as they are now: a pool that grows has new buffers."""
+    if side.packed is None:
+        return placeholder(mx.uint32), placeholder(mx.float16)
+    arrays = side.packed.arrays
+    return arrays["words"], arrays["scales"]
 
 
-def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:
+def _means_of(side: StepSide) -> mx.array:
+    """Means of pages, likewise."""
+    means = side.quantizer.means
+    rows = None if means is None else means.rows
+    return placeholder(mx.float16) if rows is None else rows
+
+
+def _in_basis(transform: ChannelTransform, recent: mx.array, stop: int) -> mx.array:
+    """Recent tokens (B, H, stop, D) in the codes' basis, dtype kept."""
+    return transform.encode(recent[:, :, :stop]).astype(recent.dtype)
+
+
+def _sink_in_basis(side: StepSide, dtype: mx.Dtype, rotates: bool) -> mx.array | None:
     """The sink as DECODE_SPLIT_KV takes it; contiguous, as caches keep it."""
-    if side.sink is None or rotates:
-        return side.sink
-    return _in_basis(side, side.sink)
+    sink = side.sink
+    if sink is not None and not rotates:
+        sink = side.quantizer.transform.encode(sink)
+    return sink if sink is None or sink.dtype == dtype else sink.astype(dtype)
 
 
 def _additive(mask: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -30,7 +30,7 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform
 from . import specialize
-from .call import AttendCall, Mask
+from .call import AttendCall, BatchCall, Mask
 from .code_launches import (
     gains_launch,
     materialize_launch,
@@ -44,7 +44,7 @@ from .reference import Reference, packed_of
 from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 
 #: Query tokens that one fused step takes; more of them are prefill.
-MAX_STEP = 8
+MAX_STEP = 16
 _ENCODE_SIMDGROUPS = 4
 #: Vectors that a simdgroup searches for: their ways back go side by side.
 _SEARCHES = 2
@@ -77,6 +77,11 @@ class Gpu(Reference):
         """What `explain` calls it: the launcher's name."""
         return self.launcher.name
 
+    @property
+    def joins(self) -> bool:
+        """True: a batch is one launch of each pass."""
+        return True
+
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
         """Why the attention kernels cannot read what these encode, or None."""
         return specialize.refuse(keys.codec, values.codec)
@@ -85,6 +90,13 @@ class Gpu(Reference):
         """As `Reference.attend`; up to `MAX_STEP` query tokens are fused."""
         if call.q.shape[2] > MAX_STEP:
             return super().attend(call._replace(mask=_additive(call.mask, call.q)))
+        return self._step(call)
+
+    def attend_batch(self, call: BatchCall) -> mx.array | None:
+        """As `Reference.attend_batch`: in the launches of one row."""
+        return None if call.q.shape[2] > MAX_STEP else self._step(call)
+
+    def _step(self, call: AttendCall | BatchCall) -> mx.array:
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
@@ -180,6 +192,7 @@ class Gpu(Reference):
             [
                 codes.arrays["words"],
                 codes.arrays["scales"],
+                pack(codes.tiles),
                 specialize.format_of(quantizer.codec).exact_params,
                 placeholder(mx.float16) if rows is None else rows,
                 plain if sink is None else sink,

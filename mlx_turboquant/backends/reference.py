@@ -20,7 +20,7 @@ from ..segments import CompressedTokens
 from ..tiles import in_vectors
 from ..tokens import Codes, TokenArrays
 from ..transform import ChannelTransform
-from .call import AttendCall, Mask
+from .call import AttendCall, BatchCall, Mask
 
 #: Bound on the decoded slice and the intermediates of decoding it.
 SLICE_BYTES = 256 << 20
@@ -86,6 +86,10 @@ class Reference:
         q_rot = self.encode_query(keys.quantizer.transform, q)
         out_rot = self.attend_rot(call._replace(q=q_rot))
         return self.decode_output(values.quantizer.transform, out_rot)
+
+    def attend_batch(self, call: BatchCall) -> mx.array | None:
+        """As `attend`, all rows at once; None for a call it takes row by row."""
+        return None
 
     def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
         """Queries (B, Hq, L, D) in the codes' basis, dtype kept."""

@@ -15,13 +15,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..segments import CompressedRows
+from ..segments import CompressedBatch, CompressedRows
 from .joined import JoinedRows, can_join
 from .layer import TurboQuantCache
 from .schedule import is_short
 
 #: Real tokens to come of a row that nothing pads.
 _UNPADDED = 1 << 30
+
+#: Handles for `attend`, or arrays.
+Fetched = (
+    tuple[CompressedBatch, CompressedBatch]
+    | tuple[CompressedRows, CompressedRows]
+    | tuple[mx.array, mx.array]
+)
 
 
 class BatchTurboQuantCache:
@@ -32,11 +39,11 @@ class BatchTurboQuantCache:
     """
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
-        self.rows = list(rows)
+        self._rows = list(rows)
         # Their recent tokens, while their steps are taken together.
         self._joined: JoinedRows | None = None
         # Padding tokens still to come on the left of each row.
-        self._left_padding = [0] * len(self.rows)
+        self._left_padding = [0] * len(self._rows)
         # Real tokens still to come of each row; None unless the prompt is right-padded.
         self._remaining: list[int] | None = None
         # From where to where the latest step's tokens are real, row by row.
@@ -47,9 +54,7 @@ class BatchTurboQuantCache:
         """A batch of copies of ``caches``, which stay as they are."""
         return cls([copy.deepcopy(cache) for cache in caches])
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append each row's real tokens of keys (B, H, N, D).
 
         Returns:
@@ -58,46 +63,49 @@ class BatchTurboQuantCache:
         """
         step = keys.shape[2]
         self._spans = self._take(step)
-        if self._join(step):
-            return self._joined.update_and_fetch(keys, values)
+        joined = self._join(step)
+        if joined is not None:
+            return joined.update_and_fetch(keys, values)
         self._part()
         nothing = (keys[:1, :, :0], values[:1, :, :0])
         fetched = []
         for row, (start, stop) in enumerate(self._spans):
             if stop > start:
                 part = (slice(row, row + 1), slice(None), slice(start, stop))
-                new = self.rows[row].update_and_fetch(keys[part], values[part])
+                new = self._rows[row].update_and_fetch(keys[part], values[part])
                 fetched.append(new)
             else:
-                fetched.append(_held(self.rows[row], nothing))
+                fetched.append(_held(self._rows[row], nothing))
         return self._as_batch(fetched)
 
-    def keys_and_values(
-        self,
-    ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> Fetched:
         """What `update_and_fetch` returned last, for layers that share a cache."""
         if self._joined is not None:
             return self._joined.compressed()
-        keys, values = next(row.compressed() for row in self.rows if not row.empty())
+        keys, values = next(row.compressed() for row in self._rows if not row.empty())
         nothing = (keys.recent[:, :, :0], values.recent[:, :, :0])
-        return self._as_batch([_held(row, nothing) for row in self.rows])
+        return self._as_batch([_held(row, nothing) for row in self._rows])
 
-    def _join(self, step: int) -> bool:
-        """Whether a step is taken together; rows that can do so do from now on."""
+    @property
+    def rows(self) -> list[TurboQuantCache]:
+        """The sequences' caches, each with all of its tokens."""
+        self._part()
+        return self._rows
+
+    def _join(self, step: int) -> JoinedRows | None:
+        """The rows together, if they can take a step of so many tokens so."""
         if not is_short(step) or set(self._spans) != {(0, step)}:
-            return False
-        if self._joined is None and can_join(self.rows):
-            self._joined = JoinedRows(self.rows)
-        return self._joined is not None
+            return None
+        if self._joined is None and can_join(self._rows):
+            self._joined = JoinedRows(self._rows)
+        return self._joined
 
     def _part(self) -> None:
         """Rows go on alone."""
         if self._joined is not None:
-            self.rows, self._joined = self._joined.part(), None
+            self._rows, self._joined = self._joined.part(), None
 
-    def _as_batch(
-        self, fetched: Sequence[tuple[Any, Any]]
-    ) -> tuple[CompressedRows, CompressedRows] | tuple[mx.array, mx.array]:
+    def _as_batch(self, fetched: Sequence[tuple[Any, Any]]) -> Fetched:
         k_rows, v_rows = zip(*fetched, strict=True)
         if self._returns_arrays:
             return _right_aligned(k_rows), _right_aligned(v_rows)
@@ -105,7 +113,7 @@ class BatchTurboQuantCache:
 
     @property
     def _returns_arrays(self) -> bool:
-        return any(row.returns_arrays for row in self.rows)
+        return any(row.returns_arrays for row in self._rows)
 
     def _next_spans(self, n: int) -> list[tuple[int, int]]:
         """Where each row's real tokens stand among the next ``n``."""
@@ -171,17 +179,17 @@ class BatchTurboQuantCache:
         """
         spans = self._next_spans(n)
         aligned = self._returns_arrays and (
-            len({row.offset for row in self.rows}) > 1 or set(spans) != {(0, n)}
+            len({row.offset for row in self._rows}) > 1 or set(spans) != {(0, n)}
         )
-        whole = [row.make_mask(n, return_array, window_size) for row in self.rows]
+        whole = [row.make_mask(n, return_array, window_size) for row in self._rows]
         if not aligned and not any(isinstance(mask, mx.array) for mask in whole):
             return whole[0] if whole else None
         columns = [
             row.shown_before() + stop - start
-            for row, (start, stop) in zip(self.rows, spans, strict=True)
+            for row, (start, stop) in zip(self._rows, spans, strict=True)
         ]
         longest, masks = max(columns), []
-        for row, (start, stop), width in zip(self.rows, spans, columns, strict=True):
+        for row, (start, stop), width in zip(self._rows, spans, columns, strict=True):
             steps = stop - start
             mask = row.make_mask(steps, True, window_size) if steps else None
             if not isinstance(mask, mx.array):
@@ -196,7 +204,7 @@ class BatchTurboQuantCache:
         keep = [int(i) for i in batch_indices]
         if self._joined is not None and keep:
             self._joined.keep_only(keep)
-        self.rows = [self.rows[i] for i in keep]
+        self._rows = [self._rows[i] for i in keep]
         self._left_padding = [self._left_padding[i] for i in keep]
         if self._remaining is not None:
             self._remaining = [self._remaining[i] for i in keep]
@@ -207,37 +215,37 @@ class BatchTurboQuantCache:
         other._part()
         if self._remaining is not None or other._remaining is not None:
             self._remaining = [
-                *(self._remaining or [_UNPADDED] * len(self.rows)),
-                *(other._remaining or [_UNPADDED] * len(other.rows)),
+                *(self._remaining or [_UNPADDED] * len(self._rows)),
+                *(other._remaining or [_UNPADDED] * len(other._rows)),
             ]
-        self.rows += other.rows
+        self._rows += other._rows
         self._left_padding += other._left_padding
 
     def extract(self, idx: int) -> TurboQuantCache:
         """A copy of one row as a cache of its own; pages of codes are shared."""
         self._part()
-        return copy.deepcopy(self.rows[idx])
+        return copy.deepcopy(self._rows[idx])
 
     def is_trimmable(self) -> bool:
         """Whether every row is."""
-        return all(row.is_trimmable() for row in self.rows)
+        return all(row.is_trimmable() for row in self._rows)
 
     def trim(self, n: int) -> int:
         """Forget the last ``n`` tokens of every row; returns the most forgotten."""
         if self._joined is not None and n > 0 and self._joined.drop_last(n):
             return n
         self._part()
-        return max((row.trim(n) for row in self.rows), default=0)
+        return max((row.trim(n) for row in self._rows), default=0)
 
     @property
     def offset(self) -> mx.array:
         """Position of each row's next token, int32 (B,); negative in left padding."""
-        pairs = zip(self.rows, self._left_padding, strict=True)
+        pairs = zip(self._rows, self._left_padding, strict=True)
         return _positions(tuple(row.offset - padding for row, padding in pairs))
 
     def size(self) -> int:
         """Tokens of the longest row."""
-        return max((row.offset for row in self.rows), default=0)
+        return max((row.offset for row in self._rows), default=0)
 
     def empty(self) -> bool:
         """Whether no row holds a token."""
@@ -278,22 +286,22 @@ class BatchTurboQuantCache:
 
     @property
     def _first_row(self) -> TurboQuantCache:
-        return next((row for row in self.rows if not row.empty()), self.rows[0])
+        return next((row for row in self._rows if not row.empty()), self._rows[0])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows; pages that several of them hold count once for each."""
         joined = [] if self._joined is None else self._joined.arrays.values()
-        return sum(row.nbytes for row in self.rows) + sum(a.nbytes for a in joined)
+        return sum(row.nbytes for row in self._rows) + sum(a.nbytes for a in joined)
 
     @property
     def state(self) -> list[Any]:
         """The rows' states; batches are evaluated, not saved."""
         joined = [] if self._joined is None else list(self._joined.arrays.values())
-        return [*joined, *(row.state for row in self.rows)]
+        return [*joined, *(row.state for row in self._rows)]
 
     def __repr__(self) -> str:
-        lengths = [row.offset for row in self.rows]
+        lengths = [row.offset for row in self._rows]
         return f"BatchTurboQuantCache(rows of {lengths} tokens, {self.nbytes} bytes)"
 
 

@@ -122,7 +122,9 @@ class JoinedRows:
         row = self.rows[0]
         choice = row.choice
         assert choice is not None
-        window = isinstance(row, RotatingTurboQuantCache)
+        keep, most_shown = 0, None
+        if isinstance(row, RotatingTurboQuantCache):
+            keep, most_shown = row.keep, row.max_size
         keys, values = (
             CompressedBatch(
                 _Handles(self, side),
@@ -131,8 +133,8 @@ class JoinedRows:
                 self._stop,
                 choice.backend,
                 self._prepared,
-                row.keep if window else 0,
-                row.max_size if window else None,
+                keep,
+                most_shown,
             )
             for side, name in enumerate(_SIDES)
         )

@@ -26,9 +26,9 @@ from enum import Enum
 
 from ..spec import CacheSpec
 
-#: Steps of at most this many tokens are decoding (speculative decoding verifies up to
-#: 8); longer ones are prefill.
-DECODE_TOKENS = 8
+#: Steps of at most this many tokens are decoding (kernels verify so many at once);
+#: longer ones are prefill.
+DECODE_TOKENS = 16
 
 
 def is_short(step: int) -> bool:

@@ -212,7 +212,7 @@ def _traceable(
 
 
 def _number(value: int) -> mx.array:
-    """An int32 array (1,), made ahead: see `kernels.arguments.pack_rows`."""
+    """An int32 array (1,), made ahead: see `kernels.arguments.pack_steps`."""
     block, index = divmod(value, _BLOCK)
     return _numbers(block)[index]
 

@@ -1,7 +1,8 @@
-"""Integer arguments of a kernel: one `NamedTuple`, its MSL struct and its buffer.
+"""Integer arguments of a kernel: a `NamedTuple`, its MSL struct and its buffer.
 
 Owns the order of the fields, which a struct, a loader and a packed array must agree on:
-all three are made from the class. A source gets struct and loader by including
+all three are made from the class. A buffer has one row of them, or one for each row of
+a batch. A source gets struct and loader by including
 ``arguments.h``, which is no file; `kernels.source` puts `struct_text` there.
 """
 
@@ -25,7 +26,8 @@ def struct_text(cls: type[NamedTuple]) -> str:
     struct Sizes {
       int rows;
     };
-    TQ_FUNC Sizes load_arguments(const device int* arguments) {
+    TQ_FUNC Sizes load_arguments(const device int* arguments, uint row = 0u) {
+      arguments += 8u * row;
       Sizes args;
       args.rows = arguments[0];
       return args;
@@ -38,7 +40,9 @@ def struct_text(cls: type[NamedTuple]) -> str:
             f"struct {name} {{",
             *[f"  int {field};" for field in fields],
             "};",
-            f"TQ_FUNC {name} load_arguments(const device int* arguments) {{",
+            f"TQ_FUNC {name} load_arguments("
+            "const device int* arguments, uint row = 0u) {",
+            f"  arguments += {_width(fields)}u * row;",
             f"  {name} args;",
             *[f"  args.{field} = arguments[{i}];" for i, field in enumerate(fields)],
             "  return args;",
@@ -48,25 +52,38 @@ def struct_text(cls: type[NamedTuple]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def pack(arguments: tuple[int, ...]) -> mx.array:
-    """A `NamedTuple` of ints as int32, in field order, evaluated.
+def pack(*rows: tuple[int, ...]) -> mx.array:
+    """Rows of ints, such as `NamedTuple`s, side by side in one int32 array, evaluated.
 
+    A row has at least 8 elements, the last of them 0 where its fields are fewer.
     Memoised by value: all layers of a step share one array.
     """
-    padding = [0] * (MIN_ELEMENTS - len(arguments))
-    return mx.array([*arguments, *padding], dtype=mx.int32)
+    return mx.array([number for row in rows for number in _padded(row)], mx.int32)
 
 
-def pack_rows(rows: Sequence[tuple[int, ...]]) -> list[mx.array]:
-    """`pack` of each of some `NamedTuple`s, as views of one evaluated array.
+def pack_steps(
+    rows: Sequence[tuple[int, ...]], growth: tuple[int, ...], first: int, count: int
+) -> list[mx.array]:
+    """`pack` of ``rows`` plus i times ``growth``, for ``count`` i from ``first`` on.
 
-    For arguments that change from step to step: what the host writes into while a GPU
-    reads beside it moves from one to the other and back. On an NVIDIA H100 a fresh
-    array per step was seen to make that step's first launch wait 150 us.
+    For arguments that change from step to step, as views of one evaluated array: what
+    the host writes into while a GPU reads beside it moves from one to the other and
+    back. On an NVIDIA H100 a fresh array per step was seen to make that step's first
+    launch wait 150 us.
     """
-    width = max(MIN_ELEMENTS, len(rows[0]))
-    padding = [0] * (width - len(rows[0]))
-    table = mx.array([[*row, *padding] for row in rows], dtype=mx.int32)
-    views = [table[i] for i in range(len(rows))]
+    start = mx.array([_padded(row) for row in rows], mx.int32)
+    step = mx.array(_padded(growth), mx.int32)
+    steps = mx.arange(first, first + count, dtype=mx.int32)[:, None, None]
+    table = (start + steps * step).reshape(count, -1)
+    views = [table[i] for i in range(count)]
     mx.eval(table, views)
     return views
+
+
+def _width(fields: Sequence[object]) -> int:
+    """Ints of a row in a buffer."""
+    return max(MIN_ELEMENTS, len(fields))
+
+
+def _padded(row: tuple[int, ...]) -> list[int]:
+    return [*row, *[0] * (_width(row) - len(row))]

@@ -14,7 +14,11 @@ from .kernel import Kernel
 
 
 class AttendArguments(NamedTuple):
-    """What both kernels are told about a step besides their templates."""
+    """What both kernels are told about a row of the batch besides their templates.
+
+    Rows of a batch differ in their tokens only: `kv_heads`, `rows`, `steps`, `causal`,
+    `tokens_per_split` and `page` are the same in all.
+    """
 
     #: Packed tokens in use.
     packed: int
@@ -35,12 +39,24 @@ class AttendArguments(NamedTuple):
     sink: int
     #: Tokens behind the packed ones, in use of the recent buffers.
     recent: int
+    #: Where the first of them is in those.
+    first_recent: int
     #: 1 if query i of `steps` does not see the last steps - 1 - i tokens, else 0.
     causal: int
-    #: Columns of the mask: sink, packed and recent tokens.
-    mask_columns: int
+    #: Sink, packed and recent tokens of the batch's longest row.
+    longest: int
+    #: First tokens that are always seen, if `most_shown` are fewer than there are.
+    keep: int
+    #: Tokens that a step sees, at most: those behind the first `keep` left a window.
+    most_shown: int
     #: Packed tokens to a row of means, a multiple of 32.
     page: int
+    #: Which row of the buffers of codes and means has this one's.
+    pool_row: int
+    #: Entry of `tiles` that is the place of the first tile.
+    table: int
+    #: Partial results of the rows before this one.
+    first_partial: int
 
 
 #: Pass 1: unnormalised attention of each split of the tokens (split-KV).
@@ -58,6 +74,7 @@ DECODE_SPLIT_KV = Kernel(
         "recent_keys",
         "recent_values",
         "mask",
+        "tiles",
         "means",
         "k_params",
         "v_params",

@@ -112,6 +112,7 @@ MATERIALIZE = Kernel(
     inputs=(
         "words",
         "scales",
+        "tiles",
         "params",
         "means",
         "sink",

@@ -43,7 +43,7 @@ def test_a_loader_puts_each_argument_into_its_field(cls, lane):
     if lane != "simulator":
         pytest.skip("the text is the same everywhere")
     reads = [f"out[{i}] = args.{field};" for i, field in enumerate(cls._fields)]
-    body = f"{cls.__name__} args = load_arguments(arguments);\n" + "\n".join(reads)
+    body = f"{cls.__name__} args = load_arguments(arguments, 1u);\n" + "\n".join(reads)
     kernel = metalsim.metal_kernel(
         name="reads_arguments",
         input_names=["arguments"],
@@ -52,8 +52,9 @@ def test_a_loader_puts_each_argument_into_its_field(cls, lane):
         header="#define TQ_FUNC inline\n" + struct_text(cls),
     )
     values = {field: 7 * i - 3 for i, field in enumerate(cls._fields)}
+    other = cls(*[99] * len(cls._fields))
     (out,) = kernel(
-        inputs=[pack(cls(**values))],
+        inputs=[pack(other, cls(**values))],
         grid=(1, 1, 1),
         threadgroup=(1, 1, 1),
         output_shapes=[(len(cls._fields),)],
@@ -72,9 +73,15 @@ ARGUMENTS = AttendArguments(
     steps=STEPS,
     sink=SINK,
     recent=RECENT,
+    first_recent=0,
     causal=1,
-    mask_columns=8,
+    longest=0,
+    keep=0,
+    most_shown=1 << 30,
     page=1,
+    pool_row=0,
+    table=0,
+    first_partial=0,
 )
 
 
@@ -146,7 +153,8 @@ def attend_plain(launcher, capacity, poison):
     arguments = ARGUMENTS._replace(packed=0, splits=0, plain_splits=plain_splits)
     buffers = [mx.concatenate([side, tail], axis=2) for side in recent]
     codes = [words, scales, words, scales]
-    constants = [unused, scales, scale, scale, unused, scale, pack(arguments)]
+    tiles = mx.zeros(8, mx.int32)
+    constants = [unused, tiles, scales, scale, scale, unused, scale, pack(arguments)]
     partials = launcher(launch, [q, *codes, *sink, *buffers, *constants])
     return merge(launcher, *partials, arguments), (q, sink, recent)
 

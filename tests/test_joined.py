@@ -1,0 +1,234 @@
+"""Batches whose steps are taken together, and caches that hold the same pages."""
+
+import copy
+
+import mlx.core as mx
+import pytest
+from helpers import Joining, attend, backend
+
+import mlx_turboquant as tq
+from mlx_turboquant.pages import PagePool, PoolShelf
+
+SPEC = "k4v4,page=32,window=5,sink=2"
+LENGTHS = (130, 75, 260)
+
+
+@pytest.fixture(autouse=True)
+def joining(monkeypatch):
+    monkeypatch.setattr(PagePool, "poisons", True)
+    with backend(Joining()):
+        yield
+
+
+def text(count, seed, batch=1):
+    """Queries, keys and values; four heads on two."""
+    keys = mx.random.split(mx.random.key(seed), 3)
+    return [
+        mx.random.normal((batch, heads, count, 64), key=key)
+        for heads, key in zip((4, 2, 2), keys, strict=True)
+    ]
+
+
+def feed(cache, q, k, v, mask=None):
+    out = attend(q, *cache.update_and_fetch(k, v), 0.125, mask)
+    mx.eval(out, cache.state)
+    return out
+
+
+def grown(seed, count, make=lambda: tq.TurboQuantCache(SPEC)):
+    cache = make()
+    feed(cache, *text(count, seed), cache.make_mask(count))
+    return cache
+
+
+def steps_of(batch, count, seed, sizes=(1,)):
+    """Outputs of some steps of a batch, and what its rows would have got alone."""
+    got, inputs = [], []
+    for step in range(count):
+        size = sizes[step % len(sizes)]
+        inputs.append(text(size, 1000 * seed + step, batch.offset.size))
+        got.append(feed(batch, *inputs[-1], batch.make_mask(size)))
+    return got, inputs
+
+
+def alone(caches, inputs):
+    return [
+        mx.concatenate(
+            [
+                feed(
+                    cache,
+                    *(x[i : i + 1] for x in step),
+                    cache.make_mask(step[0].shape[2]),
+                )
+                for i, cache in enumerate(caches)
+            ]
+        )
+        for step in inputs
+    ]
+
+
+def same(got, want):
+    assert len(got) == len(want) > 0
+    for a, b in zip(got, want, strict=True):
+        assert mx.array_equal(a, b).item()
+
+
+def same_caches(one, other):
+    assert one.offset == other.offset
+    for name, array in one.state.items():
+        if name == "header":
+            assert array == other.state[name]
+        else:
+            assert mx.array_equal(array, other.state[name]).item(), name
+
+
+def windows():
+    return tq.RotatingTurboQuantCache(SPEC, 100, keep=2)
+
+
+@pytest.mark.parametrize("make", [None, windows], ids=["all", "window"])
+def test_rows_are_what_they_are_alone(make):
+    """Through 150 steps: pages of three rows at different times, full buffers."""
+    more = {} if make is None else {"make": make}
+    singles = [grown(i, n, **more) for i, n in enumerate(LENGTHS)]
+    batch = type(singles[0]).merge(singles)
+    got, inputs = steps_of(batch, 150, 1, (1, 1, 4, 1, 16))
+    assert batch._joined is not None
+    same(got, alone(singles, inputs))
+    assert batch._joined is not None
+    for row, single in zip(batch.rows, singles, strict=True):
+        same_caches(row, single)
+
+
+def test_rows_share_a_pool_and_give_it_back():
+    singles = [grown(i, n) for i, n in enumerate(LENGTHS)]
+    batch = tq.BatchTurboQuantCache.merge(singles)
+    steps_of(batch, 2, 1)
+    pools = {row._tokens.table.pool for row in batch._rows}
+    assert len(pools) == 1
+    (pool,) = pools
+    pages = [len(row._tokens.table.pages) for row in batch._rows]
+    # The longest was there; its original still holds its pages, too.
+    assert pool.held == sum(pages)
+    assert pool is singles[2]._tokens.table.pool
+    batch.filter([0])
+    assert pool.held == pages[0] + pages[2]  # the single's
+    del singles
+    assert pool.held == pages[0]
+
+
+def test_members_come_and_go():
+    singles = [grown(i, n) for i, n in enumerate((*LENGTHS, 90))]
+    batch = tq.BatchTurboQuantCache.merge(singles[:3])
+    got, inputs = steps_of(batch, 5, 1)
+    same(got, alone(singles[:3], inputs))
+    batch.filter([2, 0])
+    got, inputs = steps_of(batch, 40, 2)
+    same(got, alone([singles[2], singles[0]], inputs))
+    batch.extend(tq.BatchTurboQuantCache.merge(singles[3:]))
+    members = [singles[2], singles[0], singles[3]]
+    got, inputs = steps_of(batch, 40, 3)
+    same(got, alone(members, inputs))
+    assert batch.trim(4) == 4
+    for single in members:
+        single.trim(4)
+    got, inputs = steps_of(batch, 3, 4)
+    same(got, alone(members, inputs))
+    same_caches(batch.extract(1), singles[0])
+    assert batch.trim(60) == 60  # into codes
+    for single in members:
+        single.trim(60)
+    got, inputs = steps_of(batch, 3, 5)
+    same(got, alone(members, inputs))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: tq.TurboQuantCache("k4v3,page=32,window=5,sink=2"),
+        lambda: tq.TurboQuantCache("k4v4,page=64,window=5,sink=2"),
+        windows,
+    ],
+    ids=["bits", "page", "window"],
+)
+def test_rows_that_differ_go_alone(other):
+    singles = [grown(0, 130)]
+    made = other()
+    made.update_and_fetch(*text(130, 1)[1:])
+    made.update_and_fetch(*text(1, 2)[1:])
+    batch = tq.BatchTurboQuantCache.merge([*singles, made])
+    batch.update_and_fetch(*text(1, 3, 2)[1:])
+    assert batch._joined is None
+
+
+def test_rows_that_hand_out_arrays_go_alone():
+    batch = tq.BatchTurboQuantCache(
+        [tq.TurboQuantCache(SPEC, returns_arrays=True) for _ in range(2)]
+    )
+    for count in (130, 1):
+        keys, _ = batch.update_and_fetch(*text(count, count, 2)[1:])
+    assert keys.shape == (2, 2, 131, 64)
+    assert batch._joined is None
+
+
+def test_a_row_that_has_no_page_yet_goes_alone():
+    singles = [grown(0, 130), grown(1, 20)]
+    batch = tq.BatchTurboQuantCache.merge(singles)
+    got, inputs = steps_of(batch, 30, 1)
+    same(got, alone(singles, inputs))
+    assert batch._joined is not None  # by now
+
+
+def test_forks_go_their_own_way():
+    cache = grown(0, 300)
+    fork = cache.fork()
+    pages = len(cache._tokens.table.pages)
+    assert cache.shared_nbytes == fork.shared_nbytes == pages * page_bytes(cache)
+    same_caches(cache, fork)
+    twin = grown(0, 300)
+    for seed in (1, 2):
+        for who, own in ((cache, 1), (fork, 2)):
+            out = feed(who, *text(40, 10 * own + seed), "causal")
+            if who is cache:
+                want = feed(twin, *text(40, 10 * own + seed), "causal")
+                assert mx.array_equal(out, want).item()
+    same_caches(cache, twin)
+    assert fork.offset == 380
+    assert cache._tokens.table.shared_pages == pages
+    assert not mx.array_equal(cache.keys, fork.keys).item()
+
+
+def test_a_fork_that_is_trimmed_leaves_its_twin_alone():
+    cache, twin = grown(0, 300), grown(0, 300)
+    fork = copy.deepcopy(cache)
+    fork.trim(100)  # into a page that both hold
+    feed(fork, *text(150, 7), "causal")
+    same_caches(cache, twin)
+    fork.trim(1000)
+    assert fork.empty()
+    same_caches(cache, twin)
+    assert cache.shared_nbytes == 0
+
+
+def test_caches_of_one_layer_share_pages_through_merge_and_extract():
+    shelf = PoolShelf()
+
+    def make():
+        cache = tq.TurboQuantCache(SPEC)
+        cache.share_pages(shelf)
+        return cache
+
+    singles = [grown(i, n, make) for i, n in enumerate(LENGTHS)]
+    pool = singles[0]._tokens.table.pool
+    pages = sum(len(single._tokens.table.pages) for single in singles)
+    assert pool.held == pages
+    batch = tq.BatchTurboQuantCache.merge(singles)
+    steps_of(batch, 1, 1)
+    taken = batch.extract(1)
+    assert pool.held == pages  # nobody copied a page
+    assert taken.shared_nbytes == singles[1].shared_nbytes > 0
+    assert sum(c._tokens.table.shared_pages for c in singles) == pages
+
+
+def page_bytes(cache):
+    return cache._tokens.table.pool.page_nbytes

@@ -3,141 +3,21 @@
 The definition is the reference, row by row, over each sequence's own buffers.
 """
 
-import math
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from helpers import in_tile_order, relative_error
+from helpers import relative_error
+from pools import HEADS, LENGTHS, common_buffer, grow, pooled, sequences
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends import decode_step
 from mlx_turboquant.backends.call import AttendCall, BatchCall
-from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.gpu import MAX_STEP, Gpu
 from mlx_turboquant.backends.reference import Reference
-from mlx_turboquant.quantizer import PageMeans
 from mlx_turboquant.segments import CompressedBatch, PreparedSteps
-from mlx_turboquant.tokens import TILE, TokenArrays
 
 TOLERANCE = 4e-3
-HEADS, SPARE_PAGES = 2, 3
-#: Tokens of each sequence: none of the first's are packed.
-LENGTHS = (23, 97, 321, 700)
-
-
-class Pooled(TokenArrays):
-    """Codes whose tiles lie anywhere in buffers of a pool."""
-
-    __slots__ = ("places",)
-
-    @property
-    def tiles(self):
-        return self.places
-
-
-def sequences(spec, dims, dtype=mx.float32, lengths=LENGTHS):
-    """Handles of caches on their own; all channels differ in size and mean."""
-    rows = []
-    for length in lengths:
-        k, v = (
-            mx.exp(mx.random.normal((1, HEADS, 1, dim)))
-            * mx.random.normal((1, HEADS, length, dim))
-            + mx.random.normal((1, HEADS, 1, dim))
-            for dim in dims
-        )
-        cache = tq.TurboQuantCache(spec)
-        for part in (slice(0, -16), slice(-16, length)):
-            cache.update_and_fetch(
-                k[:, :, part].astype(dtype), v[:, :, part].astype(dtype)
-            )
-        rows.append([in_tile_order(side) for side in cache.compressed()])
-    return rows
-
-
-def pooled(rows, poison=True):
-    """Keys and values of the same rows as a `CompressedBatch` each.
-
-    Pages lie in no order; what no row has is no number.
-    """
-    page = next((k.quantizer.means.page for k, _ in rows if k.quantizer.means), TILE)
-    counts = [-(-k.packed_length // page) for k, _ in rows]
-    order = np.random.default_rng(7).permutation(sum(counts) + SPARE_PAGES)
-    pages = np.split(order[: sum(counts)], np.cumsum(counts)[:-1])
-    batches, prepared = [], PreparedSteps()
-    for sides in zip(*rows, strict=True):
-        codes = [pool_of([s.packed for s in sides], pages, page // TILE, len(order))]
-        codes = codes[0]
-        quantizers = [side.quantizer for side in sides]
-        if quantizers[0].means is not None:
-            means = mean_pool([q.means for q in quantizers], pages, len(order))
-            quantizers = [replace(q, means=means) for q in quantizers]
-        recent, firsts, stop = common_buffer(sides)
-        own = [
-            replace(
-                side,
-                quantizer=quantizer,
-                packed=packed,
-                recent=recent[row : row + 1, :, first:stop],
-                recent_length=stop - first,
-            )
-            for row, (side, quantizer, packed, first) in enumerate(
-                zip(sides, quantizers, codes, firsts, strict=True)
-            )
-        ]
-        batches.append(CompressedBatch(own, recent, firsts, stop, None, prepared))
-    return batches
-
-
-def pool_of(packed, pages, page_tiles, count):
-    """Each row's codes, in one pool of ``count`` pages."""
-    some = next(codes for codes in packed if codes is not None)
-    arrays = {}
-    for name, array in some.arrays.items():
-        shape = (1, HEADS, count * page_tiles, array.shape[3])
-        rubbish = math.nan if name == "scales" else 0xFFFFFFFF
-        arrays[name] = np.full(shape, rubbish, np.array(array).dtype)
-    places = []
-    for codes, own in zip(packed, pages, strict=True):
-        tiles = (own[:, None] * page_tiles + np.arange(page_tiles)).reshape(-1)
-        if codes is not None:
-            tiles = tiles[: -(-codes.length // TILE)]
-            for name, array in codes.views().items():
-                arrays[name][:, :, tiles] = np.array(array)
-        places.append(tuple(tiles.tolist()))
-    arrays = {name: mx.array(array) for name, array in arrays.items()}
-    rows = []
-    for codes, tiles in zip(packed, places, strict=True):
-        if codes is None:
-            rows.append(None)
-            continue
-        row = Pooled(arrays, codes.length, layout=codes.layout)
-        row.places = tiles
-        rows.append(row)
-    return rows
-
-
-def mean_pool(means, pages, count):
-    dim = next(m.rows for m in means if m.count).shape[3]
-    rows = np.full((1, HEADS, count, dim), math.nan, np.float16)
-    for own, numbers in zip(means, pages, strict=True):
-        if own.count:
-            rows[:, :, numbers] = np.array(own.state["keys"])[:, :, : len(numbers)]
-    pool = PageMeans(means[0].page)
-    pool.append(mx.array(rows))
-    return pool
-
-
-def common_buffer(sides, spare=5):
-    """Recent tokens that end together in one buffer, of no numbers elsewhere."""
-    stop = max(side.recent_length for side in sides) + 2
-    _, heads, _, dim = sides[0].recent.shape
-    parts = []
-    for side in sides:
-        ends = [stop - side.recent_length, spare]
-        around = [mx.full((1, heads, n, dim), math.nan, side.dtype) for n in ends]
-        parts.append(mx.concatenate([around[0], side.recent_tokens, around[1]], axis=2))
-    return mx.concatenate(parts), [stop - side.recent_length for side in sides], stop
 
 
 def masks_of(kind, batch, heads, steps, lengths):
@@ -197,8 +77,8 @@ def alone(rows, q, scale, masks, sinks):
     return mx.concatenate(outputs)
 
 
-def attended(backend, rows, q, scale, mask, sinks):
-    sides = [replace(side, backend=backend) for side in pooled(rows)]
+def attended(backend, rows, q, scale, mask, sinks, **window):
+    sides = [replace(side, backend=backend, **window) for side in pooled(rows)]
     out = tq.attend(q, *sides, scale, mask, sinks)
     assert len(sides[0].prepared) == 1
     return out
@@ -248,3 +128,97 @@ def test_a_row_is_its_single_launch_bit_for_bit(case, launcher, monkeypatch):
         ]
         call = AttendCall(q[row : row + 1], *sides, scale, own, sinks)
         assert mx.array_equal(got[row : row + 1], backend.attend(call)).item(), row
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("keep", [0, 3])
+def test_windows_hide_what_is_behind_them(steps, masked, keep, launcher, mode):
+    """Of some rows: part of the sink, or all of it and part of the codes."""
+    most, lengths = 319, (97, 321, 400)
+    rows = sequences("k3v3,page=64,window=17", (64, 64), lengths=lengths)
+    hidden = [
+        [replace(side, hidden=(keep, max(0, length - most))) for side in sides]
+        for sides, length in zip(rows, lengths, strict=True)
+    ]
+    q = mx.random.normal((3, 4, steps, 64))
+    kind = "bool" if masked else "causal" if steps > 1 else None
+    mask, own = masks_of(kind, 3, 4, steps, [min(n, most) for n in lengths])
+    window = {"keep": keep, "most_shown": most}
+    got = attended(Gpu(launcher, 12), hidden, q, 0.125, mask, None, **window)
+    assert relative_error(got, alone(hidden, q, 0.125, own, None)) < TOLERANCE
+
+
+def test_a_prepared_step_serves_while_recent_tokens_and_the_pool_grow(launcher):
+    rows = sequences("k4v3,page=64,window=17", (64, 64), lengths=(197, 321))
+    backend, batch = Gpu(launcher, 12), pooled(rows)
+    for step in range(4):
+        q, k, v = (mx.random.normal((2, h, 1, 64)) for h in (4, HEADS, HEADS))
+        mask, masks = masks_of(
+            "bool" if step % 2 else None, 2, 4, 1, [198 + step, 322 + step]
+        )
+        for index, (side, new) in enumerate(zip(batch, (k, v), strict=True)):
+            side.recent[:, :, side.stop : side.stop + 1] = new
+            side.stop += 1
+            for row, sides in enumerate(rows):
+                tokens = [sides[index].recent_tokens, new[row : row + 1]]
+                recent = mx.concatenate(tokens, axis=2)
+                length = recent.shape[2]
+                sides[index] = replace(
+                    sides[index], recent=recent, recent_length=length
+                )
+        if step == 2:  # elsewhere from now on
+            for side in batch:
+                grow(side.rows)
+        got = backend.attend_batch(BatchCall(q, *batch, 0.125, mask))
+        assert relative_error(got, alone(rows, q, 0.125, masks, None)) < TOLERANCE
+    assert len(batch[0].prepared) == 2  # one for each kind of mask
+
+
+@pytest.mark.parametrize("backend", ["gpu", "reference"])
+def test_what_is_not_taken_at_once_is_taken_row_by_row(backend, launcher):
+    """A prompt's chunk, whose codes are decoded where they lie; or without kernels."""
+    steps = MAX_STEP + 1 if backend == "gpu" else 2
+    backend = Gpu(launcher) if backend == "gpu" else Reference()
+    center = "" if isinstance(backend, Gpu) else ",center=off"
+    spec = f"k3v3,page=64,window=17{center}"
+    rows, sides = sequences(spec, (64, 64)), []
+    for side in pooled(rows):
+        own = [replace(row, backend=backend) for row in side.rows]
+        sides.append(replace(side, rows=own, backend=backend))
+    q = mx.random.normal((len(rows), 4, steps, 64))
+    mask, masks = masks_of("additive", len(rows), 4, steps, LENGTHS)
+    for asked, own in ((mask, masks), ("causal", ["causal"] * len(rows))):
+        got = tq.attend(q, *sides, 0.125, asked)
+        assert relative_error(got, alone(rows, q, 0.125, own, None)) < TOLERANCE
+
+
+def test_a_batch_says_what_it_is_and_what_it_cannot_be(launcher):
+    rows = sequences("k3v3,page=64,window=17", (64, 64), lengths=(97, 321))
+    keys, values = (replace(s, backend=Gpu(launcher)) for s in pooled(rows))
+    assert (keys.shape, keys.dtype, keys.ndim) == ((2, HEADS, 321, 64), mx.float32, 4)
+    assert "CompressedBatch(CompressedTokens(" in repr(keys)
+    assert keys.observer is None
+    q = mx.random.normal((2, 4, 1, 64))
+    with pytest.raises(ValueError, match=r"queries \(1, 4, 1, 64\) do not fit keys"):
+        tq.attend(q[:1], keys, values, 0.125)
+    with pytest.raises(ValueError, match="mask 'full' is unknown"):
+        tq.attend(q, keys, values, 0.125, "full")
+    other = sequences("k4v3,page=64,window=17", (64, 64), lengths=(97,))[0]
+    mixed = replace(keys, rows=[keys.rows[0], other[0]])
+    with pytest.raises(ValueError, match="rows of turboquant:3, turboquant:4 cannot"):
+        tq.attend(q, mixed, values, 0.125)
+
+
+def test_a_batch_of_rows_without_codes(launcher):
+    rows = sequences("k3v3,page=64,window=17", (64, 64), lengths=(23, 40))
+    recents = [common_buffer(sides) for sides in zip(*rows, strict=True)]
+    sides = [
+        CompressedBatch(
+            [row[i] for row in rows], *recents[i], Gpu(launcher), PreparedSteps()
+        )
+        for i in range(2)
+    ]
+    q = mx.random.normal((2, 4, 1, 64))
+    want = alone(rows, q, 0.125, [None, None], None)
+    assert relative_error(tq.attend(q, *sides, 0.125), want) < TOLERANCE

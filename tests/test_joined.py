@@ -199,9 +199,12 @@ def test_forks_go_their_own_way():
 
 
 def test_a_fork_that_is_trimmed_leaves_its_twin_alone():
-    cache, twin = grown(0, 300), grown(0, 300)
+    cache, twin = (
+        grown(0, 300, lambda: tq.TurboQuantCache("k4v4,page=96,window=5"))
+        for _ in range(2)
+    )
     fork = copy.deepcopy(cache)
-    fork.trim(100)  # into a page that both hold
+    fork.trim(60)  # into a page that both hold
     feed(fork, *text(150, 7), "causal")
     same_caches(cache, twin)
     fork.trim(1000)

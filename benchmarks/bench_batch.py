@@ -1,0 +1,172 @@
+"""Many conversations at once: whole batched steps, forks, prefixes, long decoding.
+
+Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16; caches are filled with random
+keys and values. Without options, whole greedy steps of a batch, as mlx-lm's servers
+take them: stock is its `BatchKVCache`, ours `BatchTurboQuantCache`; rounds of both
+alternate. Rows of a batch differ in length by up to a page, so that they pack at
+different steps.
+
+    python benchmarks/bench_batch.py [--shape 8b|1b] [--rows N ...] [--tokens N ...]
+        [--spec k3v3]
+    python benchmarks/bench_batch.py --forks [--tokens N]
+        milliseconds and bytes of a fork; bytes of four conversations whose first
+        tokens are the same
+    python benchmarks/bench_batch.py --long STEPS [--tokens N]
+        milliseconds of each step of a long answer: median, the slowest behind the
+        first 16, steps of over twice the median; what MLX's cache of free buffers held
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from typing import Any
+
+from bench_generate import decode, fill, made_up  # first: see there
+
+# isort: split
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_turboquant as tq
+
+STEPS, ROUNDS = 16, 5
+
+
+def filled(model: Any, cache: list[Any], tokens: int) -> list[Any]:
+    """A sequence of so many random tokens, and one of the model's own."""
+    fill(model, cache, tokens)
+    mx.eval(model(mx.ones((1, 1), mx.int32), cache=cache))
+    return cache
+
+
+def batch_of(model: Any, make: Any, lengths: list[int]) -> list[Any]:
+    """A batched prompt cache of sequences of these lengths."""
+    rows = [filled(model, make(), length) for length in lengths]
+    batch = [type(layers[0]).merge(layers) for layers in zip(*rows, strict=True)]
+    decode(model, batch, 2, len(lengths))
+    return batch
+
+
+def steps_of_batches(
+    model: Any, rows: int, tokens: int, spec: str
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step and bytes, stock's and ours."""
+    lengths = [tokens - 128 * i // rows for i in range(rows)]
+    makers = {
+        "uncompressed": lambda: make_prompt_cache(model),
+        spec: lambda: tq.make_prompt_cache(model, spec),
+    }
+    batches = {}
+    for name, make in makers.items():
+        batches[name] = batch_of(model, make, lengths)
+        mx.clear_cache()
+    times: dict[str, list[float]] = {name: [] for name in batches}
+    for _ in range(ROUNDS):
+        for name, batch in batches.items():
+            times[name].append(1e3 / decode(model, batch, STEPS, rows))
+    return {
+        name: {
+            "ms": statistics.median(times[name]),
+            "mb": sum(layer.nbytes for layer in batch) / 1e6,
+        }
+        for name, batch in batches.items()
+    }
+
+
+def forks(model: Any, tokens: int, spec: str) -> dict[str, float]:
+    """A fork's time and bytes, and what conversations with one beginning hold."""
+    first = filled(model, tq.make_prompt_cache(model, spec), tokens)
+    mx.clear_cache()
+    alone = sum(layer.nbytes for layer in first)
+    before = mx.get_active_memory()
+    times, conversations = [], [first]
+    for _ in range(21):
+        start = time.perf_counter()
+        fork = copy.deepcopy(first)
+        times.append(1e3 * (time.perf_counter() - start))
+    bytes_of_forks = mx.get_active_memory() - before
+    conversations += [copy.deepcopy(first) for _ in range(3)]
+    for cache in conversations:
+        decode(model, cache, 200)
+    del fork, cache
+    mx.clear_cache()
+    held = mx.get_active_memory() - before + alone
+    return {
+        "fork_ms": statistics.median(times),
+        "fork_mb": bytes_of_forks / 1e6,
+        "one_mb": alone / 1e6,
+        "four_mb": held / 1e6,
+    }
+
+
+def long_answer(model: Any, tokens: int, steps: int, spec: str) -> dict[str, float]:
+    """Milliseconds of steps, each waited for, and the most that MLX's cache held."""
+    cache = filled(model, tq.make_prompt_cache(model, spec), tokens)
+    token = mx.ones((1, 1), mx.int32)
+    times, free = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        token = mx.argmax(model(token, cache=cache)[:, -1:], axis=-1)
+        mx.eval(token)
+        times.append(1e3 * (time.perf_counter() - start))
+        free.append(mx.get_cache_memory() / 1e6)
+    median = statistics.median(times)
+    late = sorted(times[16:])
+    return {
+        "median_ms": median,
+        "slowest_ms": late[-1],
+        "p999_ms": late[int(0.999 * len(late)) - 1],
+        "over_twice": sum(t > 2 * median for t in late),
+        "free_mb_early": max(free[: steps // 4]),
+        "free_mb": max(free),
+        "cache_mb": sum(layer.nbytes for layer in cache) / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16])
+    parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--spec", default="k3v3")
+    parser.add_argument("--forks", action="store_true")
+    parser.add_argument("--long", type=int, default=0)
+    options = parser.parse_args()
+    mx.random.seed(0)
+    model = made_up(options.shape)
+    report: dict[str, Any] = {}
+    if options.forks or options.long:
+        (tokens,) = options.tokens or [32768]
+        if options.forks:
+            report["forks"] = forks(model, tokens, options.spec)
+        if options.long:
+            report["long"] = long_answer(model, tokens, options.long, options.spec)
+        for name, row in report.items():
+            print(f"{name}, {tokens} tokens, {options.spec}")
+            for key, value in row.items():
+                print(f"  {key:14} {value:10.3f}")
+    else:
+        print("rows x tokens    ms, uncompressed     ours  x plain   MB, un.    ours")
+        for tokens in options.tokens or [4096, 16384]:
+            for rows in options.rows:
+                row = steps_of_batches(model, rows, tokens, options.spec)
+                report[f"{rows}x{tokens}"] = row
+                stock, ours = row.values()
+                print(
+                    f"{rows:4} x {tokens:6} {stock['ms']:22.2f} {ours['ms']:8.2f} "
+                    f"{ours['ms'] / stock['ms']:8.2f} {stock['mb']:9.0f} "
+                    f"{ours['mb']:7.0f}",
+                    flush=True,
+                )
+    device = mx.device_info().get("device_name", str(mx.default_device()))
+    print(json.dumps({"device": device, "mlx": mx.__version__, "rows": report}))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from .codecs.base import Side
-from .pages import PagePool
+from .pages import PagePool, Runs, runs_of
 from .tiles import TileLayout
 from .tokens import TILE, TokenArrays
 
@@ -35,6 +36,7 @@ class PageTable:
         self.pages: list[int] = []
         self.length = self.means = 0
         self._layouts: dict[Side, TileLayout | None] = {}
+        self._runs: Runs | None = None
 
     def extend(self, sides: Mapping[Side, TokenArrays]) -> None:
         """Write codes of every side behind the present ones.
@@ -79,14 +81,16 @@ class PageTable:
     def _reserve(self, first: int, stop: int) -> None:
         """Have pages up to ``stop``; nobody else holds those from ``first`` on."""
         pages, pool = self.pages, self.pool
-        for i in range(first, min(stop, len(pages))):
-            if pool.holders(pages[i]) > 1:
+        for i, holders in enumerate(pool.holders(pages[first:stop]).tolist(), first):
+            if holders > 1:
                 (own,) = pool.take(1)
                 pool.copy(pages[i], own)
-                pool.release([pages[i]])
+                pool.release(((pages[i], pages[i] + 1),))
                 pages[i] = own
+                self._runs = None
         if stop > len(pages):
             pages += pool.take(stop - len(pages), pages[-1] if pages else None)
+            self._runs = None
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, and pages that have no other."""
@@ -98,8 +102,7 @@ class PageTable:
         page = self.pool.page
         self.means = min(self.means, -(-tokens // page))
         needed = max(self.means, -(-self.length // page))
-        self.pool.release(self.pages[needed:])
-        del self.pages[needed:]
+        self._forget(slice(needed, None))
 
     def drop_first(self, count: int) -> None:
         """Forget the first ``count`` tokens, whole pages.
@@ -109,8 +112,7 @@ class PageTable:
         gone = count // self.pool.page
         self.length = max(0, self.length - count)
         self.means = max(0, self.means - gone)
-        self.pool.release(self.pages[:gone])
-        del self.pages[:gone]
+        self._forget(slice(0, gone))
         if self.is_alone:
             self.move_to(PagePool(self.pool.page))
 
@@ -118,10 +120,25 @@ class PageTable:
         """Hold the same in another pool of the same codecs and shape."""
         if pool is self.pool:
             return
-        old, pages = self.pool, self.pages
+        old, pages, runs = self.pool, self.pages, self.runs
         self.pool, self.pages = pool, pool.take(len(pages))
+        self._runs = None
         pool.copy_from(old, pages, self.pages)
-        old.release(pages)
+        old.release(runs)
+
+    def _forget(self, some: slice) -> None:
+        gone = self.pages[some]
+        if gone:
+            del self.pages[some]
+            self._runs = None
+            self.pool.release(tuple(runs_of(gone)))
+
+    @property
+    def runs(self) -> Runs:
+        """Its pages as runs of consecutive ones."""
+        if self._runs is None:
+            self._runs = tuple(runs_of(self.pages))
+        return self._runs
 
     @property
     def is_alone(self) -> bool:
@@ -131,7 +148,7 @@ class PageTable:
     @property
     def shared_pages(self) -> int:
         """How many of its pages others hold, too."""
-        return sum(self.pool.holders(page) > 1 for page in self.pages)
+        return int(np.count_nonzero(self.pool.holders(self.pages) > 1))
 
     @property
     def nbytes(self) -> int:
@@ -161,8 +178,8 @@ class PageTable:
             self.length,
             self.means,
         )
-        other._layouts = dict(self._layouts)
-        self.pool.hold(other.pages)
+        other._layouts, other._runs = dict(self._layouts), self.runs
+        self.pool.hold(self.runs)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
@@ -170,7 +187,7 @@ class PageTable:
         return copied
 
     def __del__(self) -> None:
-        self.pool.leave(self.pages)
+        self.pool.leave(self.runs)
 
     def __repr__(self) -> str:
         return f"PageTable({self.length} tokens in {len(self.pages)} pages)"

@@ -16,6 +16,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from .tokens import capacity_of
 
@@ -25,6 +27,8 @@ GROWTH = 128
 _SHRINKS_FROM = 64
 
 Arrays = dict[str, mx.array]
+#: (first, behind the last) of runs of consecutive pages.
+Runs = tuple[tuple[int, int], ...]
 
 
 class PagePool:
@@ -47,11 +51,11 @@ class PagePool:
         self.page = page
         self.groups: dict[str, Arrays] = {}
         self._rows_of_page: dict[str, int] = {}
-        self._holders: list[int] = []
+        self._holders: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self._lock = threading.Lock()
         # Pages of sequences that are gone. Python may collect them at any moment, also
         # in the middle of `take`.
-        self._left_behind: deque[Sequence[int]] = deque()
+        self._left_behind: deque[Runs] = deque()
 
     @property
     def capacity(self) -> int:
@@ -62,7 +66,7 @@ class PagePool:
     def held(self) -> int:
         """Pages that somebody holds."""
         self._collect()
-        return sum(count > 0 for count in self._holders)
+        return int(np.count_nonzero(self._holders))
 
     @property
     def nbytes(self) -> int:
@@ -75,10 +79,10 @@ class PagePool:
         """Bytes of one page."""
         return self.nbytes // max(1, self.capacity)
 
-    def holders(self, page: int) -> int:
-        """Sequences that hold a page."""
+    def holders(self, pages: Sequence[int]) -> npt.NDArray[np.int32]:
+        """Sequences that hold each of these pages."""
         self._collect()
-        return self._holders[page]
+        return self._holders[list(pages)]
 
     def take(self, count: int, behind: int | None = None) -> list[int]:
         """Pages for a sequence, which holds them alone; in one run, if there is one.
@@ -89,7 +93,7 @@ class PagePool:
         """
         self._collect()
         with self._lock:
-            free = [i for i, holders in enumerate(self._holders) if not holders]
+            free: list[int] = np.flatnonzero(self._holders == 0).tolist()
             pages = _run_of(free, count, behind)
             if pages is None and len(free) >= count:
                 pages = free[:count]
@@ -97,32 +101,33 @@ class PagePool:
                 first = _behind_last(self._holders)
                 pages = list(range(first, first + count))
                 self._resize(first + count)
-            for page in pages:
-                self._holders[page] = 1
+            self._holders[pages] = 1
             return pages
 
-    def hold(self, pages: Sequence[int]) -> None:
-        """One more sequence holds these pages."""
+    def hold(self, runs: Runs) -> None:
+        """One more sequence holds these runs of pages."""
         with self._lock:
-            for page in pages:
-                self._holders[page] += 1
+            for start, stop in runs:
+                self._holders[start:stop] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """A sequence holds these pages no more."""
-        if not pages:
+    def release(self, runs: Runs) -> None:
+        """A sequence holds these runs of pages no more."""
+        if not runs:
             return
         with self._lock:
-            for page in pages:
-                self._holders[page] -= 1
+            for start, stop in runs:
+                self._holders[start:stop] -= 1
             if self.poisons:
-                self._poison([page for page in pages if not self._holders[page]])
+                self._poison(
+                    [p for run in runs for p in range(*run) if not self._holders[p]]
+                )
             used = _behind_last(self._holders)
             if self.capacity >= _SHRINKS_FROM and used <= self.capacity // 2:
                 self._resize(used)
 
-    def leave(self, pages: Sequence[int]) -> None:
+    def leave(self, runs: Runs) -> None:
         """As `release`, at the next opportunity; safe at any moment."""
-        self._left_behind.append(pages)
+        self._left_behind.append(runs)
 
     def _collect(self) -> None:
         while self._left_behind:
@@ -232,7 +237,7 @@ class PagePool:
                 parts = [buffer[:, :, :rows], mx.zeros(shape, buffer.dtype)]
                 arrays[name] = mx.concatenate(parts, axis=2)
         kept = self._holders[:capacity]
-        self._holders = kept + [0] * (capacity - len(kept))
+        self._holders = np.pad(kept, (0, capacity - len(kept)))
 
     def _poison(self, pages: Sequence[int]) -> None:
         for group, arrays in self.groups.items():
@@ -294,6 +299,7 @@ def _run_of(free: Sequence[int], count: int, behind: int | None) -> list[int] | 
     return list(range(fitting[0], fitting[0] + count)) if fitting else None
 
 
-def _behind_last(holders: Sequence[int]) -> int:
+def _behind_last(holders: npt.NDArray[np.int32]) -> int:
     """Pages up to the last that is held."""
-    return next((i + 1 for i in reversed(range(len(holders))) if holders[i]), 0)
+    held = np.flatnonzero(holders)
+    return int(held[-1]) + 1 if held.size else 0

@@ -253,7 +253,8 @@ class Sequences(RuleBasedStateMachine):
         for pool in {table.pool for table, _ in self.tables}:
             pages = [p for t, _ in self.tables if t.pool is pool for p in t.pages]
             assert pool.held == len(set(pages))
-            assert all(pool.holders(page) == pages.count(page) for page in set(pages))
+            for page in set(pages):
+                assert pool.holders([page]).tolist() == [pages.count(page)]
 
 
 TestSequences = Sequences.TestCase

@@ -34,6 +34,7 @@ from .bit_allocation import BitAllocator, LayerSlot
 from .protocol import SequenceCache
 from .quantizers import LayerQuantizers
 from .schedule import DECODE_TOKENS, PackingSchedule, is_short
+from .shallow import shallow
 from .stored import StoredTokens
 
 
@@ -238,11 +239,11 @@ class TurboQuantCache(SequenceCache):
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TurboQuantCache:
-        other = memo[id(self)] = copy.copy(self)
+        other = memo[id(self)] = shallow(self)
         if self.spec.adaptive:  # its bits are still to be chosen
             other._slot = copy.deepcopy(self._slot, memo)
         other._tokens = copy.deepcopy(self._tokens, memo)
-        other._schedule = copy.copy(self._schedule)
+        other._schedule = shallow(self._schedule)
         other._quantizers = self._quantizers.fork(
             other._slot, other._schedule, other._tokens.table
         )

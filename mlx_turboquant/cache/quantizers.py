@@ -27,6 +27,7 @@ from ..transform import ChannelTransform
 from .bit_allocation import LayerSlot
 from .calibration import Calibration, by_power
 from .schedule import PackingSchedule, Phase
+from .shallow import shallow
 
 Arrays = dict[str, mx.array]
 
@@ -189,7 +190,7 @@ class LayerQuantizers:
         self, slot: LayerSlot | None, schedule: PackingSchedule, table: PageTable
     ) -> LayerQuantizers:
         """The same for a copy of the cache, with ``table`` as its pages."""
-        other = copy.copy(self)
+        other = shallow(self)
         other._slot, other._schedule, other._table = slot, schedule, table
         other._calibration = copy.deepcopy(self._calibration)
         other._gains = dict(self._gains)

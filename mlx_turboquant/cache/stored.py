@@ -23,6 +23,7 @@ from ..segments import CompressedTokens, PreparedSteps, QueryObserver
 from ..tiles import TileLayout
 from ..tokens import TILE, TokenArrays
 from . import state as saved
+from .shallow import shallow
 
 Arrays = dict[str, mx.array]
 
@@ -59,7 +60,7 @@ class StoredTokens:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredTokens:
         """A copy of the same pages until it writes to them, and the same sink."""
-        other = copy.copy(self)
+        other = shallow(self)
         other.table = copy.deepcopy(self.table, memo)
         other.recent = copy.deepcopy(self.recent, memo)
         other._codes_changed()

@@ -15,7 +15,11 @@ timed alone:
                 throughput, only with ``--throughput``
 
     python benchmarks/bench_attention.py [LENGTH ...] [--specs SPEC ...] [--throughput]
-        [--kv-heads 8] [--group 4] [--dim 128] [--steps 1] [--[no-]multiply-adds]
+        [--kv-heads 8] [--group 4] [--dim 128] [--steps 1] [--batch 1]
+        [--dtype float16] [--[no-]multiply-adds]
+
+A batch is of sequences as long as each other, whose codes lie in one pool of pages in
+no order.
 
 The last line is JSON.
 """
@@ -25,6 +29,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import random
 import shutil
 import statistics
 import subprocess
@@ -32,20 +37,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
-from mlx_turboquant.codecs import codec_for
+from mlx_turboquant.codecs import Codec, codec_for
 from mlx_turboquant.codecs.base import Side
 from mlx_turboquant.kernels.kernel import MlxLauncher
 from mlx_turboquant.quantizer import PageMeans, Quantizer
-from mlx_turboquant.segments import CompressedTokens
+from mlx_turboquant.segments import (
+    CompressedBatch,
+    CompressedTokens,
+    PreparedSteps,
+)
 from mlx_turboquant.tiles import in_tiles, tile_layout
 from mlx_turboquant.tokens import TILE, TokenArrays
 from mlx_turboquant.transform import ChannelTransform
@@ -65,6 +74,7 @@ _AFFINE_UP_TO = 131072
 #: Tokens that are encoded; longer caches repeat them.
 _DISTINCT = 4096
 Attention = Callable[[mx.array], mx.array]
+Handle = CompressedTokens | CompressedBatch
 
 
 class Shape(NamedTuple):
@@ -76,47 +86,95 @@ class Shape(NamedTuple):
     dim: int = 128
     #: Query tokens.
     steps: int = 1
+    #: Sequences.
+    batch: int = 1
+    dtype: str = "float16"
+
+    @property
+    def mx_dtype(self) -> mx.Dtype:
+        """Of queries and of what is not packed."""
+        dtype: mx.Dtype = getattr(mx, self.dtype)
+        return dtype
 
 
 LLAMA = Shape()
 
 
-def made_up(
-    spec: str, length: int, shape: Shape = LLAMA
-) -> tuple[CompressedTokens, CompressedTokens]:
+class _Pooled(TokenArrays):
+    """Codes whose tiles lie anywhere."""
+
+    __slots__ = ("places",)
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Where each is."""
+        places: tuple[int, ...] = self.places
+        return places
+
+
+def made_up(spec: str, length: int, shape: Shape = LLAMA) -> tuple[Handle, Handle]:
     """Handles over random tokens: 4 in the sink, 64 recent, the rest packed."""
     parsed = tq.CacheSpec.parse(spec)
-    sides = []
+    page_tiles, pages = parsed.page // TILE, -(-length // parsed.page)
+    order = list(range(shape.batch * pages))
+    if shape.batch > 1:
+        random.Random(0).shuffle(order)
+    handles: list[Handle] = []
+    prepared = PreparedSteps()
     of_sides: tuple[tuple[Side, tq.CodecSpec], ...]
     of_sides = (("keys", parsed.keys), ("values", parsed.values))
     for side, codec_spec in of_sides:
         codec = codec_for(codec_spec, shape.dim, side, 0)
-        x = mx.random.normal((1, shape.kv_heads, _DISTINCT, shape.dim))
-        layout = tile_layout(codec, side)
-        some = in_tiles(codec.encode(x), layout).arrays
-        times, tiles = -(-length // _DISTINCT), -(-length // TILE)
-        arrays = {
-            name: mx.contiguous(mx.tile(array, (1, 1, times, 1))[:, :, :tiles])
-            for name, array in some.items()
-        }
-        mx.eval(arrays)
-        ends = [
-            mx.random.normal((1, shape.kv_heads, n, shape.dim)).astype(mx.float16)
-            for n in (4, 64)
-        ]
-        gains = mx.exp(mx.random.normal((1, shape.kv_heads, 1, shape.dim)) / 2)
-        transform = ChannelTransform(codec.rotation, gains)
+        arrays = _codes(codec, side, len(order) * page_tiles, shape)
         means = None
         if side == "keys":
             means = PageMeans(parsed.page)
-            pages = -(-length // parsed.page)
-            means.append(mx.random.normal((1, shape.kv_heads, pages, shape.dim)))
+            whole = (1, shape.kv_heads, len(order), shape.dim)
+            means.append(mx.random.normal(whole))
             mx.eval(means.state)
-        mx.eval(ends, transform.signs_times_gains)
-        quantizer = Quantizer(codec, transform, side, means)
-        codes = TokenArrays(arrays, length, layout=layout)
-        sides.append(CompressedTokens(quantizer, ends[0], codes, ends[1], 64))
-    return sides[0], sides[1]
+        recent = _plain(64, shape)
+        rows = []
+        for row in range(shape.batch):
+            gains = mx.exp(mx.random.normal((1, shape.kv_heads, 1, shape.dim)) / 2)
+            transform = ChannelTransform(codec.rotation, gains)
+            sink = _plain(4, shape)[:1]
+            mx.eval(sink, transform.signs_times_gains)
+            codes = _Pooled(arrays, length, layout=tile_layout(codec, side))
+            own = order[row * pages : (row + 1) * pages]
+            tiles = [page * page_tiles + i for page in own for i in range(page_tiles)]
+            codes.places = tuple(tiles[: -(-length // TILE)])
+            quantizer = Quantizer(codec, transform, side, means)
+            last = recent[row : row + 1]
+            rows.append(
+                CompressedTokens(quantizer, sink, codes, last, 64, prepared=prepared)
+            )
+        if shape.batch == 1:
+            handles.append(rows[0])
+        else:
+            firsts = [0] * shape.batch
+            handles.append(CompressedBatch(rows, recent, firsts, 64, None, prepared))
+    return handles[0], handles[1]
+
+
+def _codes(codec: Codec, side: Side, tiles: int, shape: Shape) -> dict[str, mx.array]:
+    """Words and scales of so many tiles."""
+    x = mx.random.normal((1, shape.kv_heads, _DISTINCT, shape.dim))
+    some = in_tiles(codec.encode(x), tile_layout(codec, side)).arrays
+    times = -(-tiles * TILE // _DISTINCT)
+    arrays = {
+        name: mx.contiguous(mx.tile(array, (1, 1, times, 1))[:, :, :tiles])
+        for name, array in some.items()
+    }
+    mx.eval(arrays)
+    return arrays
+
+
+def _plain(tokens: int, shape: Shape) -> mx.array:
+    """So many random tokens of every sequence."""
+    whole = (shape.batch, shape.kv_heads, tokens, shape.dim)
+    x = mx.random.normal(whole).astype(shape.mx_dtype)
+    mx.eval(x)
+    return x
 
 
 def dependent_us(call: Attention, shape: Shape) -> float:
@@ -138,7 +196,8 @@ def together_us(call: Attention, shape: Shape) -> float:
 
 def _query(shape: Shape) -> mx.array:
     heads = shape.kv_heads * shape.group
-    q = mx.random.normal((1, heads, shape.steps, shape.dim)).astype(mx.float16)
+    q = mx.random.normal((shape.batch, heads, shape.steps, shape.dim))
+    q = q.astype(shape.mx_dtype)
     mx.eval(q)
     return q
 
@@ -182,9 +241,7 @@ def affine(length: int, shape: Shape) -> Attention:
 
 def fp16(length: int, shape: Shape) -> Attention:
     """MLX's own attention on an uncompressed cache."""
-    whole = (1, shape.kv_heads, length, shape.dim)
-    kv = [mx.random.normal(whole).astype(mx.float16) for _ in range(2)]
-    mx.eval(kv)
+    kv = [_plain(length, shape) for _ in range(2)]
     mask = _mask(shape)
     return lambda q: mx.fast.scaled_dot_product_attention(q, *kv, scale=0.09, mask=mask)
 
@@ -197,16 +254,19 @@ def packed(backend: Gpu, spec: str, length: int, shape: Shape) -> Attention:
     """Our kernels on made-up codes."""
     keys, values = made_up(spec, length, shape)
     mask = _mask(shape)
-    return lambda q: backend.attend(AttendCall(q, keys, values, 0.09, mask))
+    keys, values = (replace(side, backend=backend) for side in (keys, values))
+    return lambda q: tq.attend(q, keys, values, 0.09, mask)
 
 
 def check(backend: Gpu, spec: str, shape: Shape = LLAMA) -> float:
     """Relative error of the kernels against the reference at 3,000 tokens."""
-    keys, values = made_up(spec, 3000, shape)
-    q = _query(shape)
-    call = AttendCall(q, keys, values, 0.09, _mask(shape))
-    got = backend.attend(call).astype(mx.float32)
-    want = Reference().attend(call._replace(q=q.astype(mx.float32)))
+    sides = made_up(spec, 3000, shape._replace(batch=1))
+    q, mask = _query(shape._replace(batch=1)), _mask(shape)
+    got, want = (
+        tq.attend(x, *[replace(side, backend=by) for side in sides], 0.09, mask)
+        for x, by in ((q, backend), (q.astype(mx.float32), Reference()))
+    )
+    got = got.astype(mx.float32)
     return (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
 
 
@@ -316,9 +376,10 @@ def main() -> None:
     )
     parser.add_argument("--profiled", action="store_true", help=argparse.SUPPRESS)
     for name, number in LLAMA._asdict().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=number)
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(number), default=number)
     options = parser.parse_args()
-    shape = Shape(options.kv_heads, options.group, options.dim, options.steps)
+    shape = Shape(*(getattr(options, name) for name in Shape._fields))
     lengths = options.lengths or list(LENGTHS)
     launcher = MlxLauncher("metal" if mx.metal.is_available() else "cuda")
     backend = Gpu(launcher, None, options.multiply_adds)

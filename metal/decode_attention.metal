@@ -46,11 +46,18 @@ struct Shared {
   threadgroup float* logits_of_means;
 };
 
-// This lane's logits of its simdgroup's tile: scales, those of means, and what is not seen.
-//   mask     float (rows, mask_columns), log2 units, from its first column on, read if MASKED
+// The mask of the KV head's queries, float in log2 units, from this row's first column on; what
+// is the same for all of an axis has a stride of 0.
+struct Mask {
+  const device float* origin;
+  size_t head_stride, step_stride, column_stride;
+};
+
+// This lane's logits of its simdgroup's tile: scales, those of means, and what is not seen. The
+// mask is read if MASKED.
 template <typename Rows, bool MASKED>
 TQ_FUNC void finish_logits(
-    const thread float* k_scales, const thread float* mean_logits, const device float* mask,
+    const thread float* k_scales, const thread float* mean_logits, const thread Mask& mask,
     const thread AttendArguments& args, int first_row, const thread TokenRun& run, int tile,
     thread float* logits, uint lane) {
   TQ_UNROLL
@@ -67,6 +74,12 @@ TQ_FUNC void finish_logits(
   for (int e = 0; e < Rows::LANE_ROWS; e++) {
     int row = first_row + Rows::row(lane, e);
     int end = row_end(run, row, args);
+    const device float* row_mask = mask.origin;
+    if (MASKED) {
+      int query_head = row / args.steps;
+      row_mask += query_head * mask.head_stride
+                  + (row - query_head * args.steps) * mask.step_stride;
+    }
     TQ_UNROLL
     for (int i = 0; i < Rows::LANE_TOKENS; i++) {
       thread float& logit = logits[Rows::logit_at(e, i)];
@@ -75,7 +88,7 @@ TQ_FUNC void finish_logits(
       bool is_seen = token < end && (number < args.keep || number >= run.forgotten_end);
       if (MASKED && row < args.rows && is_seen) {
         int column = number < args.keep ? number : number - (run.forgotten_end - args.keep);
-        logit += mask[size_t(row) * mask_columns(args) + column];
+        logit += row_mask[column * mask.column_stride];
       }
       if (!is_seen) logit = -3e38f;
     }
@@ -187,7 +200,7 @@ template <
     typename KTokens, typename VTokens>
 TQ_FUNC void attend_tokens(
     const thread Shared& shared, const thread KTokens& k_tokens, const thread VTokens& v_tokens,
-    const device float* mask, const thread typename K::Params& k_params,
+    const thread Mask& mask, const thread typename K::Params& k_params,
     const thread typename V::Params& v_params, float k_gain, const thread AttendArguments& args,
     int first_row, const thread TokenRun& run, thread Ahead<K, Rows>& ahead,
     const thread Means<DK, K::PADDED>& means, thread SoftmaxState<Rows>& state,
@@ -383,13 +396,20 @@ TQ_ENTRY(decode_split_kv) {
   size_t batch = threadgroup_index.z;
   size_t head = threadgroup_index.y / ROW_GROUPS;
   size_t kv_head = batch * args.kv_heads + head;
-  size_t row = kv_head * args.rows;
   int first_row = int(threadgroup_index.y % ROW_GROUPS) * Rows::ROWS;
   int split = int(threadgroup_index.x) - args.plain_splits;
   const device T* head_q =
       q + batch * q_strides[0] + head * (args.rows / args.steps) * q_strides[1];
-  const device float* head_mask =
-      mask + (MASKED ? row * mask_columns(args) + first_column(args) : 0);
+  Mask head_mask;
+  head_mask.origin = mask;
+  if (MASKED) {
+    head_mask.head_stride = mask_strides[1];
+    head_mask.step_stride = mask_strides[2];
+    head_mask.column_stride = mask_strides[3];
+    head_mask.origin += batch * mask_strides[0]
+                        + head * (args.rows / args.steps) * mask_strides[1]
+                        + first_column(args) * mask_strides[3];
+  }
   SoftmaxState<Rows> state;
   float sums[Rows::UNIT_SUMS * tq_own_units(V::PADDED, SIMDGROUPS)];
   if (split < 0) {

@@ -59,12 +59,9 @@ TQ_FUNC int stored_number(const thread TokenRun& run, int token) {
   return token + (token < run.gap_at ? 0 : run.gap);
 }
 
-// Columns of the mask: the longest row's tokens but forgotten ones. Each row's are the last of
-// them, from `first_column` on.
-TQ_FUNC int mask_columns(const thread AttendArguments& args) {
-  return tq_min(args.longest, args.most_shown);
-}
+// Columns of the mask are the longest row's tokens but forgotten ones. Each row's are the last of
+// them, from this one on.
 TQ_FUNC int first_column(const thread AttendArguments& args) {
-  return mask_columns(args)
+  return tq_min(args.longest, args.most_shown)
          - (args.sink + args.packed + args.recent - forgotten_tokens(args));
 }

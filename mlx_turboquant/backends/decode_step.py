@@ -276,10 +276,12 @@ def _sink_in_basis(side: StepSide, dtype: mx.Dtype, rotates: bool) -> mx.array |
 
 
 def _additive(mask: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """An array mask as additive float32 of ``shape``, log2 units."""
+    """An array mask as additive float32 of ``shape``, log2 units; a view of fewer."""
     if mask.dtype == mx.bool_:
         mask = mx.where(mask, 0.0, -math.inf)
-    return mx.contiguous(mx.broadcast_to(mask.astype(mx.float32), shape) * LOG2E)
+    else:
+        mask = mask.astype(mx.float32) * LOG2E
+    return mx.broadcast_to(mask, shape)
 
 
 def _sink_logits_of_rows(sink_logits: mx.array, batch: int, steps: int) -> mx.array:

@@ -3,7 +3,7 @@
 Owns no arithmetic (``metal/encode_scalar.metal``, ``metal/encode_trellis.metal``,
 ``metal/order_codes.metal``, ``metal/materialize.metal``, ``metal/rotate.metal``,
 ``metal/page_means.metal``, ``metal/channel_gains.metal``) and no choice of launch sizes
-(`backends.gpu`, `backends.code_launches`). Each launch is for
+(`backends.code_launches`). Each launch is for
 one side, keys or values.
 """
 

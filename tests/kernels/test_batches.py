@@ -59,12 +59,20 @@ CASES = {
 def prepared(case, lengths=LENGTHS):
     spec, dims, group, steps, kind, learned, dtype = CASES[case]
     rows = sequences(f"{spec},page=64,window=17", dims, dtype, lengths)
+    # As of a window that was left, one sink is shorter than others.
+    rows[-2] = [with_less_sink(side) for side in rows[-2]]
     heads, batch = HEADS * group, len(rows)
     q = mx.random.normal((batch, heads, steps, dims[0])).astype(dtype)
     shown = [k.shape[2] for k, _ in rows]
     mask, own = masks_of(kind, batch, heads, steps, shown)
     sinks = mx.random.normal((heads,)) if learned else None
     return rows, q, dims[0] ** -0.5, mask, own, sinks
+
+
+def with_less_sink(side):
+    if side.sink is None:
+        return side
+    return replace(side, sink=mx.contiguous(side.sink[:, :, 2:]))
 
 
 def alone(rows, q, scale, masks, sinks):

@@ -80,7 +80,7 @@ MSL_LANES bool simd_any(bool x) {
   asm volatile("; SIMD_VOTE %0 %1" : "=v"(y) : "v"(uint(x)));
   return y != 0u;
 }
-MSL_LANES void msl_multiply(uint a, uint b, float& c, float& d) {
+MSL_LANES void msl_multiply(half2 a, half2 b, float& c, float& d) {
   asm volatile("; MATRIX %0 %1 %2 %3" : "+v"(c), "+v"(d) : "v"(a), "v"(b));
 }
 #define thread_index_in_threadgroup (uint(__builtin_amdgcn_workitem_id_x()))
@@ -92,7 +92,7 @@ MSL_LANES void msl_multiply(uint a, uint b, float& c, float& d) {
   (uint3{uint(__builtin_amdgcn_workgroup_id_x()),                              \
          uint(__builtin_amdgcn_workgroup_id_y()),                              \
          uint(__builtin_amdgcn_workgroup_id_z())})
-#define kernel __attribute__((amdgpu_kernel, amdgpu_flat_work_group_size(THREADS_, THREADS_)))
+#define kernel __attribute__((amdgpu_kernel))
 #else
 void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);
@@ -100,7 +100,7 @@ template <typename T> T msl_shuffle(T x, uint lane);
 float simd_sum(float x);
 float simd_max(float x);
 bool simd_any(bool x);
-void msl_multiply(uint a, uint b, float& c, float& d);
+void msl_multiply(half2 a, half2 b, float& c, float& d);
 extern const uint thread_index_in_threadgroup, thread_index_in_simdgroup;
 extern const uint simdgroup_index_in_threadgroup;
 extern const uint3 threadgroup_position_in_grid;
@@ -127,5 +127,5 @@ inline void simdgroup_multiply_accumulate(
   half2 left = {a.elements[0], a.elements[1]};
   half2 right = {b.elements[0], b.elements[1]};
   d = c;
-  msl_multiply(as_type<uint>(left), as_type<uint>(right), d.elements[0], d.elements[1]);
+  msl_multiply(left, right, d.elements[0], d.elements[1]);
 }

@@ -45,8 +45,8 @@ _CLASSES = {
     "floats": r"= f(add|sub|mul|neg) |@llvm\.(fma|fmuladd|minnum|maxnum|minimum|maximum"
     r"|rint)\.",
     "64-bit integers": r"= (add|sub|mul|shl|lshr|ashr|and|or|xor) .*\bi64\b",
-    "shifts by variables": r"= (shl|lshr|ashr) .*, %[\w.]+$|@llvm\.fsh[lr]\.",
-    "shifts": r"= (shl|lshr|ashr) ",
+    "shifts by variables": r"= (shl|lshr|ashr) .*, %[\w.]+$|@llvm\.fsh.*, i32 %[\w.]+\)",
+    "shifts": r"= (shl|lshr|ashr) |@llvm\.fsh",
     "bit operations": r"= (and|or|xor) ",
     "integers": r"= (add|sub|mul) |@llvm\.[us](min|max)\.",
     "comparisons": r"= (icmp|fcmp|select) ",

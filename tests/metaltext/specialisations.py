@@ -82,8 +82,6 @@ class Noted:
         buffers = tuple(
             Buffer(str(x.dtype).rsplit(".")[-1], x.ndim, min(x.size, 8)) for x in inputs
         )
-        names = [name for name, _ in template]
-        assert len(set(names)) == len(names)
         made = Specialisation(kernel, tuple(template), buffers, tuple(dtypes))
         # A dtype does not hash: its name does.
         key = (kernel, made.name, buffers, tuple(map(str, dtypes)))
@@ -150,7 +148,7 @@ def specialisations() -> list[Specialisation]:
 
 
 def _use(case: Case) -> None:
-    """A prompt in two chunks, steps, and the cache decoded."""
+    """A prompt in two chunks, steps, and what is left without its recent tokens."""
     cache = tq.TurboQuantCache(f"{case.spec},page={_PAGE}")
     heads = 2
     for count in (3 * _PAGE, 2 * _PAGE, 1):
@@ -166,4 +164,8 @@ def _use(case: Case) -> None:
         for sinks in (None, mx.zeros((heads * group,))) if case.sinks else (None,):
             q = mx.ones(shape, case.dtype)
             attend(q, *sides, 0.1, shown, sinks)
+    dequantize(*sides)
+    cache.trim(sides[0].recent_length)
+    sides = cache.compressed()
+    attend(mx.ones((1, heads, 1, case.dims[0]), case.dtype), *sides, 0.1)
     dequantize(*sides)

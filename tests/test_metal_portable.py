@@ -1,4 +1,4 @@
-"""Metal texts as C++14 with distinct address spaces; what clang must and does refuse."""
+"""Metal texts as C++14 with distinct address spaces; slips that clang refuses."""
 
 import re
 
@@ -58,7 +58,12 @@ SLIPS = {
     ),
     "C++17": ("rotate", "if (!ROTATE)", "if constexpr (!ROTATE)", "C\\+\\+17"),
     "a double": ("merge_states", "1.0f / denominator", "1.0 / denominator", "double"),
-    "a name that nobody has": ("page_means", "simd_shuffle", "simd_shuffled", "simd_sh"),
+    "a name that nobody has": (
+        "page_means",
+        "simd_shuffle",
+        "simd_shuffled",
+        "simd_sh",
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Texts of our kernels for Apple's compiler: which there are, and what compiles them."""
+"""Texts of our kernels for Apple's compiler: which there are, what compiles them."""
 
 import re
 import stat
@@ -75,13 +75,36 @@ def test_a_text_is_mlx_prelude_header_and_entry(made):
     assert "[[host_name(" in entry
 
 
+#: Characters of a kernel's text that MLX reads at every launch: L10 of docs/metal.md.
+LENGTHS = {
+    "decode_split_kv": 52_000,
+    "merge_states": 9_000,
+    "encode_scalar": 14_000,
+    "encode_trellis": 19_000,
+    "order_codes": 17_000,
+    "materialize": 22_000,
+    "rotate": 7_000,
+    "page_means": 7_500,
+    "channel_gains": 8_000,
+}
+
+
+def test_texts_stay_short(made):
+    longest = dict.fromkeys(LENGTHS, 0)
+    for one in made:
+        length = len(one.kernel.header("metal") + one.kernel.body("metal"))
+        longest[one.kernel.name] = max(longest[one.kernel.name], length)
+    for name, limit in LENGTHS.items():
+        assert limit * 0.9 < longest[name] <= limit, (name, longest[name])
+
+
 def test_texts_are_written_once_each_and_the_same_again(made, tmp_path):
-    index = write(made, tmp_path)
-    assert len(index) == len({file_name(one) for one in made}) > 400
+    index = write(made[::5], tmp_path)
+    assert len(index) == len({file_name(one) for one in made[::5]}) > 80
     assert {*index, tmp_path / "index.txt"} == set(tmp_path.iterdir())
     before = {path: path.read_text() for path in index}
     assert len(set(before.values())) == len(before)
-    assert write(specialisations(), tmp_path) == index
+    assert write(specialisations()[::5], tmp_path) == index
     assert {path: path.read_text() for path in index} == before
 
 
@@ -134,7 +157,9 @@ def test_the_command_compiles_every_text_for_every_version(xcrun, tmp_path):
     assert re.match(r"5 texts in .*; index.txt says what each is", lines[0])
     assert lines[1] == "metal3.1: 5 of 5 texts compiled; warnings: 5 [-Wplain]"
     assert lines[2] == "metal3.2: 5 of 5 texts compiled; warnings: 5 [-Wplain]"
-    assert lines[3].startswith("metal4.0: NOT COMPILED, this toolchain says: error: inv")
+    assert lines[3].startswith(
+        "metal4.0: NOT COMPILED, this toolchain says: error: inv"
+    )
     assert len(list((tmp_path / "texts").glob("*.metal3.1.air"))) == 5
 
 
@@ -145,7 +170,9 @@ def test_a_refused_text_is_named_and_fails_the_command(xcrun, tmp_path):
     for version in apple.VERSIONS:
         passed = int(re.search(rf"{version}: (\d) of 5 texts", out)[1])
         assert passed < 5
-        assert len(re.findall(rf"^{version}: \w+-\w+\.metal: ", out, re.M)) == 5 - passed
+        assert (
+            len(re.findall(rf"^{version}: \w+-\w+\.metal: ", out, re.M)) == 5 - passed
+        )
     assert "tq.entry:1:1: error: no such thing" in out
 
 

@@ -255,7 +255,7 @@ def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
 
 
 def _recent_in_basis(side: CompressedTokens) -> mx.array:
-    """Recent tokens likewise; of none the buffer, which has room where they have not."""
+    """Recent tokens likewise; of none the whole buffer, which nobody reads."""
     return _in_basis(side, side.recent_tokens) if side.recent_length else side.recent
 
 

@@ -45,7 +45,8 @@ _CLASSES = {
     "floats": r"= f(add|sub|mul|neg) |@llvm\.(fma|fmuladd|minnum|maxnum|minimum|maximum"
     r"|rint)\.",
     "64-bit integers": r"= (add|sub|mul|shl|lshr|ashr|and|or|xor) .*\bi64\b",
-    "shifts by variables": r"= (shl|lshr|ashr) .*, %[\w.]+$|@llvm\.fsh.*, i32 %[\w.]+\)",
+    "shifts by variables": r"= (shl|lshr|ashr) .*, %[\w.]+$"
+    r"|@llvm\.fsh.*, i32 %[\w.]+\)",
     "shifts": r"= (shl|lshr|ashr) |@llvm\.fsh",
     "bit operations": r"= (and|or|xor) ",
     "integers": r"= (add|sub|mul) |@llvm\.[us](min|max)\.",
@@ -83,8 +84,8 @@ def count(made: Specialisation) -> Counted:
     """Operations and registers of a specialisation of DECODE_SPLIT_KV."""
     template = dict(made.template)
     header, entry = entry_text(made)
-    # Registers are those of the kernel as it is; operations those of packed tokens, with
-    # inner loops over units and simdgroups unrolled, so that they are counted in full.
+    # Registers are those of the kernel as it is; operations those of packed tokens,
+    # with inner loops over units and simdgroups unrolled, so that all are counted.
     threads = 32 * int(str(template["SIMDGROUPS"]))
     code = llvm_of(header, entry)
     registers, _ = _allocated(code, threads, None)

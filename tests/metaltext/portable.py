@@ -36,7 +36,15 @@ _SHARED = re.compile(r"^threadgroup (\w+) (\w+\[)", re.MULTILINE)
 _STORE = re.compile(r"\*reinterpret_cast<(device [\w<>, ]+\*)>\((\w+)\) = (\w+);")
 
 FLAGS = [
-    *("-x", "c++", "-std=c++14", "-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"),
+    *(
+        "-x",
+        "c++",
+        "-std=c++14",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unused-parameter",
+    ),
     # Of arguments that one template uses and another does not.
     *("-Wno-unused-variable", "-Wno-unused-but-set-variable", "-Wno-unused-function"),
     *("-Wno-unused-const-variable", "-Wdouble-promotion"),
@@ -87,7 +95,7 @@ def refusals(made: Iterable[Specialisation]) -> list[Refused]:
 
 
 def errors_of(text: str) -> str:
-    """What clang says against a translation unit, or "". """
+    """What clang says against a translation unit, or ""."""
     command = [find_clang()[0], *FLAGS, "-fsyntax-only", "-ferror-limit=5", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     return clean(done.stderr) if done.returncode else ""

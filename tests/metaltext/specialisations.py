@@ -87,8 +87,7 @@ class Noted:
         key = (kernel, made.name, buffers, tuple(map(str, dtypes)))
         self.found.setdefault(key, made)
         return [
-            mx.zeros(shape, dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
+            mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
         ]
 
 

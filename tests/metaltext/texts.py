@@ -48,7 +48,9 @@ def entry_text(made: Specialisation) -> tuple[str, str]:
     """Our header; and the entry with signature and instantiation."""
     header = made.kernel.header("metal")
     inputs = [
-        core.Arr(np.broadcast_to(np.zeros((), np.uint8), _shape(b.ndim, b.size)), b.dtype)
+        core.Arr(
+            np.broadcast_to(np.zeros((), np.uint8), _shape(b.ndim, b.size)), b.dtype
+        )
         for b in made.inputs
     ]
     text = core.generate(

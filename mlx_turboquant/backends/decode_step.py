@@ -144,6 +144,8 @@ class DecodeStep:
             output_shapes=[(batch, query_heads, steps, v_dim)],
             output_dtypes=[dtype],
         )
+        empty = keys.recent.size == 0
+        self._no_recent = specialize.stand_in(keys.recent) if empty else None
         if any(
             side.packed is not None and side.packed.layout is None
             for side in (self._keys, self._values)
@@ -197,10 +199,12 @@ class DecodeStep:
         if not self._kernel_rotates_q:
             transform = self._keys.quantizer.transform
             q = transform.encode_query(q)
-            recent_keys = _in_basis(transform, recent_keys, stop)
+            recent_keys = _recent_in_basis(transform, recent_keys, stop)
         if not self._kernel_rotates_out:
             transform = self._values.quantizer.transform
-            recent_values = _in_basis(transform, recent_values, stop)
+            recent_values = _recent_in_basis(transform, recent_values, stop)
+        if self._no_recent is not None:
+            recent_keys = recent_values = self._no_recent
         # The kernel reads both sides as the keys' dtype.
         if recent_values.dtype != recent_keys.dtype:
             recent_values = recent_values.astype(recent_keys.dtype)
@@ -262,8 +266,15 @@ def _means_of(side: StepSide) -> mx.array:
     return placeholder(mx.float16) if rows is None else rows
 
 
-def _in_basis(transform: ChannelTransform, recent: mx.array, stop: int) -> mx.array:
-    """Recent tokens (B, H, stop, D) in the codes' basis, dtype kept."""
+def _recent_in_basis(
+    transform: ChannelTransform, recent: mx.array, stop: int
+) -> mx.array:
+    """Recent tokens (B, H, stop, D) in the codes' basis, dtype kept.
+
+    Of none the whole buffer, which nobody reads.
+    """
+    if not stop:
+        return recent
     return transform.encode(recent[:, :, :stop]).astype(recent.dtype)
 
 

@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends.gpu import Gpu
@@ -56,7 +57,7 @@ from mlx_turboquant.segments import (
     PreparedSteps,
 )
 from mlx_turboquant.tiles import in_tiles, tile_layout
-from mlx_turboquant.tokens import TILE, TokenArrays
+from mlx_turboquant.tokens import TILE, Places, TokenArrays
 from mlx_turboquant.transform import ChannelTransform
 
 CALLS, REPEATS = 64, 7
@@ -106,10 +107,9 @@ class _Pooled(TokenArrays):
     __slots__ = ("places",)
 
     @property
-    def tiles(self) -> tuple[int, ...]:
+    def tiles(self) -> Places:
         """Where each is."""
-        places: tuple[int, ...] = self.places
-        return places
+        return np.array(self.places, np.int32)
 
 
 def made_up(spec: str, length: int, shape: Shape = LLAMA) -> tuple[Handle, Handle]:

@@ -76,7 +76,7 @@ def attend(
         if at_once is not None:
             return at_once
         spans = [(0, q.shape[2])] * q.shape[0]
-        keys, values = (CompressedRows(side.rows, spans) for side in (keys, values))
+        keys, values = (CompressedRows(side.alone(), spans) for side in (keys, values))
     if isinstance(keys, CompressedRows) and isinstance(values, CompressedRows):
         return _attend_rows(q, keys, values, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(

@@ -15,7 +15,7 @@ import numpy as np
 from .codecs.base import Side
 from .pages import PagePool, Runs, runs_of
 from .tiles import TileLayout
-from .tokens import TILE, TokenArrays
+from .tokens import TILE, Places, TokenArrays
 
 
 class PageTable:
@@ -209,7 +209,7 @@ class PackedCodes:
     def __init__(self, table: PageTable, side: Side, layout: TileLayout | None) -> None:
         self._table, self._side, self.layout = table, side, layout
         self.length = table.length
-        self._tiles: tuple[int, ...] | None = None
+        self._tiles: Places | None = None
 
     @property
     def arrays(self) -> dict[str, mx.array]:
@@ -217,14 +217,15 @@ class PackedCodes:
         return self._table.pool.groups.get(self._side, {})
 
     @property
-    def tiles(self) -> tuple[int, ...]:
+    def tiles(self) -> Places:
         """Row of the buffers that each tile of the text is in, in tile order."""
         if self._tiles is None:
             of_page, count = self._table.pool.page // TILE, -(-self.length // TILE)
-            places = [
-                page * of_page + i for page in self._table.pages for i in range(of_page)
-            ]
-            self._tiles = tuple(places[:count])
+            pages = np.array(self._table.pages, np.int32)
+            places: Places = (
+                np.arange(of_page, dtype=np.int32) + of_page * pages[:, None]
+            )
+            self._tiles = places.reshape(-1)[:count]
         return self._tiles
 
     def view(self, name: str, heads: slice = slice(None)) -> mx.array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import mlx.core as mx
 
@@ -178,6 +178,27 @@ class CompressedTokens(CompressedKV):
         return f"CompressedTokens({spec}, sink+packed+recent {lengths})"
 
 
+class RowTokens(NamedTuple):
+    """One side of a sequence of a batch, but for its recent tokens.
+
+    Attributes are as those of `CompressedTokens`.
+    """
+
+    quantizer: Quantizer
+    sink: mx.array | None
+    packed: Codes | None
+
+    @property
+    def sink_length(self) -> int:
+        """Tokens in the sink segment."""
+        return 0 if self.sink is None else self.sink.shape[2]
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens stored as codes."""
+        return 0 if self.packed is None else self.packed.length
+
+
 @dataclass(slots=True, eq=False)
 class CompressedBatch(CompressedKV):
     """One side of a layer of independent sequences of different lengths.
@@ -187,25 +208,26 @@ class CompressedBatch(CompressedKV):
     buffers, row 0, each row's tiles where its own `TokenArrays.tiles` say.
 
     Attributes:
-        rows: Each row's handle (1, H, T, D), a truthful one. Backends that attend to
-            all at once read it when they prepare; it may make handles when asked.
+        rows: What each row has besides.
         recent: Buffer (B, H, capacity, D) of the last tokens as the model gave them.
         firsts: Where in it each row's first recent token is.
         stop: Where the last one of all rows ends; every row has one at least.
         backend: What attends to the packed tokens.
         prepared: What that backend keeps from step to step; a new one whenever
             membership, or a row's packed tokens, sink or place in the buffer, change.
+        lasting: What it keeps as long as members and their sinks stay the same.
         keep: First tokens of a row that are always shown, of a sliding window.
         most_shown: Tokens of a row that a step of so many sees, its own included; None
             if there is no window. Others, behind the first ``keep``, are hidden.
     """
 
-    rows: Sequence[CompressedTokens]
+    rows: Sequence[RowTokens]
     recent: mx.array
     firsts: Sequence[int]
     stop: int
     backend: Any
     prepared: PreparedSteps
+    lasting: PreparedSteps = field(default_factory=PreparedSteps)
     keep: int = 0
     most_shown: int | None = None
 
@@ -213,7 +235,35 @@ class CompressedBatch(CompressedKV):
     def shape(self) -> Shape:
         """(B, H, longest T, D) over all segments, but hidden tokens."""
         batch, heads, _, dim = self.recent.shape
-        return batch, heads, max(row.shape[2] for row in self.rows), dim
+        longest = max(self._stored(index) for index in range(len(self.rows)))
+        shown = longest if self.most_shown is None else min(longest, self.most_shown)
+        return batch, heads, shown, dim
+
+    def _stored(self, index: int) -> int:
+        """Tokens of a row, hidden ones included."""
+        row = self.rows[index]
+        recent = self.stop - self.firsts[index]
+        return row.sink_length + row.packed_length + recent
+
+    def alone(self) -> list[CompressedTokens]:
+        """Each row's own handle (1, H, T, D)."""
+        handles = []
+        for index, (row, first) in enumerate(zip(self.rows, self.firsts, strict=True)):
+            hidden = 0
+            if self.most_shown is not None:
+                hidden = max(0, self._stored(index) - self.most_shown)
+            handles.append(
+                CompressedTokens(
+                    row.quantizer,
+                    row.sink,
+                    row.packed,
+                    self.recent[index : index + 1, :, first : self.stop],
+                    self.stop - first,
+                    (self.keep if hidden else 0, hidden),
+                    self.backend,
+                )
+            )
+        return handles
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -228,7 +278,7 @@ class CompressedBatch(CompressedKV):
         """Nobody wants to see them."""
 
     def __repr__(self) -> str:
-        return f"CompressedBatch({', '.join(map(repr, self.rows))})"
+        return f"CompressedBatch({', '.join(map(repr, self.alone()))})"
 
 
 @dataclass(slots=True, eq=False)

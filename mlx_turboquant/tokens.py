@@ -12,9 +12,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from .tiles import TileLayout
+
+#: Rows of buffers, int32.
+Places = npt.NDArray[np.int32]
 
 #: Tokens of a tile, which a simdgroup takes at once: ``TILE_TOKENS`` of tiles.h.
 TILE = 32
@@ -53,7 +58,7 @@ class Codes(Protocol):
         ...
 
     @property
-    def tiles(self) -> tuple[int, ...]:
+    def tiles(self) -> Places:
         """Row of the buffers that each tile of the text is in, in tile order."""
         ...
 
@@ -105,9 +110,9 @@ class TokenArrays:
         return 1 if self.layout is None else TILE
 
     @property
-    def tiles(self) -> tuple[int, ...]:
+    def tiles(self) -> Places:
         """Rows that tiles are in, in tile order: one behind the other."""
-        return tuple(range(-(-self.length // TILE)))
+        return np.arange(-(-self.length // TILE), dtype=np.int32)
 
     def append(self, new: Mapping[str, mx.array], spare: bool = True) -> None:
         """Write tokens (B, H, N, .) of every array behind the present ones.

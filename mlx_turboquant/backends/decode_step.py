@@ -17,7 +17,7 @@ from collections.abc import Hashable
 
 import mlx.core as mx
 
-from ..kernels.arguments import pack, pack_steps
+from ..kernels.arguments import pack, pack_bytes, pack_steps
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
 from ..tokens import TILE
@@ -35,8 +35,8 @@ from .step_rows import (
     tables_of,
 )
 
-#: Ends of recent tokens whose arguments are made at once: a page and more.
-_BLOCK = 256
+#: Ends of recent tokens whose arguments are made at once.
+_BLOCK = 64
 _Arguments = tuple[AttendArguments, ...]
 
 
@@ -109,7 +109,7 @@ class DecodeStep:
             }
         )
         tables, begins = tables_of(tokens)
-        self._tiles = pack(sum(tables, ()))
+        self._tiles = pack_bytes(tables)
         self._arguments = arguments_of(tokens, begins, common, TILE * team, keys)
         self._masked = masked
         self._steps: dict[int, list[mx.array]] = {}

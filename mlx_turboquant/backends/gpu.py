@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..kernels.arguments import pack
+from ..kernels.arguments import pack, pack_bytes
 from ..kernels.codes import (
     EncodeArguments,
     GainsArguments,
@@ -184,7 +184,7 @@ class Gpu(Reference):
             [
                 codes.arrays["words"],
                 codes.arrays["scales"],
-                pack(codes.tiles),
+                pack_bytes(codes.tiles.tobytes()),
                 specialize.format_of(quantizer.codec).exact_params,
                 placeholder(mx.float16) if rows is None else rows,
                 plain if sink is None else sink,

@@ -47,14 +47,14 @@ class StepRow(NamedTuple):
         sink: How many are before them.
         first_recent: Where those behind them begin in their buffer.
         pool_row: Which row of the buffers of codes is its.
-        tiles: Where in that its tiles are.
+        tiles: Where in that its tiles are, as int32: bytes are hashed once.
     """
 
     packed: int
     sink: int
     first_recent: int
     pool_row: int
-    tiles: tuple[int, ...]
+    tiles: bytes
 
 
 def side_of(handle: Handle) -> StepSide:
@@ -65,21 +65,31 @@ def side_of(handle: Handle) -> StepSide:
     """
     if isinstance(handle, CompressedTokens):
         return StepSide(handle.quantizer, handle.packed, handle.sink)
-    rows = list(handle.rows)
+    side = handle.rows[0].quantizer.side
+    lasting: StepSide | None = handle.lasting.get(side)
+    if lasting is None:
+        lasting = handle.lasting[side] = _joined_side(handle)
+    packed = (row.packed for row in handle.rows)
+    return lasting._replace(packed=next((p for p in packed if p is not None), None))
+
+
+def _joined_side(handle: CompressedBatch) -> StepSide:
+    """Transforms and sinks of the rows of a batch."""
+    rows = handle.rows
     quantizers = [row.quantizer for row in rows]
     codec = quantizers[0].codec
     if any(quantizer.codec is not codec for quantizer in quantizers):
         specs = ", ".join(sorted({str(q.codec.spec) for q in quantizers}))
         raise ValueError(f"rows of {specs} cannot share a launch; group them by codec")
-    used = next((row for row in rows if row.packed is not None), rows[0])
-    quantizer = replace(used.quantizer, transform=_joined(quantizers, rows[0].shape[1]))
-    return StepSide(quantizer, used.packed, _padded_sinks([row.sink for row in rows]))
+    heads = handle.recent.shape[1]
+    quantizer = replace(quantizers[0], transform=_joined(quantizers, heads))
+    return StepSide(quantizer, None, _padded_sinks([row.sink for row in rows]))
 
 
 def rows_of(handle: Handle) -> tuple[StepRow, ...]:
     """The tokens of each row."""
     if isinstance(handle, CompressedTokens):
-        tiles = () if handle.packed is None else handle.packed.tiles
+        tiles = b"" if handle.packed is None else handle.packed.tiles.tobytes()
         lengths = handle.packed_length, handle.sink_length
         return tuple(
             StepRow(*lengths, 0, row, tiles) for row in range(handle.recent.shape[0])
@@ -90,7 +100,7 @@ def rows_of(handle: Handle) -> tuple[StepRow, ...]:
             row.sink_length,
             first,
             0,
-            () if row.packed is None else row.packed.tiles,
+            b"" if row.packed is None else row.packed.tiles.tobytes(),
         )
         for row, first in zip(handle.rows, handle.firsts, strict=True)
     )
@@ -98,18 +108,18 @@ def rows_of(handle: Handle) -> tuple[StepRow, ...]:
 
 def tables_of(
     rows: Sequence[StepRow],
-) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-    """Distinct tables of tiles, and where each row's begins if they lie side by side.
+) -> tuple[bytes, tuple[int, ...]]:
+    """Distinct tables of tiles side by side, and where each row's begins, in tiles.
 
     Rows of one cache share theirs.
     """
-    starts: dict[tuple[int, ...], int] = {}
+    starts: dict[bytes, int] = {}
     length = 0
     for row in rows:
         if row.tiles not in starts:
             starts[row.tiles] = length
-            length += len(row.tiles)
-    return tuple(starts), tuple(starts[row.tiles] for row in rows)
+            length += len(row.tiles) // 4
+    return b"".join(starts), tuple(starts[row.tiles] for row in rows)
 
 
 def arguments_of(

@@ -9,12 +9,12 @@ Owns that buffer. When a row packs what is the row's own schedule's.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import overload
 
 import mlx.core as mx
 
-from ..segments import CompressedBatch, CompressedTokens, PreparedSteps
+from ..segments import CompressedBatch, PreparedSteps, RowTokens
 from .layer import TurboQuantCache
 from .sliding import RotatingTurboQuantCache
 
@@ -57,7 +57,9 @@ class JoinedRows:
         largest = max(pools, key=lambda pool: pool.held)
         for row in rows:
             row.move_to(largest)
+        self._step = 0
         self._recent: dict[str, mx.array] = {}
+        self._lasting, self._sinks = PreparedSteps(), [r._tokens.sink for r in rows]
         self._lay_out({name: self._views(name) for name in _SIDES})
 
     @property
@@ -89,14 +91,21 @@ class JoinedRows:
         self._changed()
 
     def _changed(self) -> None:
+        """Codes, members or places in the buffer are not what they were."""
         self._prepared = PreparedSteps()
         self._seen = [row._prepared for row in self.rows]
+        self._tokens = [_tokens_of(row) for row in self.rows]
+        sinks = [row._tokens.sink for row in self.rows]
+        if len(sinks) != len(self._sinks) or any(
+            map(operator.is_not, sinks, self._sinks)
+        ):
+            self._lasting, self._sinks = PreparedSteps(), sinks
 
     def update_and_fetch(
         self, keys: mx.array, values: mx.array
     ) -> tuple[CompressedBatch, CompressedBatch]:
         """As `TurboQuantCache.update_and_fetch` of every row, for a short step."""
-        step = keys.shape[2]
+        step = self._step = keys.shape[2]
         for index, row in enumerate(self.rows):
             row.make_room()
             if row.offset >= row._schedule.next_page_at:
@@ -124,15 +133,16 @@ class JoinedRows:
         assert choice is not None
         keep, most_shown = 0, None
         if isinstance(row, RotatingTurboQuantCache):
-            keep, most_shown = row.keep, row.max_size
+            keep, most_shown = row.keep, row.max_size - 1 + self._step
         keys, values = (
             CompressedBatch(
-                _Handles(self, side),
+                [tokens[side] for tokens in self._tokens],
                 self._recent[name],
                 tuple(self._firsts),
                 self._stop,
                 choice.backend,
                 self._prepared,
+                self._lasting,
                 keep,
                 most_shown,
             )
@@ -157,19 +167,11 @@ class JoinedRows:
     def _own_views(self, name: str) -> list[mx.array]:
         return [self._views_of(index)[name] for index in range(len(self.rows))]
 
-    def handles_of(self, index: int) -> tuple[CompressedTokens, CompressedTokens]:
-        """One row's own handles."""
-        recent = self.rows[index]._tokens.recent
-        nothing = recent.arrays
-        recent.arrays = self._views_of(index)
-        handles = self.rows[index].compressed()
-        recent.arrays = nothing
-        return handles
-
     def keep_only(self, indices: Sequence[int]) -> None:
         """Go on with these rows, in this order."""
         tokens = {n: [self._views_of(i)[n] for i in indices] for n in _SIDES}
         self.rows = [self.rows[i] for i in indices]
+        self._lasting = PreparedSteps()
         self._lay_out(tokens)
 
     def drop_last(self, count: int) -> bool:
@@ -191,24 +193,13 @@ class JoinedRows:
         return self.rows
 
 
-class _Handles(Sequence[CompressedTokens]):
-    """One side's handles of joined rows, made when somebody asks."""
-
-    def __init__(self, joined: JoinedRows, side: int) -> None:
-        self._joined, self._side = joined, side
-
-    def __len__(self) -> int:
-        return len(self._joined.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> CompressedTokens: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CompressedTokens]: ...
-    def __getitem__(
-        self, index: int | slice
-    ) -> CompressedTokens | Sequence[CompressedTokens]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self._joined.handles_of(index)[self._side]
+def _tokens_of(row: TurboQuantCache) -> tuple[RowTokens, ...]:
+    """Keys and values of a row, but for recent ones."""
+    sides, tokens = row._quantizers.sides, row._tokens
+    assert sides is not None, "rows that join have packed tokens"
+    return tuple(
+        RowTokens(
+            quantizer, tokens.sink.get(side), codes if row.packed_length else None
+        )
+        for (side, quantizer), codes in zip(sides.items(), tokens.packed, strict=True)
+    )

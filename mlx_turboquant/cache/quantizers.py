@@ -203,7 +203,7 @@ class LayerQuantizers:
         decoded: Arrays = {}
         for (side, codes), quantizer in zip(packed.items(), self._built, strict=True):
             first = codes.length - count
-            place = codes.tiles[first // TILE]
+            place = int(codes.tiles[first // TILE])
             tile = slice(place, place + 1)
             rows = {name: array[:, :, tile] for name, array in codes.arrays.items()}
             cut = TokenArrays(rows, count, layout=codes.layout)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..codecs.kernel_format import MIN_ELEMENTS
 
@@ -61,6 +62,13 @@ def pack(*rows: tuple[int, ...]) -> mx.array:
     return mx.array([number for row in rows for number in _padded(row)], mx.int32)
 
 
+@functools.lru_cache(maxsize=64)
+def pack_bytes(numbers: bytes) -> mx.array:
+    """int32 numbers as an array of at least 8, zeros behind them; memoised likewise."""
+    array = np.frombuffer(numbers, np.int32)
+    return mx.array(np.pad(array, (0, max(0, MIN_ELEMENTS - array.size))))
+
+
 def pack_steps(
     rows: Sequence[tuple[int, ...]], growth: tuple[int, ...], first: int, count: int
 ) -> list[mx.array]:
@@ -71,12 +79,14 @@ def pack_steps(
     back. On an NVIDIA H100 a fresh array per step was seen to make that step's first
     launch wait 150 us.
     """
-    start = mx.array([_padded(row) for row in rows], mx.int32)
-    step = mx.array(_padded(growth), mx.int32)
-    steps = mx.arange(first, first + count, dtype=mx.int32)[:, None, None]
-    table = (start + steps * step).reshape(count, -1)
-    views = [table[i] for i in range(count)]
-    mx.eval(table, views)
+    start = np.array([_padded(row) for row in rows], np.int32)
+    step = np.array(_padded(growth), np.int32)
+    steps = np.arange(first, first + count, dtype=np.int32)[:, None, None]
+    table = mx.array((start + steps * step).reshape(count, -1))
+    # Not on the GPU's stream: views would wait for the step that it is at.
+    with mx.stream(mx.cpu):
+        views = [table[i] for i in range(count)]
+        mx.eval(table, views)
     return views
 
 

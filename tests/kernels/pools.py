@@ -24,7 +24,7 @@ class Pooled(TokenArrays):
 
     @property
     def tiles(self):
-        return self.places
+        return np.array(self.places, np.int32)
 
     def view(self, name, heads=slice(None)):
         return self.arrays[name][:, heads][:, :, mx.array(self.places)]

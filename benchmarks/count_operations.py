@@ -51,6 +51,7 @@ TYPES = {
     "v_scales": "__half",
     "means": "__half",
     "arguments": "int",
+    "tiles": "int",
     **dict.fromkeys(("q", "sink_keys", "sink_values"), "__half"),
     **dict.fromkeys(("recent_keys", "recent_values"), "__half"),
 }

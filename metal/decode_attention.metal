@@ -67,7 +67,7 @@ TQ_FUNC void finish_logits(
     logit = logit * k_scales[i / Rows::LANE_ROWS] + mean_logits[e];
   }
   if (!MASKED && TILE_TOKENS * (tile + 1) <= run.end - run.hidden
-      && stored_number(run, TILE_TOKENS * tile) >= run.forgotten_end) {
+      && TILE_TOKENS * tile >= run.seen_from) {
     return;
   }
   TQ_UNROLL
@@ -84,11 +84,9 @@ TQ_FUNC void finish_logits(
     for (int i = 0; i < Rows::LANE_TOKENS; i++) {
       thread float& logit = logits[Rows::logit_at(e, i)];
       int token = TILE_TOKENS * tile + Rows::token(lane, i);
-      int number = stored_number(run, token);
-      bool is_seen = token < end && (number < args.keep || number >= run.forgotten_end);
+      bool is_seen = token < end && (token >= run.seen_from || token < run.keep);
       if (MASKED && row < args.rows && is_seen) {
-        int column = number < args.keep ? number : number - (run.forgotten_end - args.keep);
-        logit += row_mask[column * mask.column_stride];
+        logit += row_mask[column_of(run, token) * mask.column_stride];
       }
       if (!is_seen) logit = -3e38f;
     }
@@ -380,6 +378,9 @@ TQ_ENTRY(decode_split_kv) {
   threadgroup float maxima[tq_maxima_floats(SIMDGROUPS, Rows::ROWS)];
   threadgroup float logits_of_means[CENTER ? tq_means_floats(SIMDGROUPS, Rows::ROWS) : 1];
   threadgroup half2 k_table[tq_table_words(K_KIND, K_BITS, SINGLE_TABLE)];
+  // What is needed behind the loops, and would take registers in them: the number of the first
+  // row's partial result, query rows, splits, and whether the tokens are packed.
+  threadgroup int ending[4];
   threadgroup half2 v_table[SHARED_TABLE ? 1 : tq_table_words(V_KIND, V_BITS, SINGLE_TABLE)];
   Shared shared;
   shared.queries = (threadgroup half2*)query_words;
@@ -388,14 +389,13 @@ TQ_ENTRY(decode_split_kv) {
   shared.logits_of_means = logits_of_means;
   uint3 threadgroup_index = threadgroup_position_in_grid;
   AttendArguments args = load_arguments(arguments, threadgroup_index.z);
-  int splits = args.plain_splits + args.splits;
-  if (int(threadgroup_index.x) >= splits) return;
   uint lane = thread_index_in_simdgroup;
   uint simdgroup = simdgroup_index_in_threadgroup;
   uint thread_index = thread_index_in_threadgroup;
-  size_t batch = threadgroup_index.z;
-  size_t head = threadgroup_index.y / ROW_GROUPS;
-  size_t kv_head = batch * args.kv_heads + head;
+  int splits = args.plain_splits + args.splits;
+  uint batch = threadgroup_index.z;
+  uint head = threadgroup_index.y / ROW_GROUPS;
+  uint kv_head = batch * args.kv_heads + head;
   int first_row = int(threadgroup_index.y % ROW_GROUPS) * Rows::ROWS;
   int split = int(threadgroup_index.x) - args.plain_splits;
   const device T* head_q =
@@ -409,6 +409,13 @@ TQ_ENTRY(decode_split_kv) {
     head_mask.origin += batch * mask_strides[0]
                         + head * (args.rows / args.steps) * mask_strides[1]
                         + first_column(args) * mask_strides[3];
+  }
+  if (split >= args.splits) return;
+  if (thread_index == 0u) {
+    ending[0] = args.first_partial + int(head) * args.rows * splits + int(threadgroup_index.x);
+    ending[1] = args.rows;
+    ending[2] = splits;
+    ending[3] = split >= 0;
   }
   SoftmaxState<Rows> state;
   float sums[Rows::UNIT_SUMS * tq_own_units(V::PADDED, SIMDGROUPS)];
@@ -440,7 +447,7 @@ TQ_ENTRY(decode_split_kv) {
         shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, 1.0f, args, first_row,
         run, ahead, no_means, state, sums, simdgroup, lane);
   } else {
-    size_t pool = args.pool_row;
+    uint pool = args.pool_row;
     const device int* row_tiles = tiles + args.table;
     PackedTokens k_tokens = make_packed_tokens(
         k_words + pool * k_words_strides[0] + head * k_words_strides[1],
@@ -476,9 +483,8 @@ TQ_ENTRY(decode_split_kv) {
         shared, k_tokens, v_tokens, head_mask, k_decode, v_decode, k_params[0], args, first_row,
         run, ahead, split_means, state, sums, simdgroup, lane);
   }
-  size_t partial = size_t(args.first_partial)
-                   + (head * args.rows) * splits + threadgroup_index.x;
+  size_t partial = ending[0];
   write_partial<DV, V::PADDED, Rows, SIMDGROUPS>(
-      state, sums, split < 0 ? 1.0f : v_params[0], first_row, args.rows, splits,
+      state, sums, ending[3] ? v_params[0] : 1.0f, first_row, ending[1], ending[2],
       partial_out + partial * DV, partial_lse + partial * 2, maxima, simdgroup, lane);
 }

@@ -7,12 +7,14 @@ struct TokenRun {
   int first_tile, end_tile;
   int end;  // tokens behind the last that anybody sees
   int hidden;  // of the last ones, that no row sees but the last of each query head; then fewer
-  // Among all tokens stored, the run's have `gap` others before token number gap_at.
-  int gap_at, gap;
-  int forgotten_end;  // stored tokens from number `keep` up to here are seen by nobody
+  // A window left behind tokens from `keep` on that are before `seen_from`, in numbers of the run.
+  int keep, seen_from;
+  // Columns of the mask: those of the first `keep` tokens are their numbers. Others have
+  // `before` columns more before them than tokens of the run, and from gap_at on `gap` more.
+  int before, gap_at, gap;
 };
 
-// Stored tokens that a window has left behind.
+// Stored tokens that a window has left behind, from number `keep` on.
 TQ_FUNC int forgotten_tokens(const thread AttendArguments& args) {
   int forgotten = args.sink + args.packed + args.recent - args.most_shown;
   return forgotten > 0 ? forgotten : 0;
@@ -27,9 +29,11 @@ TQ_FUNC TokenRun packed_run(int split, const thread AttendArguments& args) {
   run.end_tile = run.first_tile + tiles < last ? run.first_tile + tiles : last;
   run.end = args.packed;
   run.hidden = 0;
+  run.keep = 0;
+  run.before = args.sink - forgotten_tokens(args);
+  run.seen_from = args.keep - run.before;
   run.gap_at = 0;
-  run.gap = args.sink;
-  run.forgotten_end = args.keep + forgotten_tokens(args);
+  run.gap = 0;
   return run;
 }
 
@@ -41,9 +45,13 @@ TQ_FUNC TokenRun plain_run(int split, int tiles, const thread AttendArguments& a
   run.first_tile = split * tiles;
   run.end_tile = run.first_tile + tiles < last ? run.first_tile + tiles : last;
   run.hidden = args.causal ? args.steps - 1 : 0;
+  run.keep = args.keep;
+  run.before = -forgotten_tokens(args);
+  int number = args.keep - run.before;  // of the first that is seen behind them
+  int recent = number - args.packed;
+  run.seen_from = number <= args.sink ? number : recent > args.sink ? recent : args.sink;
   run.gap_at = args.sink;
   run.gap = args.packed;
-  run.forgotten_end = args.keep + forgotten_tokens(args);
   return run;
 }
 
@@ -54,9 +62,10 @@ TQ_FUNC int row_end(const thread TokenRun& run, int row, const thread AttendArgu
   return run.end - (hidden < args.recent ? hidden : args.recent);
 }
 
-// A token's number among all that are stored.
-TQ_FUNC int stored_number(const thread TokenRun& run, int token) {
-  return token + (token < run.gap_at ? 0 : run.gap);
+// The mask's column of a token that is seen.
+TQ_FUNC int column_of(const thread TokenRun& run, int token) {
+  if (token < run.keep) return token;
+  return token + run.before + (token < run.gap_at ? 0 : run.gap);
 }
 
 // Columns of the mask are the longest row's tokens but forgotten ones. Each row's are the last of

@@ -85,8 +85,8 @@ def check_decode(launcher, spec, dim, side, tokens, dtype=mx.float32):
         arguments = MaterializeArguments(0, tokens, 0, count, heads.start, 3, 2, 1)
         dtypes = mx.float32, dtype
         launch = materialize_launch(layout, dtypes, arguments, False, False)
-        inputs = [words, scales, params, *none, placeholder(), pack(arguments)]
-        (got,) = launcher(launch, inputs)
+        inputs = [words, scales, pack(codes.tiles), params, *none, placeholder()]
+        (got,) = launcher(launch, [*inputs, pack(arguments)])
         want = codec.decode(codes, dtype, heads)
         assert got.shape == want.shape == (2, count, tokens, dim)
         bound = 2e-6 if dtype == mx.float32 else 1e-3

@@ -1,0 +1,69 @@
+"""Whether kernels are proved on this machine for what a cache's quantizers encode.
+
+Owns what a proof is asked for; how it is made and kept is ``proof/``'s.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+
+from ..proof import ledger
+from ..proof.key import Key, Subject, machine, text_hash
+from ..proof.ledger import Ledger
+from ..proof.runner import Job
+from ..proof.store import Store
+from ..quantizer import Quantizer
+from . import specialize
+from .gpu import Gpu
+
+#: What a child checks in place of this machine's kernels, for tests: see `Job.backend`.
+STAND_IN = ""
+_PACKAGE = __name__.split(".")[0]
+
+
+@functools.cache
+def this_ledger() -> Ledger:
+    """The verdicts of this process, kept in the user's cache folder."""
+    return Ledger(Store())
+
+
+def refuse(
+    backend: Gpu, keys: Quantizer, values: Quantizer, dtype: mx.Dtype
+) -> str | None:
+    """Why these kernels are not to be used now, or None if they are proved.
+
+    Begins the proof in the background where nothing is known.
+
+    Args:
+        backend: Whose kernels; it takes these quantizers.
+        keys: Of a layer's keys.
+        values: Of its values.
+        dtype: The model's.
+    """
+    for quantizer in (keys, values):
+        codec = quantizer.codec
+        if not type(codec).__module__.startswith(f"{_PACKAGE}."):
+            return f"a check of its kernels would not know codec {codec.spec}"
+    key = key_of(backend, keys, values, dtype)
+    verdict = this_ledger().standing(key)
+    if verdict is None:
+        job = Job(key.subject, backend.name, backend.simdgroups, STAND_IN)
+        this_ledger().start(key, job)
+        return ledger.UNDER_WAY
+    return None if verdict.is_ok else ledger.words(verdict)
+
+
+def key_of(backend: Gpu, keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Key:
+    """What a verdict on these kernels is about."""
+    templates = [
+        specialize.split_template(keys, values, dtype, 1, False),
+        specialize.merge_template(values, dtype, False),
+        *(
+            None if form is None else (form.kernel, sorted(form.template.items()))
+            for form in (q.codec.encode_format for q in (keys, values))
+        ),
+    ]
+    subject = Subject.of(keys, values, dtype, repr(templates))
+    return Key(subject, machine(backend.name, backend.simdgroups), text_hash())

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from .backends import select
 from .backends.call import AttendCall, Mask
+from .backends.reference import Reference
 from .segments import CompressedKV, CompressedRows, CompressedTokens
 
 
@@ -69,7 +70,7 @@ def attend(
             )
         backend = keys.backend
         if backend is None:
-            backend = select.resolve(keys.quantizer, values.quantizer).backend
+            backend = _resolved(keys, values)
         out: mx.array = backend.attend(call)
         return out
     if isinstance(keys, CompressedRows) and isinstance(values, CompressedRows):
@@ -111,10 +112,14 @@ def dequantize(
     This is for attention that is not mlx-lm's function. All of a layer is decoded at
     once, in the model's dtype and basis; hidden tokens are left out.
     """
-    backend = keys.backend or select.resolve(keys.quantizer, values.quantizer).backend
+    backend = keys.backend or _resolved(keys, values)
     return _shown(backend.dequantize(keys), keys), _shown(
         backend.dequantize(values), values
     )
+
+
+def _resolved(keys: CompressedTokens, values: CompressedTokens) -> Reference:
+    return select.resolve(keys.quantizer, values.quantizer, keys.dtype).backend
 
 
 def _shown(x: mx.array, side: CompressedTokens) -> mx.array:

@@ -168,7 +168,7 @@ class TurboQuantCache(SequenceCache):
             )
         recent = self._tokens.recent.arrays
         if not recent:
-            self._quantizers.build(keys.shape[3], values.shape[3])
+            self._quantizers.build(keys, values)
             return
         for name, new in (("keys", keys), ("values", values)):
             batch, heads, _, dim = recent[name].shape
@@ -296,8 +296,7 @@ class TurboQuantCache(SequenceCache):
         recent = groups["recent"]
         if recent:
             calibrated = bool(groups["packed"] or groups["gains"])
-            dims = recent["keys"].shape[3], recent["values"].shape[3]
-            self._quantizers.load(groups, dims, calibrated)
+            self._quantizers.load(groups, calibrated)
         tokens, quantizers = self._tokens, self._quantizers
         tokens.load(groups, quantizers.layouts if numbers["tiles"] else None)
         if tokens.packed_length:

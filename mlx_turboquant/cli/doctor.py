@@ -1,28 +1,40 @@
 """``mlx_tq.doctor``: does this machine run every kernel, rightly and how fast.
 
-Owns the printing; the checks are `diagnosis`'s.
+Owns the printing; the checks are `diagnosis`'s. Kernels that need proof are checked in
+a process of their own, and what earlier ones found is shown.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..blas import prefer_openblas
+from ..errors import SpecError
 from .entry import standalone
 from .tables import print_table
+
+if TYPE_CHECKING:
+    from ..proof.store import Store, Verdict
 
 
 def doctor(
     tokens: Annotated[
         int, typer.Option(min=512, help="Tokens in the timed attention.")
     ] = 16384,
+    retry: Annotated[
+        bool,
+        typer.Option("--retry", help="Forget what earlier checks of kernels found."),
+    ] = False,
 ) -> None:
     """Check this machine: versions, every kernel against the reference, one timing."""
     from .. import diagnosis
-    from ..backends import select
+    from ..backends import proved, select
 
+    if retry:
+        _forget(proved.this_ledger().store)
     backend = select.gpu_backend()
     facts = dict(diagnosis.machine())
     facts["OpenBLAS"] = "loaded" if prefer_openblas() else "not loaded"
@@ -30,7 +42,9 @@ def doctor(
         facts["kernels"] = "not run: MLX runs on the CPU here"
     print_table(facts.items())
     failures = 0
-    if backend is not None:
+    if select.awaits_proof():
+        failures = _prove()
+    elif backend is not None:
         # Line by line, not as a table: should a kernel end this process, the last
         # line says how far it came.
         for check in diagnosis.check_kernels(backend):
@@ -40,6 +54,8 @@ def doctor(
             if check.failure:
                 typer.echo(check.failure, err=True)
             failures += not check.passed
+    for found in proved.this_ledger().store.verdicts():
+        typer.echo(_line(found))
     milliseconds = diagnosis.time_decode(tokens)
     print_table(
         (name, f"{time:.2f} ms", f"at {tokens} tokens")
@@ -50,6 +66,47 @@ def doctor(
             f"{failures} kernels failed; please report all of the above", err=True
         )
         raise typer.Exit(1)
+
+
+def _forget(store: Store) -> None:
+    """Forget all verdicts.
+
+    Raises:
+        SpecError: if they cannot be deleted.
+    """
+    try:
+        typer.echo(f"forgot {store.forget()} verdicts")
+    except OSError as error:
+        raise SpecError(
+            f"--retry cannot delete verdicts ({error}); delete {store.folder}"
+        ) from error
+
+
+def _prove() -> int:
+    """Check kernels in a process of their own; returns how many are not to be used."""
+    import warnings
+
+    from .. import diagnosis
+    from ..backends import proved
+    from .progress import wait_for_proofs
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the verdicts are printed
+        diagnosis.begin_proofs()
+    wait_for_proofs()
+    return sum(not verdict.is_ok for verdict in proved.this_ledger().known)
+
+
+def _line(verdict: Verdict) -> str:
+    """A verdict, when it was made and how long it took."""
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(verdict.when))
+    text = f"kernels for {verdict.subject}: {verdict.status} ({when}"
+    if verdict.seconds:
+        text += f", {verdict.checks} checks in {verdict.seconds:.1f} s"
+    if verdict.errors:
+        text += f", largest error {max(verdict.errors.values()):.1e}"
+    text += f") {verdict.reason}".rstrip()
+    return text if verdict.is_ok or not verdict.log else f"{text}; log: {verdict.log}"
 
 
 main = standalone(doctor)

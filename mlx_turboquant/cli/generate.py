@@ -14,7 +14,7 @@ from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
 from .entry import standalone
-from .progress import prefill_progress
+from .progress import prefill_progress, wait_for_proofs
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -100,6 +100,7 @@ def generate(
         draft, all_caches = _add_draft(
             session, draft_model, draft_spec, cache, len(tokens) + max_tokens
         )
+    wait_for_proofs(session.is_verbose)
     sampler = session.sampler(
         temp=temp,
         top_p=top_p,

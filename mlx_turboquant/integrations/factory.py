@@ -21,7 +21,7 @@ from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
 from ..spec import CacheSpec
-from . import hook, probe
+from . import hook, probe, proofs
 from .compiled_step import itself
 from .stock import BOUNDED_KEEP, bound, replace_leaves, stock_caches
 
@@ -212,7 +212,9 @@ def _make(
         entry = next(records)
         return _compressed(entry, *next(specs)) if entry.is_compressed else leaf
 
-    return PromptCache(replace_leaves(stock, compressed), entries)
+    caches = PromptCache(replace_leaves(stock, compressed), entries)
+    proofs.begin(model, caches, entries)
+    return caches
 
 
 def _compressed(

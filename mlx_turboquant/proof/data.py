@@ -112,7 +112,10 @@ class Source:
             # Number 0 of the pool is the queries' direction.
             index[packed // 3], factor = 0, 0.05 * factor
             factor[:, :, packed // 3] = _FAR_LOGIT / self.subject.k_dim**0.5
-        words, scales = pool.view("words")[:, :, index], pool.view("scales")[:, :, index]
+        words, scales = (
+            pool.view("words")[:, :, index],
+            pool.view("scales")[:, :, index],
+        )
         scales = (scales.astype(mx.float32) * factor).astype(mx.float16)
         if capacity > packed:
             words[:, :, packed:] = 0xFFFFFFFF

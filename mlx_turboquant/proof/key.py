@@ -1,8 +1,8 @@
 """`Key`: what a verdict on kernels is about; if any of it changes, it says nothing.
 
-    Subject   what the kernels are specialised for: codecs, dims, dtype, pages
-    Machine   where they ran: GPU, its cores, the system's build, versions
-    texts     a hash of every kernel source in ``metal/``
+Subject   what the kernels are specialised for: codecs, dims, dtype, pages
+Machine   where they ran: GPU, its cores, the system's build, versions
+texts     a hash of every kernel source in ``metal/``
 """
 
 from __future__ import annotations

@@ -75,7 +75,10 @@ def run(
                 stdout=subprocess.PIPE,
                 stderr=words,
                 # What this process imports, the child finds.
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                },
             )
         except (OSError, ValueError) as error:
             raise CannotRunError(f"no process can be started here ({error})") from error

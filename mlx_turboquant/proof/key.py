@@ -108,6 +108,7 @@ class Key:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+@functools.cache
 def machine(dialect: str, simdgroups: int) -> dict[str, str]:
     """What a verdict holds for, besides the kernels themselves.
 

@@ -53,7 +53,8 @@ class LayerQuantizers:
         )
         self._gains: Arrays = {}
         self._choice: Choice | None = None
-        self._dtype = mx.float32
+        # Has the model's dtype; caches are copied, and dtypes cannot be.
+        self._like = mx.array([])
 
     def build(self, keys: mx.array, values: mx.array) -> Sides[Quantizer]:
         """Quantizers for vectors like these, with the gains there are so far.
@@ -69,7 +70,8 @@ class LayerQuantizers:
 
     def build_for(self, dims: tuple[int, int], dtype: mx.Dtype) -> Sides[Quantizer]:
         """As `build`, for elements of a key and of a value, and the model's dtype."""
-        (k_dim, v_dim), self._dtype = dims, dtype
+        k_dim, v_dim = dims
+        self._like = mx.array([], dtype)
         spec, gains = self.spec, self._gains
         quantizers = []
         of_sides: tuple[tuple[Side, CodecSpec, int], ...]
@@ -92,7 +94,7 @@ class LayerQuantizers:
     def choice(self) -> Choice:
         """The backend for these quantizers, and why it is not a faster one."""
         if self._choice is None:
-            self._choice = select.resolve(*self._built, self._dtype)
+            self._choice = select.resolve(*self._built, self._like.dtype)
         return self._choice
 
     def observe_queries(

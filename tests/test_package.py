@@ -39,7 +39,7 @@ LAYERS = (
     ("kernels",),
     ("proof",),
     ("backends",),
-    ("attention", "proof.judge", "proof.checks", "proof.child"),
+    ("attention", "proof.judge", "proof.facts", "proof.checks", "proof.child"),
     ("cache",),
     ("entries",),
     ("explanation", "diagnosis", "memory"),

@@ -2,7 +2,7 @@
 
 Each check holds a backend to the reference on the CPU in float32, on the same codes,
 and to itself: what it says twice must be equal to the bit. The first checks are of the
-hardware's facts, by kernels that show little else.
+hardware's `facts`, and by kernels that show little else.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import mlx.core as mx
 from ..backends.call import AttendCall, Mask
 from ..backends.reference import Reference
 from ..backends.specialize import rotates_in_kernel
+from ..kernels.kernel import Launcher
 from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
 from .data import HEADS, Kind, Source
+from .facts import Fact, facts
 from .judge import ROW_TOLERANCE, TOLERANCE, TRUTH, WrongError, hold, truth_of
 from .key import Subject
 
@@ -69,8 +71,18 @@ _ATTENTION: tuple[tuple[int, int, int, str | None, Kind, int], ...] = (
 )
 
 
-def all_checks(subject: Subject) -> Iterator[Check]:
-    """Every check of a subject, the quickest first; data is made as it goes."""
+def all_checks(
+    subject: Subject, launcher: Launcher | None, note: Callable[[Fact], None]
+) -> Iterator[Check]:
+    """Every check of a subject, the quickest first; data is made as it goes.
+
+    Args:
+        subject: What kernels are specialised for.
+        launcher: What runs them; None for a backend without kernels.
+        note: Told of each fact of the hardware.
+    """
+    if launcher is not None:
+        yield Check("facts", "probe", partial(_facts, launcher, note))
     with mx.stream(mx.cpu):
         source = Source(subject)
     yield from _probes(source)
@@ -82,6 +94,19 @@ def all_checks(subject: Subject) -> Iterator[Check]:
             "attention",
             partial(_attention, source, packed, group, steps, mask, kind, times),
         )
+
+
+def _facts(
+    launcher: Launcher, note: Callable[[Fact], None], backend: Reference
+) -> float:
+    """Facts of the hardware, whatever the backend makes of them."""
+    found = facts(launcher)
+    for fact in found:
+        note(fact)
+    wrong = [str(fact) for fact in found if not fact.holds]
+    if wrong:
+        raise WrongError("; ".join(wrong))
+    return 0.0
 
 
 def _probes(source: Source) -> Iterator[Check]:

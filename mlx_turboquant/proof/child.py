@@ -3,6 +3,7 @@
 A `runner.Job` as JSON comes on stdin; each line on stdout is a message in JSON:
 
     {"event": "check", "name": ..}                    about to run
+    {"event": "fact", "name": .., "found": ..}        of the hardware
     {"event": "passed", "kind": .., "error": ..}      it ran, and agrees
     {"event": "end", "status": .., "reason": ..}      all passed, or the first failure
 """
@@ -40,7 +41,12 @@ def main() -> None:
     from .judge import WrongError
 
     backend = _backend(job)
-    for check in checks.all_checks(job.subject):
+    every = checks.all_checks(
+        job.subject,
+        getattr(backend, "launcher", None),
+        lambda fact: say(event="fact", name=fact.name, found=fact.found),
+    )
+    for check in every:
         say(event="check", name=check.name)
         try:
             error = check.run(backend)

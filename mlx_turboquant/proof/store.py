@@ -36,6 +36,7 @@ class Verdict:
         seconds: How long all took.
         when: Seconds since 1970 when it was written.
         errors: Largest relative error by kind of check.
+        facts: What was found of the hardware, by name.
         log: Path of the log; "" if there is none.
     """
 
@@ -46,6 +47,7 @@ class Verdict:
     seconds: float = 0.0
     when: float = field(default_factory=time.time)
     errors: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     log: str = ""
 
     @property
@@ -139,6 +141,7 @@ def _read(path: Path) -> Verdict | None:
             seconds=float(found["seconds"]),
             when=float(found["when"]),
             errors={str(kind): float(e) for kind, e in found["errors"].items()},
+            facts={str(name): str(what) for name, what in found["facts"].items()},
             log=str(found["log"]),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -1,0 +1,102 @@
+"""The probe of a GPU's facts: all hold where kernels run, and each is seen to fail."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_turboquant.backends.reference import Reference
+from mlx_turboquant.proof import checks
+from mlx_turboquant.proof.facts import WORDS, facts
+from mlx_turboquant.proof.judge import WrongError
+from mlx_turboquant.proof.key import Subject
+
+
+def test_facts_hold(launcher, mode):
+    found = facts(launcher)
+    assert len({fact.name for fact in found}) == len(found) == 21
+    assert [str(fact) for fact in found if not fact.holds] == []
+    assert WORDS * 4 == 28672
+    # The simulator is one of the machines that kernels must get on with.
+    kept = {fact.found == "kept" for fact in found if not fact.is_needed}
+    assert len(kept) == 1
+
+
+def test_the_largest_threadgroup_memory_is_no_more_than_is_probed(lane):
+    """Of attention over trellis codes of 512 elements: queries, weights, two tables."""
+    from mlx_turboquant.backends import specialize
+    from mlx_turboquant.codecs import codec_for
+    from mlx_turboquant.quantizer import Quantizer
+    from mlx_turboquant.spec import CodecSpec
+
+    sides = []
+    for side, bits in (("keys", 3), ("values", 2)):
+        codec = codec_for(CodecSpec.of("trellis", bits), 512, side)
+        sides.append(Quantizer.of(codec.spec, 512, side))
+    template = dict(specialize.split_template(*sides, mx.float16, 8, False))
+    assert not template["SINGLE_TABLE"]
+    tables = 2 * 128 * 16
+    queries = 32 * 4 * template["ROW_TILES"] * 16
+    assert 4 * (tables + queries) < 4 * WORDS <= 32 << 10
+
+
+#: What a machine does otherwise, and the facts that say so.
+FAULTS = {
+    "simdgroups of 64": ([8], None, 64, "threads of a simdgroup"),
+    "lanes in another order": ([0], None, 5, "lane of a thread"),
+    "simdgroups in another order": ([1], None, 2, "simdgroup of a thread"),
+    "a wrong maximum": ([9], None, 30, "simd_max"),
+    "a vote of one is lost": ([10], None, 0, "simd_any"),
+    "a shuffle of nearly everything": ([11], None, 9, "simd_shuffle"),
+    "a butterfly over too few": ([16], None, 3, "simd_shuffle_xor 16"),
+    "threadgroup memory is too small": ([2], None, 1, "threadgroup memory of 28672"),
+    "subnormal halves are flushed": ([3], None, 0, "halves as floats"),
+    "rounding is to zero": ([4], None, 1, "floats as halves"),
+    "exp2 is rough": ([5], None, 1.001, "exp2"),
+    "fragments lie otherwise": (None, (0, 0), 7, "lanes of fragments, logits"),
+    "weights lie otherwise": (None, (0, 1), 7, "lanes of fragments, values"),
+    "sums are halves": (None, (1, 0), 1, "sums of products, logits"),
+    "sums of values are halves": (None, (3, 1), 2048, "sums of products, values"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_machine_that_is_otherwise_is_told(name, launcher):
+    fact, product, wrong, expected = FAULTS[name]
+
+    class Otherwise:
+        name = "otherwise"
+
+        def __call__(self, launch, inputs):
+            lanes, products = (np.array(x) for x in launcher(launch, inputs))
+            if fact is not None:
+                lanes[fact] = wrong
+            else:
+                products[product] = wrong
+            return [mx.array(lanes), mx.array(products)]
+
+    told = [fact for fact in facts(Otherwise()) if not fact.holds]
+    assert [fact.name.startswith(expected) for fact in told] == [True]
+    assert told[0].found != told[0].expected
+
+    subject = Subject("turboquant:3", "turboquant:2", 64, 64, 128, "float16", "")
+    noted = []
+    first = next(checks.all_checks(subject, Otherwise(), noted.append))
+    with pytest.raises(WrongError, match=f"{told[0].name}: expected .* found"):
+        first.run(Reference())
+    assert len(noted) == 21
+
+
+def test_fragments_that_are_exchanged_are_named(launcher):
+    """Two lanes that have each other's elements."""
+
+    class Exchanged:
+        name = "exchanged"
+
+        def __call__(self, launch, inputs):
+            lanes, products = (np.array(x) for x in launcher(launch, inputs))
+            products[:, 0, :, [0, 1]] = products[:, 0, :, [1, 0]]
+            return [mx.array(lanes), mx.array(products)]
+
+    (told,) = [fact for fact in facts(Exchanged()) if not fact.holds]
+    assert told.found.startswith("(0, 2) for (0, 0) as element 0 of lane 0, ")
+    assert "8 wrong in all" in told.found

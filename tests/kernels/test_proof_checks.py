@@ -1,9 +1,10 @@
-"""The probe of a GPU's facts: all hold where kernels run, and each is seen to fail."""
+"""Checks of a proof, on kernels: all hold, and what is otherwise is seen and named."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.proof import checks
 from mlx_turboquant.proof.facts import WORDS, facts
@@ -100,3 +101,37 @@ def test_fragments_that_are_exchanged_are_named(launcher):
     (told,) = [fact for fact in facts(Exchanged()) if not fact.holds]
     assert told.found.startswith("(0, 2) for (0, 0) as element 0 of lane 0, ")
     assert "8 wrong in all" in told.found
+
+
+def results_of(backend, subject):
+    """Error or complaint of every check but the longest."""
+    results = {}
+    for check in checks.all_checks(subject, None, None):
+        if "5000 tokens" not in check.name:
+            try:
+                results[check.name] = check.run(backend)
+            except WrongError as wrong:
+                results[check.name] = str(wrong)
+    return results
+
+
+class OnePercentOff(Gpu):
+    def attend(self, call):
+        return super().attend(call) * 1.01
+
+    def encode(self, quantizer, x, first):
+        codes = super().encode(quantizer, x, first)
+        codes.arrays["scales"] = codes.arrays["scales"] * 1.01
+        return codes
+
+
+def test_one_percent_cannot_hide_behind_bfloat16(launcher):
+    """Vectors that MLX rotates come to kernels with 8 bits; the truth has the same."""
+    subject = Subject("turboquant:3", "turboquant:2", 96, 96, 128, "bfloat16", "")
+    right = results_of(Gpu(launcher), subject)
+    assert all(isinstance(error, float) for error in right.values()), right
+    wrong = results_of(OnePercentOff(launcher), subject)
+    blamed = {name for name, found in wrong.items() if isinstance(found, str)}
+    attention = {n for n in right if n.startswith(("attention", "matrix", "multiply"))}
+    assert blamed == attention | {"codes of keys", "codes of values"}
+    assert len(blamed) == 17

@@ -4,6 +4,7 @@ from mlx_turboquant.blas import prefer_openblas
 
 FAST_BLAS = prefer_openblas()
 
+import subprocess  # noqa: E402
 import sys  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -12,6 +13,7 @@ from helpers import MODEL  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 import mlx_turboquant as tq  # noqa: E402
+from mlx_turboquant.proof.store import Store  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("ci")
@@ -58,7 +60,6 @@ def hooked():
 @pytest.fixture(scope="session")
 def run_cli():
     """Run a command of ours in a process of its own: (exit code, stdout, stderr)."""
-    import subprocess
 
     def run(*args, stdin="", **options):
         done = subprocess.run(
@@ -72,3 +73,23 @@ def run_cli():
         return done.returncode, done.stdout, done.stderr
 
     return run
+
+
+@pytest.fixture
+def verdicts(tmp_path):
+    """A folder of verdicts that is not the user's."""
+    return Store(tmp_path / "proofs")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The processes that are started."""
+    started = []
+    real = subprocess.Popen
+
+    def popen(*args, **kwargs):
+        started.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return started

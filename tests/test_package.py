@@ -42,7 +42,6 @@ LAYERS = (
     (
         "attention",
         "proof.judge",
-        "proof.truth",
         "proof.facts",
         "proof.checks",
         "proof.child",

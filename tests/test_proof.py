@@ -10,13 +10,9 @@ import sys
 import time
 import warnings
 
-import mlx.core as mx
 import pytest
-from helpers import ROOT, attend
+from helpers import ROOT
 
-import mlx_turboquant as tq
-from mlx_turboquant.backends import proved, select
-from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.proof import runner, store
 from mlx_turboquant.proof.key import Key, Subject, system_build, text_hash
 from mlx_turboquant.proof.ledger import Ledger
@@ -29,25 +25,6 @@ KEY = Key(SUBJECT, {"device": "none"}, "")
 
 def job(fake):
     return Job(SUBJECT, "metal", 8, f"proof_fakes:{fake}")
-
-
-@pytest.fixture
-def verdicts(tmp_path):
-    return Store(tmp_path / "proofs")
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """How many children are started."""
-    started = []
-    real = subprocess.Popen
-
-    def popen(*args, **kwargs):
-        started.append(args)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    return started
 
 
 FAULTS = {
@@ -262,165 +239,6 @@ def test_a_process_that_ends_takes_its_check_along(verdicts):
         timeout=60,
     )
     assert verdicts.read(KEY.digest) is None
-
-
-# Caches
-
-
-@pytest.fixture
-def a_mac(verdicts, monkeypatch):
-    """Caches find Metal here, with kernels whose check is told what to find."""
-
-    class Metal(Gpu):
-        """Computes as the reference, and knows whether it was asked to."""
-
-        def __init__(self):
-            super().__init__(type("Launcher", (), {"name": "metal"})(), simdgroups=8)
-            self.used = False
-
-        def encode(self, quantizer, x, first):
-            self.used = True
-            return self.arranged(quantizer, quantizer.encode(x, first))
-
-        def arranged(self, quantizer, codes):
-            return codes
-
-        def attend(self, call):
-            self.used = True
-            return select.reference_backend().attend(call)
-
-        def channel_gains(self, x, centers=False, queries=None):
-            self.used = True
-            return select.reference_backend().channel_gains(x, centers, queries)
-
-    gpu, ledger = Metal(), Ledger(verdicts)
-    monkeypatch.setattr(select, "gpu_backend", lambda: gpu)
-    monkeypatch.setattr(proved, "this_ledger", lambda: ledger)
-    monkeypatch.delenv(select.VARIABLE, raising=False)
-    select.requested.cache_clear()
-
-    def finds(fake):
-        monkeypatch.setattr(proved, "STAND_IN", f"proof_fakes:{fake}")
-        return gpu, ledger
-
-    yield finds
-    ledger.close()
-    select.requested.cache_clear()
-
-
-def cache_of(spec="k3v2", tokens=400):
-    cache = tq.TurboQuantCache(spec)
-    kv = mx.random.normal((1, 2, tokens, 64)).astype(mx.float16)
-    for part in (kv, kv[:, :, :1]):
-        attend(part, *cache.update_and_fetch(part, part), 0.1)
-    return cache
-
-
-def backend_of(cache):
-    return tq.explain(cache).layers[0].backend
-
-
-def test_caches_use_kernels_once_they_are_proved(a_mac):
-    gpu, ledger = a_mac("right")
-    first = cache_of()
-    assert backend_of(first).startswith("reference: its kernels are being checked")
-    assert not gpu.used
-    ledger.wait()
-    assert backend_of(first).startswith("reference")  # its codes stay as they are
-    assert backend_of(cache_of()) == "metal"
-    assert gpu.used
-    assert backend_of(cache_of("k16v4")) == "reference: codec identity:16 has no kernel"
-    text_hash.cache_clear()
-    sides, fresh = first._quantizers.sides, Ledger(ledger.store)
-    start = time.perf_counter()
-    assert fresh.standing(proved.key_of(gpu, *sides, mx.float16)).is_ok
-    cost = time.perf_counter() - start
-    print(f"look-up of a verdict: {1e3 * cost:.2f} ms")
-    assert cost < 0.02  # 2 ms on an idle machine
-
-
-def test_caches_say_why_kernels_are_not_used(a_mac):
-    gpu, ledger = a_mac("one_percent_off")
-    cache_of()
-    ledger.wait()
-    with pytest.warns(UserWarning, match="tq: its kernels gave wrong results here"):
-        cache = cache_of()
-    shown = backend_of(cache)
-    assert "gave wrong results here (matrix products" in shown
-    assert "log: " in shown
-    assert not gpu.used
-
-
-def test_the_variable_goes_without_proof(a_mac, monkeypatch, counted):
-    gpu, _ = a_mac("one_percent_off")
-    for value, name in (("gpu", "metal"), ("reference", "reference: MLX_TQ_BACKEND")):
-        monkeypatch.setenv(select.VARIABLE, value)
-        select.requested.cache_clear()
-        assert backend_of(cache_of()).startswith(name)
-    assert gpu.used
-    assert not counted
-
-
-def test_cuda_needs_no_proof(a_mac, counted):
-    gpu, _ = a_mac("one_percent_off")
-    gpu.launcher.name = "cuda"
-    assert backend_of(cache_of()) == "cuda"
-    assert not counted
-
-
-def test_codecs_of_others_are_not_checked(a_mac, monkeypatch, counted):
-    from mlx_turboquant.codecs.turboquant import TurboQuant
-
-    a_mac("right")
-    monkeypatch.setattr(TurboQuant, "__module__", "someone.elses")
-    assert "would not know codec turboquant:3" in backend_of(cache_of())
-    assert not counted
-
-
-def test_proofs_begin_with_the_caches_of_a_model(a_mac, books):
-    from mlx_turboquant.integrations import proofs
-
-    model, tokenizer = books
-    _, ledger = a_mac("right")
-    tq.make_prompt_cache(model, "k3v3")
-    assert ledger.is_busy
-    said = []
-    proofs.wait(said.append)
-    assert said[0].startswith("Checking the kernels")
-    assert ": ok, 33 checks" in said[1]
-    proofs.wait(said.append)
-    assert len(said) == 2
-    cache = tq.make_prompt_cache(model, "k3v3")
-    model(mx.array([tokenizer.encode("It was ") * 100]), cache=cache)
-    model(mx.array([[1]]), cache=cache)
-    assert backend_of(cache) == "metal"
-
-
-def test_doctor_shows_verdicts_and_forgets_them(a_mac, monkeypatch):
-    from typer.testing import CliRunner
-
-    from mlx_turboquant import diagnosis
-    from mlx_turboquant.cli.app import main
-
-    _, ledger = a_mac("right")
-    monkeypatch.setattr(diagnosis, "CASES", diagnosis.CASES[:1])
-    old = Verdict("crash", "an older one", "why", log="/the/log")
-    ledger.store.write("0" * 24, old)
-
-    def doctor(*options):
-        done = CliRunner().invoke(main, ["doctor", "--tokens", "600", *options])
-        return done.exit_code, done.output
-
-    code, out = doctor()
-    assert code == 0, out
-    new = r"^kernels for turboquant:3 .*: ok \(2.*, 33 checks in .*, largest error"
-    assert re.search(new, out, re.M)
-    older = r"^kernels for an older one: crash \(.*\) why; log: /the/log"
-    assert re.search(older, out, re.M)
-    assert re.search(r"k3v3 on metal +\S+ ms", out)
-    code, out = doctor("--retry")
-    assert "forgot 2 verdicts" in out
-    assert "older" not in out
 
 
 def test_a_whole_proof_in_the_simulator(tmp_path):

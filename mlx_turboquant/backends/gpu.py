@@ -8,6 +8,7 @@ reference.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -71,6 +72,8 @@ class Gpu(Reference):
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
         self.multiply_adds = multiply_adds
+        #: Shown each prepared step and its first call; None if nobody wants to see.
+        self.watch: Callable[[AttendCall, DecodeStep], None] | None = None
 
     @property
     def name(self) -> str:
@@ -88,11 +91,15 @@ class Gpu(Reference):
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
-            step = prepared[key] = DecodeStep(
-                self.launcher, call, self.simdgroups, self.multiply_adds
-            )
+            step = prepared[key] = self.prepare(call)
+            if self.watch is not None:
+                self.watch(call, step)
         out: mx.array = step(call)
         return out
+
+    def prepare(self, call: AttendCall) -> DecodeStep:
+        """What attends from this call on, until the packed tokens change."""
+        return DecodeStep(self.launcher, call, self.simdgroups, self.multiply_adds)
 
     def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
         """As `Reference.encode_query`, by a kernel where one rotates."""

@@ -1,11 +1,14 @@
 """Whether kernels are proved on this machine for what a cache's quantizers encode.
 
-Owns what a proof is asked for; how it is made and kept is ``proof/``'s.
+Owns what a proof is asked for, and that what was proved is compared once more on a
+user's tokens; how proofs are made and kept is ``proof/``'s.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -13,14 +16,22 @@ from ..proof import ledger
 from ..proof.key import Key, Subject, machine, text_hash
 from ..proof.ledger import Ledger
 from ..proof.runner import Job
-from ..proof.store import Store
+from ..proof.store import Store, Verdict
 from ..quantizer import Quantizer
 from . import specialize
 from .gpu import Gpu
+from .shadow import Shadow
 
 #: What a child checks in place of this machine's kernels, for tests: see `Job.backend`.
 STAND_IN = ""
 _PACKAGE = __name__.split(".")[0]
+
+
+class Proved(NamedTuple):
+    """A backend whose kernels are proved for a cache, and the verdict's digest."""
+
+    backend: Gpu
+    digest: str
 
 
 @functools.cache
@@ -29,10 +40,10 @@ def this_ledger() -> Ledger:
     return Ledger(Store())
 
 
-def refuse(
+def ask(
     backend: Gpu, keys: Quantizer, values: Quantizer, dtype: mx.Dtype
-) -> str | None:
-    """Why these kernels are not to be used now, or None if they are proved.
+) -> Proved | str:
+    """These kernels to be used, if they are proved; else why they are not, for now.
 
     Begins the proof in the background where nothing is known.
 
@@ -52,18 +63,42 @@ def refuse(
         job = Job(key.subject, backend.name, backend.simdgroups, STAND_IN)
         this_ledger().start(key, job)
         return ledger.UNDER_WAY
-    return None if verdict.is_ok else ledger.words(verdict)
+    if not verdict.is_ok:
+        return ledger.words(verdict)
+    return Proved(shadow_of(backend, key.digest).backend, key.digest)
+
+
+@functools.cache
+def shadow_of(backend: Gpu, digest: str) -> Shadow:
+    """What watches the first step of kernels with a verdict, in this process."""
+    return Shadow(backend, lambda reason: this_ledger().overturn(digest, reason))
+
+
+def verdict_of(digest: str) -> Verdict | None:
+    """What this process goes by now for kernels that it has asked about."""
+    return this_ledger().found(digest)
 
 
 def key_of(backend: Gpu, keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Key:
-    """What a verdict on these kernels is about."""
-    templates = [
-        specialize.split_template(keys, values, dtype, 1, False),
-        specialize.merge_template(values, dtype, False),
-        *(
-            None if form is None else (form.kernel, sorted(form.template.items()))
-            for form in (q.codec.encode_format for q in (keys, values))
-        ),
-    ]
-    subject = Subject.of(keys, values, dtype, repr(templates))
-    return Key(subject, machine(backend.name, backend.simdgroups), text_hash())
+    """What a verdict on these kernels is about.
+
+    Layers ask for the same; templates of all are written out once.
+    """
+    subject = Subject.of(keys, values, dtype, "")
+    known = _keys.get((backend.name, backend.simdgroups, subject))
+    if known is None:
+        templates = [
+            specialize.split_template(keys, values, dtype, 1, False),
+            specialize.merge_template(values, dtype, False),
+            *(
+                None if form is None else (form.kernel, sorted(form.template.items()))
+                for form in (q.codec.encode_format for q in (keys, values))
+            ),
+        ]
+        whole = replace(subject, templates=repr(templates))
+        known = Key(whole, machine(backend.name, backend.simdgroups), text_hash())
+        _keys[backend.name, backend.simdgroups, subject] = known
+    return known
+
+
+_keys: dict[tuple[str, int, Subject], Key] = {}

@@ -32,10 +32,17 @@ NEED_PROOF = ("metal",)
 
 
 class Choice(NamedTuple):
-    """A backend, and why none before it in the table was taken, or ""."""
+    """A backend, and why.
+
+    Attributes:
+        backend: What attends and encodes.
+        reason: Why none before it in the table was taken, or "".
+        proof: Digest of the verdict that its kernels are used by; "" if they need none.
+    """
 
     backend: Reference
     reason: str = ""
+    proof: str = ""
 
 
 @functools.cache
@@ -112,7 +119,10 @@ def resolve(keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Choice:
     for backend, off in table():
         reason = off or backend.refuse(keys, values)
         if reason is None and isinstance(backend, Gpu) and awaits_proof():
-            reason = proved.refuse(backend, keys, values, dtype)
+            answer = proved.ask(backend, keys, values, dtype)
+            if not isinstance(answer, str):
+                return Choice(answer.backend, proof=answer.digest)
+            reason = answer
         if reason is None:
             return Choice(backend, "; ".join(reasons))
         if requested() == "gpu" and backend is gpu_backend():

@@ -6,7 +6,6 @@ a process of their own, and what earlier ones found is shown.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -99,13 +98,8 @@ def _prove() -> int:
 
 def _line(verdict: Verdict) -> str:
     """A verdict, when it was made and how long it took."""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(verdict.when))
-    text = f"kernels for {verdict.subject}: {verdict.status} ({when}"
-    if verdict.seconds:
-        text += f", {verdict.checks} checks in {verdict.seconds:.1f} s"
-    if verdict.errors:
-        text += f", largest error {max(verdict.errors.values()):.1e}"
-    text += f") {verdict.reason}".rstrip()
+    text = f"kernels for {verdict.subject}: {verdict.status} ({verdict.history})"
+    text += f" {verdict.reason}".rstrip()
     return text if verdict.is_ok or not verdict.log else f"{text}; log: {verdict.log}"
 
 

@@ -15,7 +15,12 @@ import mlx.core as mx
 
 from ..backends.call import AttendCall, Mask
 from ..backends.reference import Reference
-from ..backends.specialize import rotates_in_kernel
+from ..backends.truth import (
+    ROW_TOLERANCE,
+    attention_as_given,
+    codes_as_given,
+    tolerance_of,
+)
 from ..kernels.kernel import Launcher
 from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
@@ -23,13 +28,9 @@ from ..tiles import in_vectors
 from ..tokens import TokenArrays
 from .data import HEADS, Kind, Source
 from .facts import Fact, facts
-from .judge import ROW_TOLERANCE, TOLERANCE, WrongError, hold, truth_of
+from .judge import WrongError, hold, truth_of
 from .key import Subject
-from .truth import attention_as_given, codes_as_given
 
-#: Of attention whose output is rounded to bfloat16 twice, as kernels write it and
-#: rotated back: 0.004 was seen.
-_TWICE_ROUNDED_TOLERANCE = 7e-3
 #: Times that the longest attention is run to see that it is always the same.
 MANY = 50
 
@@ -192,12 +193,13 @@ def _attention(
         mx.eval(q, *(a for a in (mask, sinks) if isinstance(a, mx.array)))
         call = AttendCall(q, keys, values, source.subject.k_dim**-0.5, mask, sinks)
     want = [attention_as_given(call)]
-    tolerance = TOLERANCE
-    v_rotation = values.quantizer.codec.rotation
-    if source.dtype == mx.bfloat16 and not rotates_in_kernel(v_rotation):
-        tolerance = _TWICE_ROUNDED_TOLERANCE
     return hold(
-        backend, lambda b: [b.attend(call)], want, tolerance, ROW_TOLERANCE, times
+        backend,
+        lambda b: [b.attend(call)],
+        want,
+        tolerance_of(call),
+        ROW_TOLERANCE,
+        times,
     )
 
 

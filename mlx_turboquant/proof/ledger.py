@@ -8,6 +8,7 @@ not run it both. Every failure is one warning, and leaves the reference to do th
 from __future__ import annotations
 
 import atexit
+import contextlib
 import subprocess
 import threading
 import time
@@ -22,8 +23,8 @@ from .store import RUNNING, Store, Verdict
 
 #: Said of kernels whose check is under way.
 UNDER_WAY = (
-    "its kernels are being checked on this machine, for the first time; caches made "
-    "after that use them"
+    "its kernels are being checked on this machine, for the first time; from the page "
+    "after that on they are used"
 )
 #: The ``status`` of what is known of kernels that could not be checked; never stored.
 UNKNOWN = "unknown"
@@ -63,10 +64,30 @@ class Ledger:
             if found is None or found.status == RUNNING:
                 return None
             known = self._known[digest] = found
-        if not known.is_ok and digest not in self._told:
-            self._told.add(digest)
-            warnings.warn(f"tq: {words(known)}", stacklevel=2)
+        self._tell(digest, known)
         return known
+
+    def found(self, digest: str) -> Verdict | None:
+        """The verdict that this process goes by, if it has asked for one."""
+        return self._known.get(digest)
+
+    def overturn(self, digest: str, reason: str) -> None:
+        """Kernels that were proved have been seen to be wrong; warns of it."""
+        proved = self._known.get(digest)
+        if proved is None:
+            return
+        wrong = replace(proved, status="wrong", reason=reason, when=time.time())
+        self._known[digest] = wrong
+        with contextlib.suppress(OSError), self.store.lock():
+            self.store.write(digest, wrong)
+        self._tell(digest, wrong)
+
+    def _tell(self, digest: str, verdict: Verdict) -> None:
+        """Warn once of kernels that are not to be used."""
+        if verdict.is_ok or digest in self._told:
+            return
+        self._told.add(digest)
+        warnings.warn(f"tq: {words(verdict)}", stacklevel=3)
 
     def start(self, key: Key, job: Job) -> None:
         """Have a key's kernels checked in the background, unless that is under way."""

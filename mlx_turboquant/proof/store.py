@@ -55,6 +55,16 @@ class Verdict:
         """Whether the kernels may be used."""
         return self.status == OK
 
+    @property
+    def history(self) -> str:
+        """When it was written, how many checks passed and how long they took."""
+        text = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.when))
+        if self.seconds:
+            text += f", {self.checks} checks in {self.seconds:.1f} s"
+        if self.errors:
+            text += f", largest error {max(self.errors.values()):.1e}"
+        return text
+
 
 def cache_folder() -> Path:
     """The user's folder for verdicts; it may not exist."""

@@ -48,7 +48,7 @@ LAYERS = (
     ),
     ("cache",),
     ("entries",),
-    ("explanation", "diagnosis", "memory"),
+    ("explanation", "diagnosis", "bug_report", "memory"),
     ("integrations",),
     ("evals",),
     ("cli",),

@@ -6,6 +6,7 @@ a process of their own, and what earlier ones found is shown.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +17,8 @@ from .entry import standalone
 from .tables import print_table
 
 if TYPE_CHECKING:
-    from ..proof.store import Store, Verdict
+    from ..proof.ledger import Ledger
+    from ..proof.store import Verdict
 
 
 def doctor(
@@ -27,20 +29,28 @@ def doctor(
         bool,
         typer.Option("--retry", help="Forget what earlier checks of kernels found."),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a file for a bug report: all this and the logs, without names."
+        ),
+    ] = None,
 ) -> None:
     """Check this machine: versions, every kernel against the reference, one timing."""
-    from .. import diagnosis
+    from .. import bug_report, diagnosis
     from ..backends import proved, select
 
+    if report is not None and not report.absolute().parent.is_dir():
+        raise SpecError(f"--report {report} is in no folder that exists; make it first")
     if retry:
-        _forget(proved.this_ledger().store)
+        _forget(proved.this_ledger())
     backend = select.gpu_backend()
     facts = dict(diagnosis.machine())
     facts["OpenBLAS"] = "loaded" if prefer_openblas() else "not loaded"
     if backend is None:
         facts["kernels"] = "not run: MLX runs on the CPU here"
     print_table(facts.items())
-    failures = 0
+    failures, lines = 0, []
     if select.awaits_proof():
         failures = _prove()
     elif backend is not None:
@@ -49,35 +59,48 @@ def doctor(
         for check in diagnosis.check_kernels(backend):
             verdict = "ok" if check.passed else "FAILED"
             error = f"error {check.error:.1e}"
-            typer.echo(f"{backend.name} {check.name}: {verdict}, {error}")
+            lines.append(f"{backend.name} {check.name}: {verdict}, {error}")
+            typer.echo(lines[-1])
             if check.failure:
+                lines.append(check.failure)
                 typer.echo(check.failure, err=True)
             failures += not check.passed
-    for found in proved.this_ledger().store.verdicts():
+    verdicts = proved.this_ledger().store.verdicts()
+    for found in verdicts:
         typer.echo(_line(found))
     milliseconds = diagnosis.time_decode(tokens)
     print_table(
         (name, f"{time:.2f} ms", f"at {tokens} tokens")
         for name, time in milliseconds.items()
     )
+    if report is not None:
+        try:
+            bug_report.write(report, facts, verdicts, lines, milliseconds)
+        except OSError as error:
+            raise SpecError(
+                f"--report cannot write {report} ({error}); name another file"
+            ) from error
+        typer.echo(f"written: {report}")
     if failures:
         typer.echo(
-            f"{failures} kernels failed; please report all of the above", err=True
+            f"{failures} kernels failed; please report it: mlx_tq.doctor --report FILE "
+            "writes what to send",
+            err=True,
         )
         raise typer.Exit(1)
 
 
-def _forget(store: Store) -> None:
+def _forget(ledger: Ledger) -> None:
     """Forget all verdicts.
 
     Raises:
         SpecError: if they cannot be deleted.
     """
     try:
-        typer.echo(f"forgot {store.forget()} verdicts")
+        typer.echo(f"forgot {ledger.forget()} verdicts")
     except OSError as error:
         raise SpecError(
-            f"--retry cannot delete verdicts ({error}); delete {store.folder}"
+            f"--retry cannot delete verdicts ({error}); delete {ledger.store.folder}"
         ) from error
 
 

@@ -82,6 +82,20 @@ class Ledger:
             self.store.write(digest, wrong)
         self._tell(digest, wrong)
 
+    def forget(self) -> int:
+        """Forget every verdict, so that kernels are checked anew; returns how many.
+
+        Raises:
+            OSError: if the folder cannot be written to.
+        """
+        count = self.store.forget()
+        self.wait()
+        with self._guard:
+            self._known.clear()
+            self._told.clear()
+            self._threads.clear()
+        return count
+
     def _tell(self, digest: str, verdict: Verdict) -> None:
         """Warn once of kernels that are not to be used."""
         if verdict.is_ok or digest in self._told:

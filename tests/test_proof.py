@@ -239,16 +239,3 @@ def test_a_process_that_ends_takes_its_check_along(verdicts):
         timeout=60,
     )
     assert verdicts.read(KEY.digest) is None
-
-
-def test_a_whole_proof_in_the_simulator(tmp_path):
-    import metalsim
-
-    try:
-        metalsim.find_clang()
-    except metalsim.MetalSimError as error:
-        pytest.skip(str(error))
-    verdict = runner.run(job("simulated"), tmp_path / "log")
-    assert verdict.is_ok, verdict
-    print(f"through the simulator: {verdict.seconds} s, {verdict.errors}")
-    assert 0 < verdict.errors["attention"] < 5e-3

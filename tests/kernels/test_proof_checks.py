@@ -1,15 +1,25 @@
 """Checks of a proof, on kernels: all hold, and what is otherwise is seen and named."""
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import mlx_turboquant as tq
+from mlx_turboquant.backends import select
+from mlx_turboquant.backends.call import AttendCall
+from mlx_turboquant.backends.geometry import machine_simdgroups
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
-from mlx_turboquant.proof import checks
+from mlx_turboquant.backends.shadow import Shadow
+from mlx_turboquant.backends.shadow import _errors as shadow_errors
+from mlx_turboquant.backends.truth import tolerance_of
+from mlx_turboquant.proof import checks, runner
 from mlx_turboquant.proof.facts import WORDS, facts
 from mlx_turboquant.proof.judge import WrongError
 from mlx_turboquant.proof.key import Subject
+from mlx_turboquant.proof.runner import Job
 
 
 def test_facts_hold(launcher, mode):
@@ -135,3 +145,59 @@ def test_one_percent_cannot_hide_behind_bfloat16(launcher):
     attention = {n for n in right if n.startswith(("attention", "matrix", "multiply"))}
     assert blamed == attention | {"codes of keys", "codes of values"}
     assert len(blamed) == 17
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (96, 128)])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_whole_proof_in_a_process_of_its_own(dims, dtype, lane, tmp_path):
+    if lane == "simulator" and (dims, dtype) != ((64, 64), "float16"):
+        pytest.skip("the simulator takes its time; these are for GPUs")
+    simulated = lane == "simulator"
+    subject = Subject("turboquant:3", "turboquant:2", *dims, 128, dtype, "")
+    backend = "proof_fakes:simulated" if simulated else ""
+    dialect = "metal" if simulated else lane
+    job = Job(subject, dialect, machine_simdgroups(dialect), backend)
+    verdict = runner.run(job, tmp_path / "log", 120)
+    assert verdict.is_ok, verdict
+    print(f"{subject} on {lane}: {verdict.history}; {verdict.errors}")
+    assert verdict.checks == 34
+    assert 0 < verdict.errors["attention"] < 5e-3
+    assert verdict.facts["threads of a simdgroup"] == "32"
+    assert len(verdict.facts) == 21
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("dims", [(64, 64), (96, 80)])
+@pytest.mark.parametrize("mask", [None, "blocks"])
+def test_a_step_of_a_cache_agrees_with_its_shadow(
+    dims, dtype, mask, launcher, monkeypatch
+):
+    gpu = Gpu(launcher, 64)
+    monkeypatch.setattr(select, "gpu_backend", lambda: gpu)
+    monkeypatch.setattr(select, "requested", lambda: "gpu")
+    cache = tq.TurboQuantCache("k3v2")
+    for tokens in (300, 2):
+        kv = [mx.random.normal((1, 2, tokens, d)).astype(dtype) for d in dims]
+        keys, values = cache.update_and_fetch(*kv)
+    q = mx.random.normal((1, 8, 2, dims[0])).astype(dtype)
+    if mask is not None:
+        mask = mx.random.uniform(shape=(1, 1, 2, keys.shape[2])) < 0.5
+    call = AttendCall(q, keys, values, dims[0] ** -0.5, mask)
+    told = []
+    shadow = Shadow(gpu, told.append)
+    out = shadow.backend.attend(call)
+    shadow.wait()
+    assert shadow._thread is not None
+    assert not told
+    of_all, of_row, is_known = shadow_errors(call, out).tolist()
+    assert is_known
+    assert of_all < tolerance_of(call)
+    assert of_row < 3 * tolerance_of(call)
+    of_all, *_ = shadow_errors(call, out * 1.01).tolist()
+    assert of_all > tolerance_of(call)
+    shadow.backend.prepare = lambda call: lambda call: out * 1.03
+    shadow.backend.watch = shadow._see
+    call.keys.prepared.clear()
+    shadow.backend.attend(call)
+    shadow.wait()
+    assert re.match(r"the first step: error 0\.0[23]\d* and 0\.0", told[0])

@@ -37,11 +37,12 @@ def test_a_cache_that_did_not_wait_changes_over_at_its_next_page(a_mac):
     assert backend_of(cache).startswith("reference")
     layouts = {side.layout for side in cache._tokens.packed}
     assert layouts == {None}
-    cache.trim(100)  # a page is cut
-    grow(cache, 101)
+    cache.trim(150)
+    assert cache.packed_length == 247  # a page is cut, and with it a tile
     ledger.wait()
-    grow(cache, 1)
-    assert backend_of(cache).startswith("reference")  # until a page is due
+    grow(cache, 60)
+    assert cache.packed_length == 256
+    assert backend_of(cache).startswith("reference")  # until the next page is due
     assert not gpu.used
     grow(cache, 128, 1)
     assert backend_of(cache).startswith("metal: proved")

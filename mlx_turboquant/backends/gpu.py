@@ -7,8 +7,9 @@ reference.
 
 from __future__ import annotations
 
+import copy
 import functools
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 
@@ -25,6 +26,7 @@ from ..kernels.codes import (
     RotateArguments,
 )
 from ..kernels.kernel import Launch, Launcher
+from ..kernels.tuning import UNTUNED, Tuning
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
@@ -59,23 +61,29 @@ class Gpu(Reference):
         launcher: What runs them.
         simdgroups: How many a decode step may use; None for as many as fill the
             machine.
-        multiply_adds: As `DecodeStep` takes it.
+        tuning: What is better here than on every machine; it moves speed only.
     """
 
     def __init__(
         self,
         launcher: Launcher,
         simdgroups: int | None = None,
-        multiply_adds: bool | None = None,
+        tuning: Tuning = UNTUNED,
     ) -> None:
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
-        self.multiply_adds = multiply_adds
+        self.tuning = tuning
 
     @property
     def name(self) -> str:
         """What `explain` calls it: the launcher's name."""
         return self.launcher.name
+
+    def tuned(self, tuning: Tuning) -> Self:
+        """The same kernels, launched otherwise."""
+        twin = copy.copy(self)
+        twin.tuning = tuning
+        return twin
 
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
         """Why the attention kernels cannot read what these encode, or None."""
@@ -89,7 +97,7 @@ class Gpu(Reference):
         step = prepared.get(key)
         if step is None:
             step = prepared[key] = DecodeStep(
-                self.launcher, call, self.simdgroups, self.multiply_adds
+                self.launcher, call, self.simdgroups, self.tuning
             )
         out: mx.array = step(call)
         return out

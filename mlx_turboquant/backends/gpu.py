@@ -8,16 +8,12 @@ reference.
 from __future__ import annotations
 
 import copy
-import functools
-from typing import Any, Self
+from typing import Self
 
 import mlx.core as mx
 
-from ..codecs.kernel_format import EncodeFormat
 from ..kernels.arguments import pack
 from ..kernels.codes import (
-    ENCODE_SCALAR,
-    ENCODE_TRELLIS,
     EncodeArguments,
     GainsArguments,
     MaterializeArguments,
@@ -25,7 +21,7 @@ from ..kernels.codes import (
     PageMeansArguments,
     RotateArguments,
 )
-from ..kernels.kernel import Launch, Launcher
+from ..kernels.kernel import Launcher
 from ..kernels.tuning import UNTUNED, Tuning
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
@@ -34,6 +30,7 @@ from ..transform import ChannelTransform
 from . import specialize
 from .call import AttendCall, Mask
 from .code_launches import (
+    encode_launch,
     gains_launch,
     materialize_launch,
     order_launch,
@@ -47,11 +44,6 @@ from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 
 #: Query tokens that one fused step takes; more of them are prefill.
 MAX_STEP = 8
-_ENCODE_SIMDGROUPS = 4
-#: Vectors that a simdgroup searches for: their ways back go side by side.
-_SEARCHES = 2
-#: Threadgroup memory that one threadgroup's searches may take, in bytes.
-_SEARCH_BYTES = 24 << 10
 
 
 class Gpu(Reference):
@@ -211,7 +203,7 @@ class Gpu(Reference):
         batch, kv_heads, tokens, _ = x.shape
         transform = quantizer.transform
         rotates = rotates_in_kernel(transform.rotation)
-        launch = _encode_launch(
+        launch = encode_launch(
             form, x.dtype, x.shape, rotates, centers=means is not None
         )
         rows = None if means is None else means.rows
@@ -286,51 +278,3 @@ def _additive(mask: Mask, q: mx.array) -> Mask:
         seen, unseen = (mx.array(x, q.dtype) for x in (0, mx.finfo(q.dtype).min))
         return mx.where(mask, seen, unseen)
     return mask
-
-
-@functools.lru_cache(maxsize=256)
-def _encode_launch(
-    form: EncodeFormat,
-    dtype: mx.Dtype,
-    shape: tuple[int, int, int, int],
-    rotates: bool,
-    centers: bool,
-) -> Launch:
-    batch, kv_heads, tokens, dim = shape
-    vectors = batch * kv_heads * tokens
-    if form.kernel == "scalar":
-        kernel, simdgroups, searches = ENCODE_SCALAR, _ENCODE_SIMDGROUPS, 1
-        own: dict[str, Any] = {}
-    else:
-        kernel = ENCODE_TRELLIS
-        simdgroups, searches = _searches_of(form.template["COUNT"])
-        own = {"VECTORS": searches}
-    groups = -(-vectors // (simdgroups * searches))
-    template = {
-        "T": dtype,
-        "DIM": dim,
-        **form.template,
-        **own,
-        "ROTATE": rotates,
-        "CENTER": centers,
-        "SIMDGROUPS": simdgroups,
-    }
-    return Launch(
-        kernel,
-        list(template.items()),
-        grid=(32 * simdgroups * groups, 1, 1),
-        threadgroup=(32 * simdgroups, 1, 1),
-        output_shapes=[(batch, kv_heads, tokens, form.words), (*shape[:3], 1)],
-        output_dtypes=[mx.uint32, mx.float16],
-    )
-
-
-def _searches_of(count: int) -> tuple[int, int]:
-    """Simdgroups to a threadgroup, and vectors to a simdgroup, of a trellis search.
-
-    A search holds its steps and half a byte a branch, 20 bytes for each of ``count``
-    elements, and a simdgroup two buffers of 128 costs.
-    """
-    vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
-    simdgroups = _SEARCH_BYTES // (20 * count * vectors + 1024)
-    return max(1, min(_ENCODE_SIMDGROUPS, simdgroups)), vectors

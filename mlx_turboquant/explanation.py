@@ -171,10 +171,12 @@ def _backend(cache: TurboQuantCache) -> str:
         return ""
     if not cache.packed_length:
         return "mlx: nothing is packed yet"
-    reason = choice.reason
+    reason, name = choice.reason, choice.backend.name
+    if choice.tuned:
+        name += f", tuned: {choice.tuned}"
     if cache.returns_arrays:
         reason = "the model computes attention itself, so each step decodes all"
-    return f"{choice.backend.name}: {reason}" if reason else choice.backend.name
+    return f"{name}: {reason}" if reason else name
 
 
 def _specs_text(specs: list[str]) -> str:

@@ -8,6 +8,8 @@ reference.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 import mlx.core as mx
@@ -22,7 +24,7 @@ from ..kernels.codes import (
     RotateArguments,
 )
 from ..kernels.kernel import Launcher
-from ..kernels.tuning import UNTUNED, Tuning
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
@@ -54,6 +56,7 @@ class Gpu(Reference):
         simdgroups: How many a decode step may use; None for as many as fill the
             machine.
         tuning: What is better here than on every machine; it moves speed only.
+        tunings: The same for some heads only.
     """
 
     def __init__(
@@ -61,20 +64,23 @@ class Gpu(Reference):
         launcher: Launcher,
         simdgroups: int | None = None,
         tuning: Tuning = UNTUNED,
+        tunings: Mapping[Heads, Tuning] = MappingProxyType({}),
     ) -> None:
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
-        self.tuning = tuning
+        self.tuning, self.tunings = tuning, tunings
 
     @property
     def name(self) -> str:
         """What `explain` calls it: the launcher's name."""
         return self.launcher.name
 
-    def tuned(self, tuning: Tuning) -> Self:
+    def tuned(
+        self, tuning: Tuning, tunings: Mapping[Heads, Tuning] = MappingProxyType({})
+    ) -> Self:
         """The same kernels, launched otherwise."""
         twin = copy.copy(self)
-        twin.tuning = tuning
+        twin.tuning, twin.tunings = tuning, tunings
         return twin
 
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
@@ -88,8 +94,9 @@ class Gpu(Reference):
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
+            tuning = self.tunings.get(_heads_of(call), self.tuning)
             step = prepared[key] = DecodeStep(
-                self.launcher, call, self.simdgroups, self.tuning
+                self.launcher, call, self.simdgroups, tuning
             )
         out: mx.array = step(call)
         return out
@@ -269,6 +276,12 @@ class Gpu(Reference):
         return TokenArrays(
             dict(zip(("words", "scales"), arrays, strict=True)), tokens, layout=layout
         )
+
+
+def _heads_of(call: AttendCall) -> Heads:
+    batch, query_heads, steps, _ = call.q.shape
+    kv_heads = call.keys.shape[1]
+    return Heads(batch * kv_heads, query_heads // kv_heads * steps)
 
 
 def _additive(mask: Mask, q: mx.array) -> Mask:

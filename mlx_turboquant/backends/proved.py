@@ -1,19 +1,21 @@
 """Whether kernels are proved on this machine for what a cache's quantizers encode.
 
-Owns what a proof is asked for; how it is made and kept is ``proof/``'s.
+And how they are launched best. Owns what a proof and a tuner are asked for; how it is made and kept is ``proof/``'s.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import mlx.core as mx
 
+from ..kernels.tuning import UNTUNED, Tuning
 from ..proof import ledger
 from ..proof.key import Key, Subject, machine, text_hash
 from ..proof.ledger import Ledger
 from ..proof.runner import Job
-from ..proof.store import Store
+from ..proof.store import Store, Verdict
 from ..quantizer import Quantizer
 from . import specialize
 from .gpu import Gpu
@@ -53,6 +55,63 @@ def refuse(
         this_ledger().start(key, job)
         return ledger.UNDER_WAY
     return None if verdict.is_ok else ledger.words(verdict)
+
+
+def tuned(
+    backend: Gpu, keys: Quantizer, values: Quantizer, dtype: mx.Dtype
+) -> tuple[Gpu, str]:
+    """The backend as a tuner found it fastest here, and what that changes.
+
+    The same backend and "" where none ran, or found nothing that was proved.
+    """
+    ledger = this_ledger()
+    if not _is_ours(keys, values) or not ledger.store.folder.is_dir():
+        return backend, ""
+    verdict = ledger.look(key_of(backend, keys, values, dtype))
+    found = None if verdict is None or not verdict.is_ok else verdict.tuned
+    if found is None or found.tuning == UNTUNED:
+        return backend, ""
+    return _as_tuned(backend, found.tuning), str(found)
+
+
+def tune(
+    backend: Gpu,
+    keys: Quantizer,
+    values: Quantizer,
+    dtype: mx.Dtype,
+    heads: tuple[int, int],
+) -> Verdict | None:
+    """Find the fastest launches here, for later processes too, and wait for it.
+
+    Kernels that no check has found right are checked first, and not tuned if they are
+    not.
+
+    Args:
+        backend: Whose kernels; it takes these quantizers.
+        keys: Of a layer's keys.
+        values: Of its values.
+        dtype: The model's.
+        heads: KV heads, and query heads to each.
+    """
+    ledger, key = this_ledger(), key_of(backend, keys, values, dtype)
+    job = Job(key.subject, backend.name, backend.simdgroups, STAND_IN)
+    if ledger.look(key) is None:
+        ledger.start(key, job)
+        ledger.wait()
+    return ledger.tune(key, replace(job, heads=heads))
+
+
+@functools.cache
+def _as_tuned(backend: Gpu, tuning: Tuning) -> Gpu:
+    return backend.tuned(tuning)
+
+
+def _is_ours(*quantizers: Quantizer) -> bool:
+    """Whether a check knows all codecs, so that there can be a verdict."""
+    return all(
+        type(quantizer.codec).__module__.startswith(f"{_PACKAGE}.")
+        for quantizer in quantizers
+    )
 
 
 def key_of(backend: Gpu, keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Key:

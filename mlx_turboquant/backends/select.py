@@ -32,10 +32,14 @@ NEED_PROOF = ("metal",)
 
 
 class Choice(NamedTuple):
-    """A backend, and why none before it in the table was taken, or ""."""
+    """A backend.
+
+    Why none before it in the table was taken, or "". What a tuner changed, or "".
+    """
 
     backend: Reference
     reason: str = ""
+    tuned: str = ""
 
 
 @functools.cache
@@ -114,7 +118,10 @@ def resolve(keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Choice:
         if reason is None and isinstance(backend, Gpu) and awaits_proof():
             reason = proved.refuse(backend, keys, values, dtype)
         if reason is None:
-            return Choice(backend, "; ".join(reasons))
+            tuned = ""
+            if isinstance(backend, Gpu) and not requested():
+                backend, tuned = proved.tuned(backend, keys, values, dtype)
+            return Choice(backend, "; ".join(reasons), tuned)
         if requested() == "gpu" and backend is gpu_backend():
             raise _unavailable(reason)
         reasons.append(reason)

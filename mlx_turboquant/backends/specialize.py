@@ -28,6 +28,8 @@ _ROWS = 8
 #: Most query rows by multiply-adds; of values wider than that, one: a lane has 4 sums
 #: for each row and unit of its simdgroup's, and Apple's GPUs 128 registers.
 _MOST_FMA_ROWS, _FMA_DIM = 4, 256
+#: Multiply-adds wherever they can be.
+MOST_FMA = Tuning(fma_rows=_MOST_FMA_ROWS)
 #: Elements of a unit of values (tiles.h), and the most simdgroups that share them.
 _UNIT, _MOST_SIMDGROUPS = 32, 4
 #: Head_dim up to which a threadgroup takes two row tiles: beyond, or beside a trellis'

@@ -9,6 +9,7 @@ threadgroup memory is none of them: the kernel has them in threadgroup memory on
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 #: Names, and the least and most that kernels and launches have room for.
 _RANGES = {
@@ -19,6 +20,18 @@ _RANGES = {
     "many_tokens": (32, 1 << 16),
     "merge_simdgroups": (1, 16),
 }
+
+
+class Heads(NamedTuple):
+    """What a tuning is measured for, besides what kernels are specialised for."""
+
+    #: KV heads, of all rows of a batch.
+    kv_heads: int
+    #: Query rows of each: query heads to a KV head, times tokens of a step.
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{self.kv_heads} KV heads of {self.rows} rows"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ not run it both. Every failure is one warning, and leaves the reference to do th
 from __future__ import annotations
 
 import atexit
+import contextlib
 import subprocess
 import threading
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 from . import runner
 from .key import Key
 from .runner import CannotRunError, Job
-from .store import RUNNING, Store, Verdict
+from .store import RUNNING, TUNER_LOG, Store, Verdict
+from .tuned import Tuned
 
 #: Said of kernels whose check is under way.
 UNDER_WAY = (
@@ -54,19 +56,56 @@ class Ledger:
 
         Warns, once, if they are not to be used.
         """
-        digest = key.digest
-        known = self._known.get(digest)
-        if known is None:
-            if digest in self._threads:
-                return None
-            found = self.store.read(digest)
-            if found is None or found.status == RUNNING:
-                return None
-            known = self._known[digest] = found
-        if not known.is_ok and digest not in self._told:
+        digest, known = key.digest, self.look(key)
+        if known is not None and not known.is_ok and digest not in self._told:
             self._told.add(digest)
             warnings.warn(f"tq: {words(known)}", stacklevel=2)
         return known
+
+    def look(self, key: Key) -> Verdict | None:
+        """As `standing`, without a word."""
+        digest = key.digest
+        known = self._known.get(digest)
+        if known is None and digest not in self._threads:
+            found = self.store.read(digest)
+            if found is not None and found.status != RUNNING:
+                known = self._known[digest] = found
+        return known
+
+    def tune(self, key: Key, job: Job) -> Verdict | None:
+        """Tune kernels that a check found right, and wait for it; others stay.
+
+        What is found is checked as they were. If it is not right, or ends its process,
+        that is kept as the tuner's reason: the verdict on what every machine gets
+        stays.
+
+        Args:
+            key: Whose kernels.
+            job: With ``heads``.
+        """
+        digest, found = key.digest, self.look(key)
+        if found is None or not found.is_ok:
+            return found
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._turn)
+            log: Path | None = self.store.path(digest).with_suffix(TUNER_LOG)
+            try:
+                stack.enter_context(self.store.lock())
+            except OSError:
+                log = None
+            try:
+                made = self._in_child(job, log)
+            except CannotRunError as error:
+                made = Verdict(UNKNOWN, found.subject, str(error))
+            if made is None:
+                return found
+            tuned = made.tuned
+            if tuned is None or not made.is_ok:
+                tuned = Tuned(reason=f"{made.status}: {made.reason}")
+            found = self._known[digest] = replace(found, tuned=tuned)
+            if log is not None:
+                self.store.write(digest, found)
+        return found
 
     def start(self, key: Key, job: Job) -> None:
         """Have a key's kernels checked in the background, unless that is under way."""

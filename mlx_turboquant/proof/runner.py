@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from .key import Subject
 from .store import Verdict
+from .tuned import Tuned
 
 #: Seconds in which a check must end, compilation included.
 PATIENCE = 60.0
@@ -36,12 +37,15 @@ class Job:
         simdgroups: As `Gpu` takes it.
         backend: ``"module:function"`` that makes the backend to check in place of the
             machine's; "" for the machine's.
+        heads: (KV heads, query heads to each) of a model to tune for, before what was
+            found is checked; None to check what every machine gets.
     """
 
     subject: Subject
     dialect: str
     simdgroups: int
     backend: str = ""
+    heads: tuple[int, int] | None = None
 
 
 class CannotRunError(Exception):
@@ -117,6 +121,7 @@ def run(
         round(time.monotonic() - start, 2),
         errors=state.errors,
         log="" if log is None else str(log),
+        tuned=state.tuned,
     )
 
 
@@ -127,6 +132,7 @@ class _Progress:
         self.started, self.current, self.passed = False, "", 0
         self.errors: dict[str, float] = {}
         self.end = ("", "")
+        self.tuned: Tuned | None = None
 
     def take(self, line: bytes) -> None:
         """Take a line; one that is no message of the child's says nothing."""
@@ -141,6 +147,8 @@ class _Progress:
             kind, error = message["kind"], message["error"]
             self.passed += 1
             self.errors[kind] = max(error, self.errors.get(kind, 0.0))
+        elif event == "tuned":
+            self.tuned = Tuned.of(message)
         elif event == "end":
             self.end = (message["status"], message["reason"])
 

@@ -18,8 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..atomic import replacing
+from .tuned import Tuned
 
 RUNNING, OK = "running", "ok"
+#: How the name of a tuner's log ends.
+TUNER_LOG = ".tuner.log"
 #: What a check can end in. compile: a kernel could not be built or launched.
 STATUSES = (RUNNING, OK, "wrong", "compile", "crash", "hang")
 
@@ -37,6 +40,7 @@ class Verdict:
         when: Seconds since 1970 when it was written.
         errors: Largest relative error by kind of check.
         log: Path of the log; "" if there is none.
+        tuned: What a tuner found; None if none ran.
     """
 
     status: str
@@ -47,6 +51,7 @@ class Verdict:
     when: float = field(default_factory=time.time)
     errors: dict[str, float] = field(default_factory=dict)
     log: str = ""
+    tuned: Tuned | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -112,7 +117,8 @@ class Store:
         paths = [p for p in self.folder.glob("*.json") if _read(p) is not None]
         for path in paths:
             path.unlink()
-            path.with_suffix(".log").unlink(missing_ok=True)
+            for suffix in (".log", TUNER_LOG):
+                path.with_suffix(suffix).unlink(missing_ok=True)
         return len(paths)
 
     @contextlib.contextmanager
@@ -140,6 +146,8 @@ def _read(path: Path) -> Verdict | None:
             when=float(found["when"]),
             errors={str(kind): float(e) for kind, e in found["errors"].items()},
             log=str(found["log"]),
+            # Younger than the rest: older files are without.
+            tuned=Tuned.of(found["tuned"]) if found.get("tuned") else None,
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

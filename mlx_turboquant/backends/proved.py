@@ -1,6 +1,7 @@
 """Whether kernels are proved on this machine for what a cache's quantizers encode.
 
-And how they are launched best. Owns what a proof and a tuner are asked for; how it is made and kept is ``proof/``'s.
+And how they are launched best. Owns what a proof and a tuner are asked for; how that is
+made and kept is ``proof/``'s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..kernels.tuning import UNTUNED, Tuning
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from ..proof import ledger
 from ..proof.key import Key, Subject, machine, text_hash
 from ..proof.ledger import Ledger
@@ -45,9 +46,9 @@ def refuse(
         dtype: The model's.
     """
     for quantizer in (keys, values):
-        codec = quantizer.codec
-        if not type(codec).__module__.startswith(f"{_PACKAGE}."):
-            return f"a check of its kernels would not know codec {codec.spec}"
+        if not _is_ours(quantizer):
+            spec = quantizer.codec.spec
+            return f"a check of its kernels would not know codec {spec}"
     key = key_of(backend, keys, values, dtype)
     verdict = this_ledger().standing(key)
     if verdict is None:
@@ -68,10 +69,11 @@ def tuned(
     if not _is_ours(keys, values) or not ledger.store.folder.is_dir():
         return backend, ""
     verdict = ledger.look(key_of(backend, keys, values, dtype))
-    found = None if verdict is None or not verdict.is_ok else verdict.tuned
-    if found is None or found.tuning == UNTUNED:
+    if verdict is None or not verdict.is_ok:
         return backend, ""
-    return _as_tuned(backend, found.tuning), str(found)
+    found = [one for one in verdict.tuned if one.tuning != UNTUNED]
+    tunings = tuple((one.heads, one.tuning) for one in found)
+    return _as_tuned(backend, tunings), "; ".join(map(str, found))
 
 
 def tune(
@@ -79,7 +81,7 @@ def tune(
     keys: Quantizer,
     values: Quantizer,
     dtype: mx.Dtype,
-    heads: tuple[int, int],
+    heads: Heads,
 ) -> Verdict | None:
     """Find the fastest launches here, for later processes too, and wait for it.
 
@@ -91,7 +93,7 @@ def tune(
         keys: Of a layer's keys.
         values: Of its values.
         dtype: The model's.
-        heads: KV heads, and query heads to each.
+        heads: Of a model's step of one token.
     """
     ledger, key = this_ledger(), key_of(backend, keys, values, dtype)
     job = Job(key.subject, backend.name, backend.simdgroups, STAND_IN)
@@ -102,8 +104,8 @@ def tune(
 
 
 @functools.cache
-def _as_tuned(backend: Gpu, tuning: Tuning) -> Gpu:
-    return backend.tuned(tuning)
+def _as_tuned(backend: Gpu, tunings: tuple[tuple[Heads, Tuning], ...]) -> Gpu:
+    return backend.tuned(UNTUNED, dict(tunings)) if tunings else backend
 
 
 def _is_ours(*quantizers: Quantizer) -> bool:

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..kernels.tuning import UNTUNED, Tuning
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from .key import Subject
 from .runner import PATIENCE, Job
 from .tuned import Tuned
@@ -73,7 +73,7 @@ def _tuned(job: Job, backend: Any, say: Callable[..., None]) -> Tuned:
     """What is fastest, said before it is launched: it may take this process along."""
     from .tuner import search
     from .variants import axes
-    from .workload import Heads, Workload
+    from .workload import Workload
 
     assert job.heads is not None
     say(event="check", name="the tuner's start")
@@ -90,11 +90,11 @@ def _tuned(job: Job, backend: Any, say: Callable[..., None]) -> Tuned:
             raise
 
     return search(
-        axes(workload.quantizers.values, heads.group, job.dialect),
+        axes(workload.quantizers.values, heads.rows, job.dialect),
         workload.seconds,
         hold,
         time.perf_counter,
-        str(workload),
+        heads,
     )
 
 

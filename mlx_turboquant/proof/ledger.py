@@ -83,8 +83,8 @@ class Ledger:
             key: Whose kernels.
             job: With ``heads``.
         """
-        digest, found = key.digest, self.look(key)
-        if found is None or not found.is_ok:
+        digest, heads, found = key.digest, job.heads, self.look(key)
+        if heads is None or found is None or not found.is_ok:
             return found
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._turn)
@@ -100,9 +100,10 @@ class Ledger:
             if made is None:
                 return found
             tuned = made.tuned
-            if tuned is None or not made.is_ok:
-                tuned = Tuned(reason=f"{made.status}: {made.reason}")
-            found = self._known[digest] = replace(found, tuned=tuned)
+            if not made.is_ok:
+                tuned = (Tuned(heads, reason=f"{made.status}: {made.reason}"),)
+            others = tuple(one for one in found.tuned if one.heads != heads)
+            found = self._known[digest] = replace(found, tuned=(*others, *tuned))
             if log is not None:
                 self.store.write(digest, found)
         return found

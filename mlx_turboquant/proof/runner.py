@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..kernels.tuning import Heads
 from .key import Subject
 from .store import Verdict
 from .tuned import Tuned
@@ -37,15 +38,15 @@ class Job:
         simdgroups: As `Gpu` takes it.
         backend: ``"module:function"`` that makes the backend to check in place of the
             machine's; "" for the machine's.
-        heads: (KV heads, query heads to each) of a model to tune for, before what was
-            found is checked; None to check what every machine gets.
+        heads: What to tune for, before what was found is checked; None to check what
+            every machine gets.
     """
 
     subject: Subject
     dialect: str
     simdgroups: int
     backend: str = ""
-    heads: tuple[int, int] | None = None
+    heads: Heads | None = None
 
 
 class CannotRunError(Exception):
@@ -121,7 +122,7 @@ def run(
         round(time.monotonic() - start, 2),
         errors=state.errors,
         log="" if log is None else str(log),
-        tuned=state.tuned,
+        tuned=() if state.tuned is None else (state.tuned,),
     )
 
 

@@ -40,7 +40,7 @@ class Verdict:
         when: Seconds since 1970 when it was written.
         errors: Largest relative error by kind of check.
         log: Path of the log; "" if there is none.
-        tuned: What a tuner found; None if none ran.
+        tuned: What tuners found, each for other heads.
     """
 
     status: str
@@ -51,7 +51,7 @@ class Verdict:
     when: float = field(default_factory=time.time)
     errors: dict[str, float] = field(default_factory=dict)
     log: str = ""
-    tuned: Tuned | None = None
+    tuned: tuple[Tuned, ...] = ()
 
     @property
     def is_ok(self) -> bool:
@@ -147,7 +147,7 @@ def _read(path: Path) -> Verdict | None:
             errors={str(kind): float(e) for kind, e in found["errors"].items()},
             log=str(found["log"]),
             # Younger than the rest: older files are without.
-            tuned=Tuned.of(found["tuned"]) if found.get("tuned") else None,
+            tuned=tuple(Tuned.of(one) for one in found.get("tuned", ())),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

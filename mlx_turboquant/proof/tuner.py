@@ -9,11 +9,11 @@ chosen of many looks better than he is.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..kernels.tuning import UNTUNED, Tuning
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from .tuned import Tuned
 
 #: Packed tokens that are timed.
@@ -67,7 +67,7 @@ def search(
     time_call: TimeCall,
     hold: Callable[[Tuning], None],
     clock: Callable[[], float],
-    workload: str = "",
+    heads: Heads,
     budget: float = BUDGET,
 ) -> Tuned:
     """The fastest tuning, axis by axis.
@@ -77,7 +77,7 @@ def search(
         time_call: Times one; called once for each number that is compared.
         hold: Raises if a tuning cannot be launched or gives other results.
         clock: Seconds.
-        workload: What is timed, in words.
+        heads: Of what is timed.
         budget: As `BUDGET`.
     """
     start = clock()
@@ -85,9 +85,8 @@ def search(
     total = sum(len(values) for _, values in axes)
     for name, value in ((name, value) for name, values in axes for value in values):
         if clock() - start >= budget:
-            reason = (
-                f"{total - tried} of {total} were not tried: {budget:g} s were over"
-            )
+            left = f"{total - tried} of {total}"
+            reason = f"{left} were not tried: {budget:g} s were over"
             break
         tried += 1
         change: dict[str, Any] = {name: value}
@@ -107,7 +106,7 @@ def search(
         else:
             best, reason = UNTUNED, f"{best} gained nothing when it was timed again"
     seconds = round(clock() - start, 2)
-    return Tuned(best, us, workload, tried, seconds, reason)
+    return Tuned(heads, best, us, tried, seconds, reason)
 
 
 def compare(one: Tuning, other: Tuning, time_call: TimeCall) -> Comparison:
@@ -131,5 +130,5 @@ def _may_gain(seconds: dict[int, list[tuple[float, float]]]) -> bool:
     return any(min(b / a for a, b in turns) <= 1 - GAIN for turns in seconds.values())
 
 
-def _median_us(seconds: Any) -> float:
+def _median_us(seconds: Iterable[float]) -> float:
     return round(1e6 * statistics.median(seconds), 2)

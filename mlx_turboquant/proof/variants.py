@@ -12,7 +12,8 @@ from .tuner import Axis
 #: Units of values that a simdgroup adds up at most: it has 4 to 8 sums a lane for each,
 #: and twice that where a threadgroup takes two tiles of rows.
 _MOST_OWN_UNITS = 4
-#: From this head_dim on threadgroups have one tile of rows, and memory for 8 simdgroups.
+#: From this head_dim on threadgroups have one tile of rows, and memory for more
+#: simdgroups.
 _WIDE_DIM = 257
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from ..backends.call import AttendCall
 from ..backends.gpu import Gpu
-from ..kernels.tuning import UNTUNED, Tuning
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from ..quantizer import Quantizer, Sides
-from ..segments import CompressedTokens
+from ..segments import CompressedTokens, PreparedSteps
 from ..tiles import in_tiles
 from ..tokens import TILE, TokenArrays
 from .judge import TOLERANCE, WrongError
@@ -34,20 +34,12 @@ _DISTINCT, _SINK, _RECENT = 64, 4, 64
 Handles = tuple[CompressedTokens, CompressedTokens]
 
 
-class Heads(NamedTuple):
-    """Of the attention that is timed."""
-
-    kv_heads: int
-    #: Query heads to a KV head.
-    group: int
-
-
 class Workload:
     """Times decode attention for one subject and one model's heads.
 
     Args:
         subject: What kernels are specialised for.
-        heads: Of the model.
+        heads: Of one token's step of one sequence.
         backend: What attends.
     """
 
@@ -60,9 +52,6 @@ class Workload:
         self._prepared: dict[tuple[Tuning, int], list[Handles]] = {}
         self._warm: set[tuple[Tuning, int]] = set()
         self._at = 0
-
-    def __str__(self) -> str:
-        return f"{self._subject}, {self._heads.kv_heads} x {self._heads.group} heads"
 
     def seconds(self, tuning: Tuning, tokens: int) -> float:
         """Of one call, by a chain of `CALLS`; compilers and preparations left out."""
@@ -91,7 +80,8 @@ class Workload:
                 self._attend(t, tokens, 0, q).astype(mx.float32)
                 for t in (UNTUNED, tuning)
             )
-            error = (mx.linalg.norm(got - want) / mx.linalg.norm(want)).item()
+            ratio: Any = mx.linalg.norm(got - want) / mx.linalg.norm(want)
+            error = ratio.item()
             if not error < 2 * TOLERANCE:  # each is that near to the truth; NaN is not
                 raise WrongError(f"{tuning}: {error:.2g} from what it was untuned")
 
@@ -102,7 +92,7 @@ class Workload:
         if caches is None:
             # What is prepared for a launch is kept with the keys.
             caches = [
-                (replace(keys, prepared={}), values)
+                (replace(keys, prepared=PreparedSteps()), values)
                 for keys, values in self._caches[tokens]
             ]
             self._prepared[tuning, tokens] = caches
@@ -111,7 +101,7 @@ class Workload:
         return self._backend.tuned(tuning).attend(call)
 
     def _query(self) -> mx.array:
-        heads = self._heads.kv_heads * self._heads.group
+        heads = self._heads.kv_heads * self._heads.rows
         q = mx.random.normal((1, heads, 1, self._subject.k_dim)).astype(self._dtype)
         mx.eval(q)
         return q

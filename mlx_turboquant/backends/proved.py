@@ -73,7 +73,9 @@ def tuned(
         return backend, ""
     found = [one for one in verdict.tuned if one.tuning != UNTUNED]
     tunings = tuple((one.heads, one.tuning) for one in found)
-    return _as_tuned(backend, tunings), "; ".join(map(str, found))
+    return _as_tuned(backend, tunings), "; ".join(
+        f"{one.heads}: {one}" for one in found
+    )
 
 
 def tune(

@@ -17,7 +17,9 @@ from .entry import standalone
 from .tables import print_table
 
 if TYPE_CHECKING:
+    from ..backends.gpu import Gpu
     from ..proof.store import Store, Verdict
+    from ..proof.tuned import Tuned
 
 
 def doctor(
@@ -28,14 +30,34 @@ def doctor(
         bool,
         typer.Option("--retry", help="Forget what earlier checks of kernels found."),
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Find the fastest launches of attention, for later runs."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --tune: for the heads of this model (a folder or hub id, of "
+            "which the config is read). Default: those of common models."
+        ),
+    ] = None,
+    kv_bits: Annotated[
+        str, typer.Option(help="With --tune: for caches of this --kv-bits.")
+    ] = "3",
 ) -> None:
     """Check this machine: versions, every kernel against the reference, one timing."""
     from .. import diagnosis
     from ..backends import proved, select
 
+    if model is not None and not tune:
+        raise SpecError("--model needs --tune")
     if retry:
         _forget(proved.this_ledger().store)
     backend = select.gpu_backend()
+    if tune and backend is None:
+        raise SpecError("--tune needs a GPU, and MLX runs on the CPU here")
     facts = dict(diagnosis.machine())
     facts["OpenBLAS"] = "loaded" if prefer_openblas() else "not loaded"
     if backend is None:
@@ -54,8 +76,12 @@ def doctor(
             if check.failure:
                 typer.echo(check.failure, err=True)
             failures += not check.passed
+    if tune and backend is not None:
+        failures += _tune(backend, model, kv_bits)
     for found in proved.this_ledger().store.verdicts():
         typer.echo(_line(found))
+        for tuned in found.tuned:
+            typer.echo(_tuned_line(tuned))
     milliseconds = diagnosis.time_decode(tokens)
     print_table(
         (name, f"{time:.2f} ms", f"at {tokens} tokens")
@@ -95,6 +121,30 @@ def _prove() -> int:
         diagnosis.begin_proofs()
     wait_for_proofs()
     return sum(not verdict.is_ok for verdict in proved.this_ledger().known)
+
+
+def _tune(backend: Gpu, model: str | None, kv_bits: str) -> int:
+    """Tune, and say for what; returns for how many kinds kernels are not right."""
+    from ..integrations import tuning
+    from ..spec import CacheSpec
+
+    kinds = list(tuning.COMMON) if model is None else tuning.kinds_of(model)
+    spec = CacheSpec.parse(kv_bits)
+    typer.echo(f"tuning {spec}, a few seconds for each of {len(kinds)}...", err=True)
+    failures = 0
+    for kind, verdict in tuning.tune(backend, spec, kinds):
+        if verdict is None or not verdict.is_ok:
+            typer.echo(f"not tuned: {kind}", err=True)
+            failures += 1
+    return failures
+
+
+def _tuned_line(tuned: Tuned) -> str:
+    """What a tuner found, for what, and how long it took."""
+    text = f"  tuned for {tuned.heads}: {tuned}"
+    if tuned.tried:
+        text += f"; {tuned.tried} tried in {tuned.seconds:.1f} s"
+    return f"{text}; {tuned.reason}" if tuned.reason else text
 
 
 def _line(verdict: Verdict) -> str:

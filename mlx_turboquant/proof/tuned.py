@@ -57,10 +57,10 @@ class Tuned:
         return asdict(self)
 
     def __str__(self) -> str:
-        """What is changed, and what it gains: one line without an end."""
+        """What is changed, and what it gains."""
         if not self.tuning.changes:
             return "nothing to change"
         gains = ", ".join(
             f"{base / best:.2f}x at {n}" for n, (base, best) in self.us.items()
         )
-        return f"{self.tuning} ({gains} tokens, {self.heads})"
+        return f"{self.tuning} ({gains} tokens)"

@@ -22,8 +22,8 @@ class Tuned:
             taken by turns; empty if nothing is changed.
         tried: How many launches were.
         seconds: How long all took.
-        reason: Why the tuner did not try all, or why nothing it found is used; "" if
-            there is nothing to say.
+        reason: Why it did not try all, what it left out, or why what it found is not
+            used; "" if there is nothing to say.
     """
 
     heads: Heads

@@ -81,12 +81,13 @@ def search(
         budget: As `BUDGET`.
     """
     start = clock()
-    best, tried, reason = UNTUNED, 0, ""
+    best, tried = UNTUNED, 0
+    reasons: list[str] = []
     total = sum(len(values) for _, values in axes)
     for name, value in ((name, value) for name, values in axes for value in values):
         if clock() - start >= budget:
             left = f"{total - tried} of {total}"
-            reason = f"{left} were not tried: {budget:g} s were over"
+            reasons.append(f"{left} were not tried: {budget:g} s were over")
             break
         tried += 1
         change: dict[str, Any] = {name: value}
@@ -94,26 +95,31 @@ def search(
         try:
             hold(trial)
             comparison = compare(best, trial, time_call)
-        except Exception:  # a compiler's or a driver's, whatever its type
-            continue  # who cannot be launched here, or is wrong, is not the fastest
+        except Exception as problem:  # a compiler's or a driver's, whatever its type
+            first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+            reasons.append(f"{name} {value:g} was left out: {first}")
+            continue
         if comparison.gains:
             best = trial
     us: dict[str, tuple[float, float]] = {}
     if best != UNTUNED:
-        final = compare(UNTUNED, best, time_call)
+        final = compare(UNTUNED, best, time_call, 2 * _TURNS)
         if final.gains:
             us = final.us
         else:
-            best, reason = UNTUNED, f"{best} gained nothing when it was timed again"
+            reasons.append(f"{best} gained nothing when it was timed again")
+            best = UNTUNED
     seconds = round(clock() - start, 2)
-    return Tuned(heads, best, us, tried, seconds, reason)
+    return Tuned(heads, best, us, tried, seconds, "; ".join(reasons))
 
 
-def compare(one: Tuning, other: Tuning, time_call: TimeCall) -> Comparison:
+def compare(
+    one: Tuning, other: Tuning, time_call: TimeCall, most_turns: int = _TURNS
+) -> Comparison:
     """Time two by turns, to the end or until the other is known to gain nothing."""
     seconds: dict[int, list[tuple[float, float]]] = {n: [] for n in LENGTHS}
     comparison = Comparison(seconds)
-    for turn in range(_TURNS):
+    for turn in range(most_turns):
         for tokens, turns in seconds.items():
             # Who is first finds the machine as the last one left it.
             first, second = (one, other) if turn % 2 else (other, one)

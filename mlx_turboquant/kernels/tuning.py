@@ -72,7 +72,8 @@ class Tuning:
         return {name: n for name, n in asdict(self).items() if n is not None}
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {n:g}" for name, n in self.changes.items())
+        changes = ", ".join(f"{name} {n:g}" for name, n in self.changes.items())
+        return changes or "untuned"
 
 
 #: What every machine gets.

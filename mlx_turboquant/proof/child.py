@@ -95,6 +95,7 @@ def _tuned(job: Job, backend: Any, say: Callable[..., None]) -> Tuned:
         hold,
         time.perf_counter,
         heads,
+        lambda line: print(line, file=sys.stderr, flush=True),
     )
 
 

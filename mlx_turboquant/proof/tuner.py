@@ -53,6 +53,12 @@ class Comparison:
         )
         return any(clear) and max(middle.values()) <= 1 + LOSS
 
+    def __str__(self) -> str:
+        times = (f"{a:g} -> {b:g} us at {n}" for n, (a, b) in self.us.items())
+        turns = len(next(iter(self.seconds.values())))
+        kept = "faster" if self.gains else "no gain"
+        return f"{', '.join(times)} ({turns} turns): {kept}"
+
     @property
     def us(self) -> dict[str, tuple[float, float]]:
         """Medians in microseconds, the one's and the other's."""
@@ -68,6 +74,7 @@ def search(
     hold: Callable[[Tuning], None],
     clock: Callable[[], float],
     heads: Heads,
+    note: Callable[[str], None] = lambda line: None,
     budget: float = BUDGET,
 ) -> Tuned:
     """The fastest tuning, axis by axis.
@@ -78,6 +85,7 @@ def search(
         hold: Raises if a tuning cannot be launched or gives other results.
         clock: Seconds.
         heads: Of what is timed.
+        note: Called with a line about each that was timed, for a log.
         budget: As `BUDGET`.
     """
     start = clock()
@@ -99,11 +107,13 @@ def search(
             first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             reasons.append(f"{name} {value:g} was left out: {first}")
             continue
+        note(f"{best} -> {name} {value:g}: {comparison}")
         if comparison.gains:
             best = trial
     us: dict[str, tuple[float, float]] = {}
     if best != UNTUNED:
         final = compare(UNTUNED, best, time_call, 2 * _TURNS)
+        note(f"{UNTUNED} -> {best}, again: {final}")
         if final.gains:
             us = final.us
         else:

@@ -1,5 +1,6 @@
 """Tunings move speed only: every one that is tried gives what the reference gives."""
 
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from mlx_turboquant.proof.judge import WrongError
 from mlx_turboquant.proof.key import Subject
 from mlx_turboquant.proof.variants import axes
 from mlx_turboquant.proof.workload import Workload
+from mlx_turboquant.quantizer import Sides
 
 #: spec, dims, rows
 CASES = {
@@ -120,22 +122,15 @@ def test_a_tuning_is_for_the_heads_it_was_measured_with():
 )
 def test_what_is_tried(v_dim, rows, dialect, teams, by_fma):
     subject = Subject("turboquant:3", "turboquant:3", 64, v_dim, 0, "float16", "")
-    gains = replace_gains(subject)
-    found = dict(axes(gains.values, rows, dialect))
+    gains = Sides(*(mx.ones((1, 1, 1, dim)) for dim in (64, v_dim)))
+    values = subject.quantizers(gains).values
+    found = dict(axes(values, rows, dialect))
     assert found["simdgroups"] == teams
     assert found["fma_rows"] == by_fma
-    untuned = specialize.split_simdgroups(gains.values)
-    assert untuned not in teams
+    assert specialize.split_simdgroups(values) not in teams
     for name, numbers in found.items():
         for number in numbers:
             assert Tuning(**{name: number}).changes == {name: number}
-
-
-def replace_gains(subject):
-    from mlx_turboquant.quantizer import Sides
-
-    dims = (subject.k_dim, subject.v_dim)
-    return subject.quantizers(Sides(*(mx.ones((1, 1, 1, dim)) for dim in dims)))
 
 
 @pytest.fixture
@@ -149,7 +144,8 @@ def short(monkeypatch):
 SUBJECT = Subject("turboquant:3", "turboquant:2", 64, 128, 32, "bfloat16", "")
 
 
-def test_a_workload_feeds_outputs_to_queries(short, launcher):
+def noted(subject, launcher):
+    """A workload, and (call, tuning, output) of each attention to come."""
     calls = []
 
     class Noted(Gpu):
@@ -158,27 +154,32 @@ def test_a_workload_feeds_outputs_to_queries(short, launcher):
             calls.append((call, self.tuning, out))
             return out
 
-    work = Workload(SUBJECT, Heads(2, 2), Noted(launcher, 8))
+    return Workload(subject, Heads(2, 2), Noted(launcher, 8)), calls
+
+
+def test_a_workload_feeds_outputs_to_queries(short, launcher):
+    work, calls = noted(SUBJECT, launcher)
     one = Tuning(simdgroups=2)
     assert work.seconds(one, 128) > 0
     chain = calls[-5:]
-    for (_, _, out), (call, tuning, _) in zip(chain, chain[1:], strict=False):
+    for (_, _, out), (call, tuning, _) in itertools.pairwise(chain):
         assert tuning == one
         assert call.q.shape == (1, 4, 1, 64)
         assert call.q.dtype == mx.bfloat16
         assert mx.array_equal(call.q, out[..., :64]).item()
         assert call.keys.packed_length == call.values.packed_length == 128
-    nbytes = {id(c.keys): c.keys.packed.nbytes + c.values.packed.nbytes for c, *_ in chain}
-    assert len(nbytes) == len(work._caches[128]) > 1
-    assert sum(nbytes.values()) >= 40_000
+    sides = {id(s): s.packed for call, *_ in chain for s in (call.keys, call.values)}
+    assert len(sides) > 2  # more than one cache
+    assert sum(packed.nbytes for packed in sides.values()) >= 40_000
     out = chain[-1][2].astype(mx.float32)
     assert 0 < mx.max(mx.abs(out)).item() < 10
 
 
 def test_a_workload_takes_values_shorter_than_keys(short, launcher):
     subject = replace(SUBJECT, k_dim=128, v_dim=64)
-    work = Workload(subject, Heads(2, 2), Gpu(launcher, 8))
+    work, calls = noted(subject, launcher)
     assert work.seconds(UNTUNED, 64) > 0
+    assert {call.q.shape for call, *_ in calls} == {(1, 4, 1, 128)}
 
 
 def test_a_tuning_that_is_wrong_is_refused(short, launcher):

@@ -48,7 +48,7 @@ def test_what_is_fastest_is_checked_and_kept(verdicts):
     verdicts.write(KEY.digest, PROVED)
     verdict = tune(verdicts, "tunable")
     (found,) = verdict.tuned
-    assert found.tuning == Tuning(fill=2.0), found
+    assert found.tuning.simdgroups == 1, found
     assert found.heads == (1, 2)
     for base, best in found.us.values():
         assert best < 0.8 * base
@@ -59,7 +59,7 @@ def test_what_is_fastest_is_checked_and_kept(verdicts):
     assert names[:2] == ["the tuner's start", "tuning: simdgroups 1"]
     assert names[-1] == "attention over 5000 tokens, 8 rows, decades"
     timed = re.findall(r"^.* -> .* us at 32768 .*$", log, re.M)
-    assert len(timed) == found.tried + 1
+    assert len(timed) > found.tried
     assert verdicts.forget() == 1
     assert [path.name for path in verdicts.folder.iterdir()] == ["lock"]
 
@@ -68,7 +68,10 @@ def test_what_is_fastest_is_checked_and_kept(verdicts):
     ("fake", "reason"),
     [
         ("tuned_is_wrong", r"^wrong: matrix products: 8 rows, .*: error 0\.0"),
-        ("tuned_crashes", r"^crash: the process ended with -11 at tuning: few_tokens"),
+        (
+            "tuned_crashes",
+            r"^crash: the process ended with -11 at tuning: .*few_t",
+        ),
         ("no_such_fake", r"^unknown: the checking process ended with 1"),
     ],
 )
@@ -172,18 +175,22 @@ def key_of(gpu, spec="k3v2"):
 def test_caches_of_later_processes_are_launched_as_tuned(name, machine, verdicts):
     gpu, _ = machine(name)
     verdicts.write(key_of(gpu).digest, dataclasses.replace(PROVED, tuned=(FOUND,)))
-    assert backend_of() == (
+    shown, _, proof = backend_of().partition(": proved ")
+    assert shown == (
         f"{name}, tuned: 8 KV heads of 4 rows: simdgroups 2, fill 1.5 "
         "(1.11x at 4096, 1.25x at 32768 tokens)"
     )
+    assert bool(proof) is (name == "metal")
     assert gpu.asked[-1] == {Heads(8, 4): FOUND.tuning}
     assert gpu.tunings == {}  # what every machine gets stays what it was
 
 
 @pytest.mark.parametrize("status", ["wrong", "ok"])
-def test_what_is_not_proved_is_not_launched(status, machine, verdicts):
+def test_what_is_not_proved_is_not_launched(status, machine, verdicts, monkeypatch):
     gpu, _ = machine("cuda")
-    assert backend_of() == "cuda"  # no folder, nothing read
+    with monkeypatch.context() as patch:
+        patch.setattr(proved, "key_of", None)
+        assert backend_of() == "cuda"  # no folder: nothing is looked up
     assert not verdicts.folder.exists()
     nothing = dataclasses.replace(FOUND, tuning=UNTUNED)
     tuned = (FOUND,) if status == "wrong" else (nothing,)
@@ -220,9 +227,9 @@ def test_doctor_tunes(machine, verdicts, monkeypatch):
     assert "tuning k3v2, a few seconds for each of 1..." in done.output
     line = r"^kernels for turboquant:3 and turboquant:2.*: ok .*33 checks"
     assert re.search(line, done.output, re.M)
-    line = r"^  tuned for 1 KV heads of 2 rows: fill 2 \(\d.*x at 4096, .*\d tried in "
+    line = r"^  tuned for 1 KV heads of 2 rows: simdgroups 1.* \(\d.*x at 4096, .*\d tried in "
     assert re.search(line, done.output, re.M), done.output
-    assert ledger.look(key_of(gpu)).tuned[0].tuning == Tuning(fill=2.0)
+    assert ledger.look(key_of(gpu)).tuned[0].tuning.simdgroups == 1
     monkeypatch.setattr(select, "gpu_backend", lambda: None)
     for wrong, words in (
         (["--tune"], "--tune needs a GPU"),

@@ -105,10 +105,11 @@ def test_axes_are_searched_one_after_the_other():
     gains = {n: best / base for n, (base, best) in found.us.items()}
     assert gains["4096"] == pytest.approx(0.8 * 0.95, rel=1e-3)
     assert gains["32768"] == pytest.approx(0.8 * 0.95, rel=1e-3)
-    assert len(machine.held) == NUMBERS  # not the product of all axes
+    assert len(machine.held) == NUMBERS + 3  # not the product of all axes
     # What plainly gains nothing is left after a few turns.
     full, few = 2 * 2 * 11, 2 * 2 * 3
-    assert machine.calls == 4 * full + (NUMBERS - 4) * few + 2 * full
+    # The three that are left are timed again, each and all together.
+    assert machine.calls == 4 * full + (NUMBERS - 4) * few + 3 * full + 2 * full
 
 
 def test_what_cannot_be_launched_is_left_out():
@@ -170,6 +171,21 @@ def test_a_gain_that_does_not_last_is_given_up():
     assert found.tuning == UNTUNED
     assert found.us == {}
     assert found.reason == "simdgroups 1 gained nothing when it was timed again"
+
+
+def test_a_fluke_does_not_ride_along_with_a_gain():
+    machine = Machine({("fill", 2.0): (0.8, 0.8), ("simdgroups", 1): (0.9, 0.9)})
+    time_call = machine.time_call
+
+    def a_while(tuning, tokens):
+        if tuning.merge_simdgroups == 16:
+            machine.factors.pop(("simdgroups", 1), None)
+        return time_call(tuning, tokens)
+
+    machine.time_call = a_while
+    found = machine.search()
+    assert found.tuning == Tuning(fill=2.0)
+    assert found.us["4096"] == (40.0, 32.0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ reference.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Self
 
@@ -69,6 +69,8 @@ class Gpu(Reference):
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
         self.tuning, self.tunings = tuning, tunings
+        #: Shown each prepared step and its first call; None if nobody wants to see.
+        self.watch: Callable[[AttendCall, DecodeStep], None] | None = None
 
     @property
     def name(self) -> str:
@@ -94,12 +96,16 @@ class Gpu(Reference):
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
-            tuning = self.tunings.get(_heads_of(call), self.tuning)
-            step = prepared[key] = DecodeStep(
-                self.launcher, call, self.simdgroups, tuning
-            )
+            step = prepared[key] = self.prepare(call)
+            if self.watch is not None:
+                self.watch(call, step)
         out: mx.array = step(call)
         return out
+
+    def prepare(self, call: AttendCall) -> DecodeStep:
+        """What attends from this call on, until the packed tokens change."""
+        tuning = self.tunings.get(_heads_of(call), self.tuning)
+        return DecodeStep(self.launcher, call, self.simdgroups, tuning)
 
     def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
         """As `Reference.encode_query`, by a kernel where one rotates."""

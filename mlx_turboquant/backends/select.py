@@ -32,13 +32,18 @@ NEED_PROOF = ("metal",)
 
 
 class Choice(NamedTuple):
-    """A backend.
+    """A backend, and why.
 
-    Why none before it in the table was taken, or "". What a tuner changed, or "".
+    Attributes:
+        backend: What attends and encodes.
+        reason: Why none before it in the table was taken, or "".
+        proof: Digest of the verdict that its kernels are used by; "" if they need none.
+        tuned: What a tuner changed of their launches, in words; "" for nothing.
     """
 
     backend: Reference
     reason: str = ""
+    proof: str = ""
     tuned: str = ""
 
 
@@ -116,12 +121,15 @@ def resolve(keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Choice:
     for backend, off in table():
         reason = off or backend.refuse(keys, values)
         if reason is None and isinstance(backend, Gpu) and awaits_proof():
-            reason = proved.refuse(backend, keys, values, dtype)
+            answer = proved.ask(backend, keys, values, dtype)
+            if not isinstance(answer, str):
+                return Choice(answer.backend, "", answer.digest, answer.tuned)
+            reason = answer
         if reason is None:
             tuned = ""
             if isinstance(backend, Gpu) and not requested():
                 backend, tuned = proved.tuned(backend, keys, values, dtype)
-            return Choice(backend, "; ".join(reasons), tuned)
+            return Choice(backend, "; ".join(reasons), tuned=tuned)
         if requested() == "gpu" and backend is gpu_backend():
             raise _unavailable(reason)
         reasons.append(reason)

@@ -190,6 +190,7 @@ class TurboQuantCache(SequenceCache):
             pending["keys"], pending["values"]
         ):
             return
+        self._quantizers.reconsider(tokens)
         count = schedule.tokens_due(self.offset)
         first, start = tokens.packed_length, 0
         if not first and not tokens.sink:

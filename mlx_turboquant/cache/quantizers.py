@@ -25,6 +25,7 @@ from ..transform import ChannelTransform
 from .bit_allocation import LayerSlot
 from .calibration import Calibration, by_power
 from .schedule import PackingSchedule, Phase
+from .stored import StoredTokens
 
 Arrays = dict[str, mx.array]
 
@@ -96,6 +97,19 @@ class LayerQuantizers:
         if self._choice is None:
             self._choice = select.resolve(*self._built, self._like.dtype)
         return self._choice
+
+    def reconsider(self, tokens: StoredTokens) -> None:
+        """Choose the backend again if that is a matter of proof, and arrange the codes.
+
+        In whole tiles only: what a trim has cut waits for its page to be full again.
+        """
+        before = self._choice
+        cut = tokens.packed_length % TILE
+        if before is None or cut or not select.awaits_proof():
+            return
+        self._choice = select.resolve(*self._built, self._like.dtype)
+        if self._choice.backend is not before.backend:
+            tokens.arrange(self.arranged)
 
     def observe_queries(
         self, q: mx.array, scale: float, kv_heads: int, offset: int

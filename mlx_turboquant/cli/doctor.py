@@ -6,7 +6,7 @@ a process of their own, and what earlier ones found is shown.
 
 from __future__ import annotations
 
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +18,8 @@ from .tables import print_table
 
 if TYPE_CHECKING:
     from ..backends.gpu import Gpu
-    from ..proof.store import Store, Verdict
+    from ..proof.ledger import Ledger
+    from ..proof.store import Verdict
     from ..proof.tuned import Tuned
 
 
@@ -46,15 +47,23 @@ def doctor(
     kv_bits: Annotated[
         str, typer.Option(help="With --tune: for caches of this --kv-bits.")
     ] = "3",
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a file for a bug report: all this and the logs, without names."
+        ),
+    ] = None,
 ) -> None:
     """Check this machine: versions, every kernel against the reference, one timing."""
-    from .. import diagnosis
+    from .. import bug_report, diagnosis
     from ..backends import proved, select
 
     if model is not None and not tune:
         raise SpecError("--model needs --tune")
+    if report is not None and not report.absolute().parent.is_dir():
+        raise SpecError(f"--report {report} is in no folder that exists; make it first")
     if retry:
-        _forget(proved.this_ledger().store)
+        _forget(proved.this_ledger())
     backend = select.gpu_backend()
     if tune and backend is None:
         raise SpecError("--tune needs a GPU, and MLX runs on the CPU here")
@@ -63,7 +72,7 @@ def doctor(
     if backend is None:
         facts["kernels"] = "not run: MLX runs on the CPU here"
     print_table(facts.items())
-    failures = 0
+    failures, lines = 0, []
     if select.awaits_proof():
         failures = _prove()
     elif backend is not None:
@@ -72,13 +81,16 @@ def doctor(
         for check in diagnosis.check_kernels(backend):
             verdict = "ok" if check.passed else "FAILED"
             error = f"error {check.error:.1e}"
-            typer.echo(f"{backend.name} {check.name}: {verdict}, {error}")
+            lines.append(f"{backend.name} {check.name}: {verdict}, {error}")
+            typer.echo(lines[-1])
             if check.failure:
+                lines.append(check.failure)
                 typer.echo(check.failure, err=True)
             failures += not check.passed
     if tune and backend is not None:
         failures += _tune(backend, model, kv_bits)
-    for found in proved.this_ledger().store.verdicts():
+    verdicts = proved.this_ledger().store.verdicts()
+    for found in verdicts:
         typer.echo(_line(found))
         for tuned in found.tuned:
             typer.echo(_tuned_line(tuned))
@@ -87,24 +99,34 @@ def doctor(
         (name, f"{time:.2f} ms", f"at {tokens} tokens")
         for name, time in milliseconds.items()
     )
+    if report is not None:
+        try:
+            bug_report.write(report, facts, verdicts, lines, milliseconds)
+        except OSError as error:
+            raise SpecError(
+                f"--report cannot write {report} ({error}); name another file"
+            ) from error
+        typer.echo(f"written: {report}")
     if failures:
         typer.echo(
-            f"{failures} kernels failed; please report all of the above", err=True
+            f"{failures} kernels failed; please report it: mlx_tq.doctor --report FILE "
+            "writes what to send",
+            err=True,
         )
         raise typer.Exit(1)
 
 
-def _forget(store: Store) -> None:
+def _forget(ledger: Ledger) -> None:
     """Forget all verdicts.
 
     Raises:
         SpecError: if they cannot be deleted.
     """
     try:
-        typer.echo(f"forgot {store.forget()} verdicts")
+        typer.echo(f"forgot {ledger.forget()} verdicts")
     except OSError as error:
         raise SpecError(
-            f"--retry cannot delete verdicts ({error}); delete {store.folder}"
+            f"--retry cannot delete verdicts ({error}); delete {ledger.store.folder}"
         ) from error
 
 
@@ -149,13 +171,8 @@ def _tuned_line(tuned: Tuned) -> str:
 
 def _line(verdict: Verdict) -> str:
     """A verdict, when it was made and how long it took."""
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(verdict.when))
-    text = f"kernels for {verdict.subject}: {verdict.status} ({when}"
-    if verdict.seconds:
-        text += f", {verdict.checks} checks in {verdict.seconds:.1f} s"
-    if verdict.errors:
-        text += f", largest error {max(verdict.errors.values()):.1e}"
-    text += f") {verdict.reason}".rstrip()
+    text = f"kernels for {verdict.subject}: {verdict.status} ({verdict.history})"
+    text += f" {verdict.reason}".rstrip()
     return text if verdict.is_ok or not verdict.log else f"{text}; log: {verdict.log}"
 
 

@@ -2,7 +2,7 @@
 
 Each check holds a backend to the reference on the CPU in float32, on the same codes,
 and to itself: what it says twice must be equal to the bit. The first checks are of the
-hardware's facts, by kernels that show little else.
+hardware's `facts`, and by kernels that show little else.
 """
 
 from __future__ import annotations
@@ -15,16 +15,22 @@ import mlx.core as mx
 
 from ..backends.call import AttendCall, Mask
 from ..backends.reference import Reference
-from ..backends.specialize import rotates_in_kernel
+from ..backends.truth import (
+    ROW_TOLERANCE,
+    attention_as_given,
+    codes_as_given,
+    tolerance_of,
+)
+from ..kernels.kernel import Launcher
 from ..quantizer import PageMeans, Quantizer
 from ..segments import CompressedTokens
 from ..tiles import in_vectors
+from ..tokens import TokenArrays
 from .data import HEADS, Kind, Source
-from .judge import ROW_TOLERANCE, TOLERANCE, TRUTH, WrongError, hold, truth_of
+from .facts import Fact, facts
+from .judge import WrongError, hold, truth_of
 from .key import Subject
 
-#: Of attention and of codes, where vectors come to the kernel rotated and in bfloat16.
-_ROUNDED_TOLERANCE, _ROUNDED_CODES_TOLERANCE = 9e-3, 5e-2
 #: Times that the longest attention is run to see that it is always the same.
 MANY = 50
 
@@ -69,8 +75,18 @@ _ATTENTION: tuple[tuple[int, int, int, str | None, Kind, int], ...] = (
 )
 
 
-def all_checks(subject: Subject) -> Iterator[Check]:
-    """Every check of a subject, the quickest first; data is made as it goes."""
+def all_checks(
+    subject: Subject, launcher: Launcher | None, note: Callable[[Fact], None]
+) -> Iterator[Check]:
+    """Every check of a subject, the quickest first; data is made as it goes.
+
+    Args:
+        subject: What kernels are specialised for.
+        launcher: What runs them; None for a backend without kernels.
+        note: Told of each fact of the hardware.
+    """
+    if launcher is not None:
+        yield Check("facts", "probe", partial(_facts, launcher, note))
     with mx.stream(mx.cpu):
         source = Source(subject)
     yield from _probes(source)
@@ -82,6 +98,19 @@ def all_checks(subject: Subject) -> Iterator[Check]:
             "attention",
             partial(_attention, source, packed, group, steps, mask, kind, times),
         )
+
+
+def _facts(
+    launcher: Launcher, note: Callable[[Fact], None], backend: Reference
+) -> float:
+    """Facts of the hardware, whatever the backend makes of them."""
+    found = facts(launcher)
+    for fact in found:
+        note(fact)
+    wrong = [str(fact) for fact in found if not fact.holds]
+    if wrong:
+        raise WrongError("; ".join(wrong))
+    return 0.0
 
 
 def _probes(source: Source) -> Iterator[Check]:
@@ -163,22 +192,15 @@ def _attention(
         sinks = logits if group in (4, 5) else None
         mx.eval(q, *(a for a in (mask, sinks) if isinstance(a, mx.array)))
         call = AttendCall(q, keys, values, source.subject.k_dim**-0.5, mask, sinks)
-        wide = call._replace(
-            q=q.astype(mx.float32), keys=_in_float32(keys), values=_in_float32(values)
-        )
-        want = [TRUTH.attend(wide)]
-        mx.eval(want)
-    tolerance = TOLERANCE
-    if any(_is_rounded(side.quantizer, source.dtype) for side in (keys, values)):
-        tolerance = _ROUNDED_TOLERANCE
+    want = [attention_as_given(call)]
     return hold(
-        backend, lambda b: [b.attend(call)], want, tolerance, ROW_TOLERANCE, times
+        backend,
+        lambda b: [b.attend(call)],
+        want,
+        tolerance_of(call),
+        ROW_TOLERANCE,
+        times,
     )
-
-
-def _is_rounded(quantizer: Quantizer, dtype: mx.Dtype) -> bool:
-    """Whether kernels get vectors that were rotated before, rounded to 8 bits."""
-    return dtype == mx.bfloat16 and not rotates_in_kernel(quantizer.codec.rotation)
 
 
 def _mask(kind: str | None, steps: int, tokens: int) -> Mask:
@@ -189,11 +211,6 @@ def _mask(kind: str | None, steps: int, tokens: int) -> Mask:
     seen = (column % 7 != 3) & ((column < 9) | (column >= min(140, tokens // 2)))
     seen = seen & ~((column >= 2000) & (column < 4200))
     return mx.broadcast_to(seen, (1, 1, steps, tokens))
-
-
-def _in_float32(side: CompressedTokens) -> CompressedTokens:
-    sink = None if side.sink is None else side.sink.astype(mx.float32)
-    return replace(side, sink=sink, recent=side.recent.astype(mx.float32))
 
 
 def _query_basis(quantizer: Quantizer, q: mx.array, backend: Reference) -> float:
@@ -222,19 +239,17 @@ def _gains(
 def _encode(quantizer: Quantizer, x: mx.array, backend: Reference) -> float:
     """Codes may differ where two are as near: what they decode to is compared."""
 
-    def work(b: Reference) -> list[mx.array]:
+    def decoded(encode: Callable[[Quantizer], TokenArrays]) -> list[mx.array]:
         means = None if quantizer.means is None else PageMeans(quantizer.means.page)
         fresh = replace(quantizer, means=means)
-        codes = b.encode(fresh, x, 0)
+        codes = encode(fresh)
         mx.eval(codes.arrays)
         with mx.stream(mx.cpu):
-            decoded = [fresh.decode_rot(codes)]
-            return decoded if means is None else [*decoded, *means.state.values()]
+            made = [fresh.decode_rot(codes)]
+            return made if means is None else [*made, *means.state.values()]
 
-    tolerance = TOLERANCE
-    if _is_rounded(quantizer, x.dtype):
-        tolerance = _ROUNDED_CODES_TOLERANCE
-    return hold(backend, work, truth_of(work), tolerance)
+    want = decoded(lambda fresh: codes_as_given(fresh, x))
+    return hold(backend, lambda b: decoded(lambda fresh: b.encode(fresh, x, 0)), want)
 
 
 def _order(side: CompressedTokens, backend: Reference) -> float:

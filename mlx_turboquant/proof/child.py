@@ -4,6 +4,7 @@ A `runner.Job` as JSON comes on stdin; each line on stdout is a message in JSON:
 
     {"event": "tuned", ..}                            what a tuner found: `Tuned.fields`
     {"event": "check", "name": ..}                    about to run
+    {"event": "fact", "name": .., "found": ..}        of the hardware
     {"event": "passed", "kind": .., "error": ..}      it ran, and agrees
     {"event": "end", "status": .., "reason": ..}      all passed, or the first failure
 """
@@ -53,7 +54,12 @@ def main() -> None:
             say(event="end", status="ok", reason="")
             return
         backend = backend.tuned(tuned.tuning)
-    for check in checks.all_checks(job.subject):
+    every = checks.all_checks(
+        job.subject,
+        getattr(backend, "launcher", None),
+        lambda fact: say(event="fact", name=fact.name, found=fact.found),
+    )
+    for check in every:
         say(event="check", name=check.name)
         try:
             error = check.run(backend)

@@ -12,11 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..backends.reference import Reference
-
-#: Largest relative error of a result, and of a single row of attention. Kernels compute
-#: in halves; a result 1% off is over it.
-TOLERANCE, ROW_TOLERANCE = 5e-3, 2e-2
-TRUTH = Reference()
+from ..backends.truth import TOLERANCE, TRUTH
 
 Work = Callable[[Reference], Sequence[mx.array]]
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import plistlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,20 @@ def system_build(plist: Path = _SYSTEM_VERSION) -> str:
 @functools.cache
 def text_hash() -> str:
     """Of every file in ``metal/``: a kernel changes with what it includes."""
-    folder, found = source.metal_folder(), hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found.update(f"{path.relative_to(folder)}\n".encode())
-            found.update(path.read_bytes())
-    return found.hexdigest()[:24]
+    folder = str(source.metal_folder())
+    found = hashlib.blake2b(digest_size=12)
+    for path in sorted(_files(folder)):
+        found.update(f"{path.removeprefix(folder)}\n".encode())
+        # Every start of a program that uses kernels reads them: no buffers, no `Path`.
+        with open(path, "rb", buffering=0) as file:
+            found.update(file.readall())
+    return found.hexdigest()
+
+
+def _files(folder: str) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(entry.path)
+            else:
+                yield entry.path

@@ -24,8 +24,8 @@ from .tuned import Tuned
 
 #: Said of kernels whose check is under way.
 UNDER_WAY = (
-    "its kernels are being checked on this machine, for the first time; caches made "
-    "after that use them"
+    "its kernels are being checked on this machine, for the first time; from the page "
+    "after that on they are used"
 )
 #: The ``status`` of what is known of kernels that could not be checked; never stored.
 UNKNOWN = "unknown"
@@ -57,9 +57,8 @@ class Ledger:
         Warns, once, if they are not to be used.
         """
         digest, known = key.digest, self.look(key)
-        if known is not None and not known.is_ok and digest not in self._told:
-            self._told.add(digest)
-            warnings.warn(f"tq: {words(known)}", stacklevel=2)
+        if known is not None:
+            self._tell(digest, known)
         return known
 
     def look(self, key: Key) -> Verdict | None:
@@ -107,6 +106,42 @@ class Ledger:
             if log is not None:
                 self.store.write(digest, found)
         return found
+
+    def found(self, digest: str) -> Verdict | None:
+        """The verdict that this process goes by, if it has asked for one."""
+        return self._known.get(digest)
+
+    def overturn(self, digest: str, reason: str) -> None:
+        """Kernels that were proved have been seen to be wrong; warns of it."""
+        proved = self._known.get(digest)
+        if proved is None:
+            return
+        wrong = replace(proved, status="wrong", reason=reason, when=time.time())
+        self._known[digest] = wrong
+        with contextlib.suppress(OSError), self.store.lock():
+            self.store.write(digest, wrong)
+        self._tell(digest, wrong)
+
+    def forget(self) -> int:
+        """Forget every verdict, so that kernels are checked anew; returns how many.
+
+        Raises:
+            OSError: if the folder cannot be written to.
+        """
+        count = self.store.forget()
+        self.wait()
+        with self._guard:
+            self._known.clear()
+            self._told.clear()
+            self._threads.clear()
+        return count
+
+    def _tell(self, digest: str, verdict: Verdict) -> None:
+        """Warn once of kernels that are not to be used."""
+        if verdict.is_ok or digest in self._told:
+            return
+        self._told.add(digest)
+        warnings.warn(f"tq: {words(verdict)}", stacklevel=3)
 
     def start(self, key: Key, job: Job) -> None:
         """Have a key's kernels checked in the background, unless that is under way."""

@@ -121,6 +121,7 @@ def run(
         state.passed,
         round(time.monotonic() - start, 2),
         errors=state.errors,
+        facts=state.facts,
         log="" if log is None else str(log),
         tuned=() if state.tuned is None else (state.tuned,),
     )
@@ -132,6 +133,7 @@ class _Progress:
     def __init__(self) -> None:
         self.started, self.current, self.passed = False, "", 0
         self.errors: dict[str, float] = {}
+        self.facts: dict[str, str] = {}
         self.end = ("", "")
         self.tuned: Tuned | None = None
 
@@ -144,6 +146,8 @@ class _Progress:
             return
         if event == "check":
             self.started, self.current = True, message["name"]
+        elif event == "fact":
+            self.facts[message["name"]] = message["found"]
         elif event == "passed":
             kind, error = message["kind"], message["error"]
             self.passed += 1

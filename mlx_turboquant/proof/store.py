@@ -39,6 +39,7 @@ class Verdict:
         seconds: How long all took.
         when: Seconds since 1970 when it was written.
         errors: Largest relative error by kind of check.
+        facts: What was found of the hardware, by name.
         log: Path of the log; "" if there is none.
         tuned: What tuners found, each for other heads.
     """
@@ -50,6 +51,7 @@ class Verdict:
     seconds: float = 0.0
     when: float = field(default_factory=time.time)
     errors: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     log: str = ""
     tuned: tuple[Tuned, ...] = ()
 
@@ -57,6 +59,16 @@ class Verdict:
     def is_ok(self) -> bool:
         """Whether the kernels may be used."""
         return self.status == OK
+
+    @property
+    def history(self) -> str:
+        """When it was written, how many checks passed and how long they took."""
+        text = time.strftime("%Y-%m-%d %H:%M", time.localtime(self.when))
+        if self.seconds:
+            text += f", {self.checks} checks in {self.seconds:.1f} s"
+        if self.errors:
+            text += f", largest error {max(self.errors.values()):.1e}"
+        return text
 
 
 def cache_folder() -> Path:
@@ -145,6 +157,7 @@ def _read(path: Path) -> Verdict | None:
             seconds=float(found["seconds"]),
             when=float(found["when"]),
             errors={str(kind): float(e) for kind, e in found["errors"].items()},
+            facts={str(name): str(what) for name, what in found["facts"].items()},
             log=str(found["log"]),
             # Younger than the rest: older files are without.
             tuned=tuple(Tuned.of(one) for one in found.get("tuned", ())),

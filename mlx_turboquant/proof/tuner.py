@@ -2,8 +2,8 @@
 
 Owns the search: one number after the other (`variants` says which there are), each
 against the best so far, by turns. What is timed is `workload`'s. A change must gain
-clearly, and is measured once more against the beginning when all are found: who is
-chosen of many looks better than he is.
+clearly, and is measured once more when all are found, each and all together: what is
+chosen of many looks better than it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ _TURNS, _FEW_TURNS, _WON = 11, 3, 9
 Axis = tuple[str, Sequence[float]]
 #: Seconds of one call with a tuning over so many packed tokens.
 TimeCall = Callable[[Tuning, int], float]
+
+#: Raises if a tuning cannot be launched, or gives other results than none.
+Hold = Callable[[Tuning], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Comparison:
 def search(
     axes: Sequence[Axis],
     time_call: TimeCall,
-    hold: Callable[[Tuning], None],
+    hold: Hold,
     clock: Callable[[], float],
     heads: Heads,
     note: Callable[[str], None] = lambda line: None,
@@ -82,7 +85,7 @@ def search(
     Args:
         axes: What to try, the most promising first.
         time_call: Times one; called once for each number that is compared.
-        hold: Raises if a tuning cannot be launched or gives other results.
+        hold: Says which tunings to leave out.
         clock: Seconds.
         heads: Of what is timed.
         note: Called with a line about each that was timed, for a log.
@@ -110,6 +113,8 @@ def search(
         note(f"{best} -> {name} {value:g}: {comparison}")
         if comparison.gains:
             best = trial
+    if len(best.changes) > 1:
+        best = _thinned(best, time_call, hold, note)
     us: dict[str, tuple[float, float]] = {}
     if best != UNTUNED:
         final = compare(UNTUNED, best, time_call, 2 * _TURNS)
@@ -121,6 +126,21 @@ def search(
             best = UNTUNED
     seconds = round(clock() - start, 2)
     return Tuned(heads, best, us, tried, seconds, "; ".join(reasons))
+
+
+def _thinned(
+    best: Tuning, time_call: TimeCall, hold: Hold, note: Callable[[str], None]
+) -> Tuning:
+    """Without the changes that gain nothing when they are timed again."""
+    for name in best.changes:
+        nothing: dict[str, Any] = {name: None}
+        without = replace(best, **nothing)
+        hold(without)
+        comparison = compare(without, best, time_call)
+        note(f"{without} -> {best}, again: {comparison}")
+        if not comparison.gains:
+            best = without
+    return best
 
 
 def compare(

@@ -15,12 +15,13 @@ import mlx.core as mx
 
 from ..backends.call import AttendCall
 from ..backends.gpu import Gpu
+from ..backends.truth import TOLERANCE
 from ..kernels.tuning import UNTUNED, Heads, Tuning
 from ..quantizer import Quantizer, Sides
 from ..segments import CompressedTokens, PreparedSteps
 from ..tiles import in_tiles
 from ..tokens import TILE, TokenArrays
-from .judge import TOLERANCE, WrongError
+from .judge import WrongError
 from .key import Subject
 from .tuner import LENGTHS
 

@@ -227,7 +227,7 @@ def test_doctor_tunes(machine, verdicts, monkeypatch):
     assert "tuning k3v2, a few seconds for each of 1..." in done.output
     line = r"^kernels for turboquant:3 and turboquant:2.*: ok .*33 checks"
     assert re.search(line, done.output, re.M)
-    line = r"^  tuned for 1 KV heads of 2 rows: simdgroups 1.* \(\d.*x at 4096, .* tried in"
+    line = r"^  tuned for 1 KV heads of 2 rows: simdgroups 1.*\dx at 4096, .* tried in"
     assert re.search(line, done.output, re.M), done.output
     assert ledger.look(key_of(gpu)).tuned[0].tuning.simdgroups == 1
     monkeypatch.setattr(select, "gpu_backend", lambda: None)

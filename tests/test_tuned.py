@@ -5,12 +5,10 @@ import json
 import re
 
 import mlx.core as mx
+import proof_caches
 import pytest
-from helpers import attend
 
-import mlx_turboquant as tq
 from mlx_turboquant.backends import proved, select
-from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.cache.quantizers import quantizers_of
 from mlx_turboquant.errors import SpecError, UnsupportedModelError
 from mlx_turboquant.kernels.tuning import UNTUNED, Heads, Tuning
@@ -120,25 +118,16 @@ def test_old_verdicts_and_rubbish(verdicts):
 # Caches
 
 
-class Metal(Gpu):
-    """Computes as the reference, and notes with which launches it would."""
+class Metal(proof_caches.Metal):
+    """Notes with which launches it would attend, too."""
 
     def __init__(self, name="metal"):
-        super().__init__(type("Launcher", (), {"name": name})(), simdgroups=8)
-        self.asked = []
+        super().__init__()
+        self.launcher.name, self.asked = name, []
 
-    def encode(self, quantizer, x, first):
-        return quantizer.encode(x, first)
-
-    def arranged(self, quantizer, codes):
-        return codes
-
-    def attend(self, call):
+    def prepare(self, call):
         self.asked.append(self.tunings)
-        return select.reference_backend().attend(call)
-
-    def channel_gains(self, x, centers=False, queries=None):
-        return select.reference_backend().channel_gains(x, centers, queries)
+        return super().prepare(call)
 
 
 @pytest.fixture
@@ -157,13 +146,9 @@ def machine(verdicts, monkeypatch):
     select.requested.cache_clear()
 
 
-def backend_of(spec="k3v2"):
-    """What `explain` says of a cache of 400 tokens."""
-    cache = tq.TurboQuantCache(spec)
-    kv = mx.random.normal((1, 2, 400, 64)).astype(mx.float16)
-    for part in (kv, kv[:, :, :1]):
-        attend(part, *cache.update_and_fetch(part, part), 0.1)
-    return tq.explain(cache).layers[0].backend
+def backend_of():
+    """What `explain` says of a new cache."""
+    return proof_caches.backend_of(proof_caches.cache_of())
 
 
 def key_of(gpu, spec="k3v2"):

@@ -4,7 +4,7 @@ import mlx.core as mx
 from helpers import attend
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.gpu import MAX_STEP, Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.tiles import in_tiles
 
@@ -22,6 +22,10 @@ class Metal(Gpu):
 
     def arranged(self, quantizer, codes):
         return in_tiles(codes, quantizer.layout)
+
+    def attend(self, call):
+        is_prompt = call.q.shape[2] > MAX_STEP
+        return Reference().attend(call) if is_prompt else super().attend(call)
 
     def prepare(self, call):
         self.used.append("prepare")

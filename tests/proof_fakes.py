@@ -46,6 +46,11 @@ def segfaults():
     return Fake(lambda out, call: os.kill(os.getpid(), signal.SIGSEGV))
 
 
+def aborts():
+    """As MLX does when a command buffer fails."""
+    return Fake(lambda out, call: os.abort())
+
+
 def exits():
     return Fake(lambda out, call: os._exit(0))
 

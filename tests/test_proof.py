@@ -34,6 +34,7 @@ FAULTS = {
     "wrong_past_4096": ("wrong", "attention over 5000 tokens, 1 rows, far: error 0.0"),
     "does_not_compile": ("compile", "Unable to build metal library$"),
     "segfaults": ("crash", "ended with -11 at matrix products"),
+    "aborts": ("crash", "ended with -6 at matrix products"),
     "exits": ("crash", "ended with 0 at matrix products"),
     "flickers": ("wrong", "5000 tokens, 8 rows, decades: run 31 .* differs"),
     "wrong_rotation": ("wrong", "unit vectors: error 0.0"),
@@ -123,7 +124,7 @@ def test_where_verdicts_are(monkeypatch):
     assert str(store.cache_folder()) == "/home/a/.cache/mlx_turboquant/proofs"
 
 
-def test_two_processes_check_once_and_a_third_reads(verdicts, counted):
+def test_two_ledgers_check_once_and_a_third_reads(verdicts, counted):
     """Locks of two open files hold in one process as in two."""
     ledgers = [Ledger(verdicts) for _ in range(2)]
     for ledger in ledgers:
@@ -139,6 +140,58 @@ def test_two_processes_check_once_and_a_third_reads(verdicts, counted):
     assert len(counted) == 1
     names = sorted(path.suffix for path in verdicts.folder.iterdir())
     assert names == ["", ".json", ".log"]
+
+
+def test_two_real_processes_check_once(verdicts):
+    code = (
+        "import sys\n"
+        "from test_proof import *\n"
+        "from pathlib import Path\n"
+        f"ledger = Ledger(Store(Path({str(verdicts.folder)!r})))\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "ledger.start(KEY, job('right'))\n"
+        "(verdict,) = ledger.wait()\n"
+        "print(json.dumps(dataclasses.asdict(verdict)))\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [json.loads(process.communicate(timeout=120)[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert said[0] == said[1]  # the very same, when and how long it took
+    assert said[0]["status"] == "ok"
+    log = verdicts.path(KEY.digest, "log").read_text()
+    assert log.count('"event": "end"') == 1
+    assert log.count('"event": "passed"') == 33
+    assert Verdict(**said[0]) == verdicts.read(KEY.digest)
+
+
+@pytest.mark.parametrize("name", ["lock", "{digest}.json", "{digest}.log"])
+def test_a_folder_where_a_file_should_be_is_no_obstacle(name, verdicts):
+    path = verdicts.folder / name.format(digest=KEY.digest)
+    (path / "rubbish").mkdir(parents=True)
+    ledger = Ledger(verdicts)
+    assert ledger.standing(KEY) is None
+    ledger.start(KEY, job("right"))
+    (verdict,) = ledger.wait()
+    assert verdict.is_ok
+    assert ledger.standing(KEY) == verdict
+    left = {p.name for p in verdicts.folder.iterdir()} - {"lock", path.name}
+    assert left == set()  # nothing half-written, no mark
 
 
 def test_what_failed_is_said_once_and_not_tried_again(verdicts, counted):

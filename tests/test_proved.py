@@ -8,8 +8,9 @@ from helpers import relative_error
 from proof_caches import backend_of, cache_of, grow
 
 import mlx_turboquant as tq
-from mlx_turboquant.backends import select
+from mlx_turboquant.backends import proved, select
 from mlx_turboquant.backends.reference import Reference
+from mlx_turboquant.proof import key
 
 
 def test_caches_use_kernels_once_they_are_proved(a_mac):
@@ -37,11 +38,12 @@ def test_a_cache_that_did_not_wait_changes_over_at_its_next_page(a_mac):
     assert backend_of(cache).startswith("reference")
     layouts = {side.layout for side in cache._tokens.packed}
     assert layouts == {None}
-    cache.trim(100)  # a page is cut
-    grow(cache, 101)
+    cache.trim(150)
+    assert cache.packed_length == 247  # a page is cut, and with it a tile
     ledger.wait()
-    grow(cache, 1)
-    assert backend_of(cache).startswith("reference")  # until a page is due
+    grow(cache, 60)
+    assert cache.packed_length == 256
+    assert backend_of(cache).startswith("reference")  # until the next page is due
     assert not gpu.used
     grow(cache, 128, 1)
     assert backend_of(cache).startswith("metal: proved")
@@ -93,3 +95,20 @@ def test_codecs_of_others_are_not_checked(a_mac, monkeypatch, counted):
     monkeypatch.setattr(TurboQuant, "__module__", "someone.elses")
     assert "would not know codec turboquant:3" in backend_of(cache_of())
     assert not counted
+
+
+def test_layers_ask_the_folder_once(a_proved_mac, monkeypatch):
+    """Once a process: neither a layer nor a step pays for a proof that there is."""
+    _, ledger = a_proved_mac
+    read, hashed = [], []
+    store_read, texts = ledger.store.read, key.text_hash
+    monkeypatch.setattr(
+        ledger.store, "read", lambda digest: read.append(digest) or store_read(digest)
+    )
+    monkeypatch.setattr(proved, "text_hash", lambda: hashed.append(1) or texts())
+    proved._keys.clear()
+    caches = [tq.TurboQuantCache("k3v2") for _ in range(8)]
+    for cache in caches:
+        grow(cache, 300, 1, 1, 128, 1)
+        assert backend_of(cache).startswith("metal: proved")
+    assert len(read) == len(hashed) == 1

@@ -54,8 +54,9 @@ class Shadow:
         except ValueError:
             return  # inside a transformation: no real step
         self.backend.watch = None
+        # No daemon: a program that ends now waits for MLX to be done with it.
         self._thread = threading.Thread(
-            target=self._judge, args=(errors, tolerance_of(call)), daemon=True
+            target=self._judge, args=(errors, tolerance_of(call)), name="tq-shadow"
         )
         self._thread.start()
 

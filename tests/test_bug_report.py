@@ -32,6 +32,8 @@ def test_a_report_has_verdicts_logs_and_machine(anna, tmp_path):
         f"{anna}/venv/bin/python: error: no such identifier\n"
         f"{anna.resolve()}/x on annas-mac.local, by ANNA; /opt/anna/y; annabel\n"
     )
+    log.with_name("b.log").write_text("checked")
+    log.with_name("b.tuner.log").write_text(f"timed, by {anna}")
     verdicts = [
         Verdict("compile", "k3v3", f"in {anna}/cache", log=str(log), facts={"a": "b"}),
         Verdict(
@@ -40,6 +42,7 @@ def test_a_report_has_verdicts_logs_and_machine(anna, tmp_path):
             checks=34,
             seconds=3.2,
             errors={"attention": 1e-3},
+            log=str(log.with_name("b.log")),
             tuned=(Tuned(Heads(8, 4), reason=f"left out: {anna}/x"),),
         ),
         Verdict("crash", "k2v2", log=str(anna / "no.log")),
@@ -63,7 +66,9 @@ def test_a_report_has_verdicts_logs_and_machine(anna, tmp_path):
         "~/x on HOST, by USER; /opt/USER/y; annabel\n"
     )
     assert second["errors"] == {"attention": 1e-3}
-    assert second["log text"] == ""
+    assert second["log text"] == "checked"
+    assert second["tuner log text"] == "timed, by ~"
+    assert "tuner log text" not in first
     assert second["tuned"][0]["heads"] == [8, 4]
     assert second["tuned"][0]["reason"] == "left out: ~/x"
     assert third["log text"].startswith("cannot be read: ")

@@ -76,13 +76,10 @@ def first_use(on: str) -> None:
         for dtype in (mx.float16, mx.bfloat16):
             sides = quantizers_of(tq.CacheSpec.parse(spec), (DIM, DIM), dtype)
             key = proved.key_of(Gpu(launcher, simdgroups), *sides, dtype)
-            start = time.perf_counter()
-            verdict = runner.run(
-                Job(key.subject, launcher.name, simdgroups, backend), None, 300
-            )
-            seconds = time.perf_counter() - start
-            print(f"first use on {on}, {verdict.subject}: {verdict.status}", end=" ")
-            print(f"in {seconds:.1f} s, {verdict.history} {verdict.reason}")
+            job = Job(key.subject, launcher.name, simdgroups, backend)
+            verdict = runner.run(job, None, 300)
+            print(f"first use on {on}, {verdict.subject}: {verdict.status}", end=", ")
+            print(f"{verdict.history} {verdict.reason}".rstrip())
 
 
 def with_a_verdict(starts: int) -> None:

@@ -30,7 +30,7 @@ from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform
 from . import specialize
-from .call import AttendCall, Mask
+from .call import AttendCall, in_numbers
 from .code_launches import (
     encode_launch,
     gains_launch,
@@ -92,7 +92,7 @@ class Gpu(Reference):
     def attend(self, call: AttendCall) -> mx.array:
         """As `Reference.attend`; up to `MAX_STEP` query tokens are fused."""
         if call.q.shape[2] > MAX_STEP:
-            return super().attend(call._replace(mask=_additive(call.mask, call.q)))
+            return super().attend(call._replace(mask=in_numbers(call.mask, call.q)))
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
@@ -288,12 +288,3 @@ def _heads_of(call: AttendCall) -> Heads:
     batch, query_heads, steps, _ = call.q.shape
     kv_heads = call.keys.shape[1]
     return Heads(batch * kv_heads, query_heads // kv_heads * steps)
-
-
-def _additive(mask: Mask, q: mx.array) -> Mask:
-    """A bool mask in numbers: MLX's attention on CUDA would make them for each head."""
-    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
-        # Finite: a row that sees nothing, as of padding, must not become NaN.
-        seen, unseen = (mx.array(x, q.dtype) for x in (0, mx.finfo(q.dtype).min))
-        return mx.where(mask, seen, unseen)
-    return mask

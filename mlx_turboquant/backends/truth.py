@@ -60,17 +60,23 @@ def codes_as_given(quantizer: Quantizer, x: mx.array) -> TokenArrays:
 
     All but rotations is done on the CPU.
     """
-    transform, means = quantizer.transform, quantizer.means
-    if rotates_in_kernel(transform.rotation):
-        with mx.stream(mx.cpu):
-            return TRUTH.encode(quantizer, x, 0)
-    given = transform.encode(x).astype(x.dtype)
+    means = quantizer.means
+    centred = rotated_as_given(quantizer.transform, x)
     with mx.stream(mx.cpu):
         quantizer.add_means(x, 0)
-        centred = given.astype(mx.float32)
         if means is not None:
             centred = centred - means.of_tokens(0, x.shape[2])
         return quantizer.codec.encode(centred)
+
+
+def rotated_as_given(transform: ChannelTransform, x: mx.array) -> mx.array:
+    """Vectors x (B, H, N, D) in the codes' basis, float32, as encoders see them."""
+    if rotates_in_kernel(transform.rotation):
+        with mx.stream(mx.cpu):
+            return transform.encode(x)
+    given = transform.encode(x).astype(x.dtype)
+    with mx.stream(mx.cpu):
+        return given.astype(mx.float32)
 
 
 def _queries_as_given(call: AttendCall, device: Device) -> mx.array:

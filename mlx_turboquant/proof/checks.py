@@ -19,6 +19,7 @@ from ..backends.truth import (
     ROW_TOLERANCE,
     attention_as_given,
     codes_as_given,
+    rotated_as_given,
     tolerance_of,
 )
 from ..kernels.kernel import Launcher
@@ -28,7 +29,7 @@ from ..tiles import in_vectors
 from ..tokens import TokenArrays
 from .data import HEADS, Kind, Source
 from .facts import Fact, facts
-from .judge import WrongError, hold, truth_of
+from .judge import WrongError, hold, truth_of, without_ties
 from .key import Subject
 
 #: Times that the longest attention is run to see that it is always the same.
@@ -237,7 +238,8 @@ def _gains(
 
 
 def _encode(quantizer: Quantizer, x: mx.array, backend: Reference) -> float:
-    """Codes may differ where two are as near: what they decode to is compared."""
+    """What codes decode to is compared, but for choices that are as good."""
+    x_rot = rotated_as_given(quantizer.transform, x)
 
     def decoded(encode: Callable[[Quantizer], TokenArrays]) -> list[mx.array]:
         means = None if quantizer.means is None else PageMeans(quantizer.means.page)
@@ -249,7 +251,12 @@ def _encode(quantizer: Quantizer, x: mx.array, backend: Reference) -> float:
             return made if means is None else [*made, *means.state.values()]
 
     want = decoded(lambda fresh: codes_as_given(fresh, x))
-    return hold(backend, lambda b: decoded(lambda fresh: b.encode(fresh, x, 0)), want)
+
+    def work(b: Reference) -> list[mx.array]:
+        first, *means = decoded(lambda fresh: b.encode(fresh, x, 0))
+        return [without_ties(first, want[0], x_rot), *means]
+
+    return hold(backend, work, want, row_tolerance=ROW_TOLERANCE)
 
 
 def _order(side: CompressedTokens, backend: Reference) -> float:

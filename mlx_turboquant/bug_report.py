@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from .atomic import replacing
 from .proof.key import system_build
-from .proof.store import Verdict
+from .proof.store import TUNER_LOG, Verdict
 
 #: Characters of a log's end that are enough: a compiler's whole complaint.
 _LOG_CHARACTERS = 100_000
@@ -49,12 +49,21 @@ def write(
         "machine": dict(machine),
         "system build": system_build(),
         "mlx device": {name: str(value) for name, value in mx.device_info().items()},
-        "verdicts": [{**asdict(v), "log text": _text_of(v.log)} for v in verdicts],
+        "verdicts": [{**asdict(v), **_logs(v)} for v in verdicts],
         "checks": list(checks),
         "milliseconds": dict(milliseconds),
     }
     with replacing(path) as beside:
         beside.write_text(json.dumps(_without(_names(), report), indent=1) + "\n")
+
+
+def _logs(verdict: Verdict) -> dict[str, str]:
+    """Of a check, and of the tuner that ran last."""
+    texts = {"log text": _text_of(verdict.log)}
+    if verdict.tuned and verdict.log:
+        log = Path(verdict.log).with_suffix(TUNER_LOG)
+        texts["tuner log text"] = _text_of(str(log))
+    return texts
 
 
 def _text_of(log: str) -> str:
@@ -88,6 +97,6 @@ def _without(names: list[tuple[re.Pattern[str], str]], value: Any) -> Any:
         return value
     if isinstance(value, dict):
         return {_without(names, k): _without(names, v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_without(names, each) for each in value]
     return value

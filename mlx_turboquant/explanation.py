@@ -174,6 +174,8 @@ def _backend(cache: TurboQuantCache) -> str:
     if not cache.packed_length:
         return "mlx: nothing is packed yet"
     name, reason = choice.backend.name, choice.reason
+    if choice.tuned:
+        name += f", tuned: {choice.tuned}"
     verdict = proved.verdict_of(choice.proof)
     if verdict is not None and not verdict.is_ok:
         name, reason = select.reference_backend().name, ledger.words(verdict)

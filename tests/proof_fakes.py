@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_turboquant.backends.reference import Reference
+from mlx_turboquant.kernels.tuning import UNTUNED
 
 
 class Fake(Reference):
@@ -116,6 +117,52 @@ def wrong_prefill():
 
 def wrong_arrays():
     return Codes("dequantize", lambda x: x * mx.array(mx.nan, x.dtype))
+
+
+class Tunable(Fake):
+    """Takes a third of the time with one simdgroup; attention is right, where checked.
+
+    Args:
+        happens: As `Fake` takes it, with the tuning as the last argument.
+    """
+
+    def __init__(self, happens=lambda out, call, tuning: out, tuning=UNTUNED):
+        super().__init__(lambda out, call: happens(out, call, tuning))
+        self.made_by, self.tuning = happens, tuning
+
+    def tuned(self, tuning):
+        return Tunable(self.made_by, tuning)
+
+    def attend(self, call):
+        if call.keys.shape[1] != 1:  # a check's
+            return super().attend(call)
+        x = mx.ones((128, 128))
+        for turn in range(1 if self.tuning.simdgroups == 1 else 3):
+            x = (x @ x) * (call.q.sum().astype(mx.float32) * 1e-9 + turn)
+        return self.happens(call.q + 0 * x[0, 0].astype(call.q.dtype), call)
+
+
+def tunable():
+    return Tunable()
+
+
+def tuned_is_wrong():
+    """Only what is checked is: what is timed has one KV head."""
+
+    def wrong(out, call, tuning):
+        many = call.keys.shape[1] > 1
+        return out * (1.01 if many and tuning.simdgroups else 1)
+
+    return Tunable(wrong)
+
+
+def tuned_crashes():
+    def crash(out, call, tuning):
+        if tuning.few_tokens:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return out
+
+    return Tunable(crash)
 
 
 def chatty():

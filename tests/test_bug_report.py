@@ -8,7 +8,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant import bug_report
+from mlx_turboquant.kernels.tuning import Heads
 from mlx_turboquant.proof.store import Verdict
+from mlx_turboquant.proof.tuned import Tuned
 
 
 @pytest.fixture
@@ -30,9 +32,19 @@ def test_a_report_has_verdicts_logs_and_machine(anna, tmp_path):
         f"{anna}/venv/bin/python: error: no such identifier\n"
         f"{anna.resolve()}/x on annas-mac.local, by ANNA; /opt/anna/y; annabel\n"
     )
+    log.with_name("b.log").write_text("checked")
+    log.with_name("b.tuner.log").write_text(f"timed, by {anna}")
     verdicts = [
         Verdict("compile", "k3v3", f"in {anna}/cache", log=str(log), facts={"a": "b"}),
-        Verdict("ok", "k4v4", checks=34, seconds=3.2, errors={"attention": 1e-3}),
+        Verdict(
+            "ok",
+            "k4v4",
+            checks=34,
+            seconds=3.2,
+            errors={"attention": 1e-3},
+            log=str(log.with_name("b.log")),
+            tuned=(Tuned(Heads(8, 4), reason=f"left out: {anna}/x"),),
+        ),
         Verdict("crash", "k2v2", log=str(anna / "no.log")),
     ]
     path = tmp_path / "report.json"
@@ -54,7 +66,11 @@ def test_a_report_has_verdicts_logs_and_machine(anna, tmp_path):
         "~/x on HOST, by USER; /opt/USER/y; annabel\n"
     )
     assert second["errors"] == {"attention": 1e-3}
-    assert second["log text"] == ""
+    assert second["log text"] == "checked"
+    assert second["tuner log text"] == "timed, by ~"
+    assert "tuner log text" not in first
+    assert second["tuned"][0]["heads"] == [8, 4]
+    assert second["tuned"][0]["reason"] == "left out: ~/x"
     assert third["log text"].startswith("cannot be read: ")
     for name in ("Anna.Smith", "Anna", "annas-mac", str(tmp_path)):
         assert name not in text.replace("annabel", ""), name

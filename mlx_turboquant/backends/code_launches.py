@@ -1,4 +1,4 @@
-"""Launches of the kernels beside attention and encoding: order, decode, rotate, sum up.
+"""Launches of the kernels beside attention: encode, order, decode, rotate, sum up.
 
 Owns their templates and sizes; what they do is defined in `tiles` and by the codecs.
 """
@@ -10,8 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..codecs.kernel_format import EncodeFormat
 from ..kernels.codes import (
     CHANNEL_GAINS,
+    ENCODE_SCALAR,
+    ENCODE_TRELLIS,
     MATERIALIZE,
     ORDER_CODES,
     PAGE_MEANS,
@@ -32,6 +35,11 @@ _ROTATED_ELEMENTS = 512
 _SUMMING_SIMDGROUPS, _SUMMING_FLOATS = 16, 4096
 #: Columns of a slot that a thread decodes.
 _UNIT_COLUMNS = 4
+_ENCODE_SIMDGROUPS = 4
+#: Vectors that a simdgroup searches for: their ways back go side by side.
+_SEARCHES = 2
+#: Threadgroup memory that one threadgroup's searches may take, in bytes.
+_SEARCH_BYTES = 24 << 10
 
 
 @functools.lru_cache(maxsize=256)
@@ -198,3 +206,52 @@ def _template(layout: TileLayout) -> list[tuple[str, Any]]:
         ("VALUES", layout.side == "values"),
         ("THREADS", _THREADS),
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def encode_launch(
+    form: EncodeFormat,
+    dtype: mx.Dtype,
+    shape: tuple[int, int, int, int],
+    rotates: bool,
+    centers: bool,
+) -> Launch:
+    """Of vectors (B, H, T, D) of ``dtype`` to codes in vector order."""
+    batch, kv_heads, tokens, dim = shape
+    vectors = batch * kv_heads * tokens
+    if form.kernel == "scalar":
+        kernel, simdgroups, searches = ENCODE_SCALAR, _ENCODE_SIMDGROUPS, 1
+        own: dict[str, Any] = {}
+    else:
+        kernel = ENCODE_TRELLIS
+        simdgroups, searches = _searches_of(form.template["COUNT"])
+        own = {"VECTORS": searches}
+    groups = -(-vectors // (simdgroups * searches))
+    template = {
+        "T": dtype,
+        "DIM": dim,
+        **form.template,
+        **own,
+        "ROTATE": rotates,
+        "CENTER": centers,
+        "SIMDGROUPS": simdgroups,
+    }
+    return Launch(
+        kernel,
+        list(template.items()),
+        grid=(32 * simdgroups * groups, 1, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
+        output_shapes=[(batch, kv_heads, tokens, form.words), (*shape[:3], 1)],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+
+
+def _searches_of(count: int) -> tuple[int, int]:
+    """Simdgroups to a threadgroup, and vectors to a simdgroup, of a trellis search.
+
+    A search holds its steps and half a byte a branch, 20 bytes for each of ``count``
+    elements, and a simdgroup two buffers of 128 costs.
+    """
+    vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
+    simdgroups = _SEARCH_BYTES // (20 * count * vectors + 1024)
+    return max(1, min(_ENCODE_SIMDGROUPS, simdgroups)), vectors

@@ -20,13 +20,14 @@ import mlx.core as mx
 from ..kernels.arguments import pack, pack_rows
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
+from ..kernels.tuning import UNTUNED, Tuning
 from ..segments import CompressedTokens
 from ..tokens import TILE
 from . import specialize
 from .call import AttendCall
 from .geometry import tokens_per_split
 from .reference import packed_of
-from .specialize import LOG2E, MERGE_SIMDGROUPS, placeholder
+from .specialize import LOG2E, placeholder
 
 #: Numbers of recent tokens whose arguments are made at once: a page and more.
 _BLOCK = 256
@@ -53,8 +54,7 @@ class DecodeStep:
         launcher: What runs the kernels.
         call: The first call of its kind over these packed tokens.
         simdgroups: How many pass 1 may use over all heads; enough to fill the machine.
-        multiply_adds: Whether few query rows take multiply-adds or matrix products;
-            None for what is better there.
+        tuning: What is better there than on every machine.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class DecodeStep:
         launcher: Launcher,
         call: AttendCall,
         simdgroups: int,
-        multiply_adds: bool | None = None,
+        tuning: Tuning = UNTUNED,
     ) -> None:
         self._launcher = launcher
         q, keys, values = call.q, call.keys, call.values
@@ -82,7 +82,7 @@ class DecodeStep:
         )
 
         row_groups = specialize.row_groups(k_quantizer, v_quantizer, rows)
-        team = specialize.split_simdgroups(v_quantizer)
+        team = specialize.split_simdgroups(v_quantizer, tuning)
         # A split's tokens: a whole tile for each simdgroup of its threadgroup.
         share = TILE * team
         means = k_quantizer.means
@@ -92,6 +92,7 @@ class DecodeStep:
             batch * kv_heads * row_groups,
             simdgroups // team,
             None if means is None else specialize.most_tokens(means.page, team),
+            tuning,
         )
         splits = -(-packed // split_tokens)
         plain_splits = -(-(keys.sink_length + keys.recent.shape[2]) // share)
@@ -117,11 +118,11 @@ class DecodeStep:
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
         ]
-        by_fma = specialize.fma_rows(v_quantizer, rows, launcher.name, multiply_adds)
+        by_fma = specialize.fma_rows(v_quantizer, rows, launcher.name, tuning)
         self._split = Launch(
             split_kv_kernel(*(form.kind for form in formats), by_fma > 0),
             specialize.split_template(
-                k_quantizer, v_quantizer, dtype, rows, masked, by_fma
+                k_quantizer, v_quantizer, dtype, rows, masked, by_fma, tuning
             ),
             grid=(
                 threads * (plain_splits + splits),
@@ -133,10 +134,12 @@ class DecodeStep:
             output_shapes=[(partials, v_dim), (max(4, partials), 2)],
             output_dtypes=[mx.float32, mx.float32],
         )
-        threads = 32 * MERGE_SIMDGROUPS
+        threads = 32 * specialize.merge_simdgroups(tuning)
         self._merge = Launch(
             MERGE_STATES,
-            specialize.merge_template(v_quantizer, dtype, call.sink_logits is not None),
+            specialize.merge_template(
+                v_quantizer, dtype, call.sink_logits is not None, tuning
+            ),
             grid=(threads, batch * query_heads * steps, 1),
             threadgroup=(threads, 1, 1),
             output_shapes=[(batch, query_heads, steps, v_dim)],

@@ -7,17 +7,15 @@ reference.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Self
 
 import mlx.core as mx
 
-from ..codecs.kernel_format import EncodeFormat
 from ..kernels.arguments import pack
 from ..kernels.codes import (
-    ENCODE_SCALAR,
-    ENCODE_TRELLIS,
     EncodeArguments,
     GainsArguments,
     MaterializeArguments,
@@ -25,7 +23,8 @@ from ..kernels.codes import (
     PageMeansArguments,
     RotateArguments,
 )
-from ..kernels.kernel import Launch, Launcher
+from ..kernels.kernel import Launcher
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
@@ -33,6 +32,7 @@ from ..transform import ChannelTransform
 from . import specialize
 from .call import AttendCall, in_numbers
 from .code_launches import (
+    encode_launch,
     gains_launch,
     materialize_launch,
     order_launch,
@@ -46,11 +46,6 @@ from .specialize import MAX_DIM, placeholder, rotates_in_kernel
 
 #: Query tokens that one fused step takes; more of them are prefill.
 MAX_STEP = 8
-_ENCODE_SIMDGROUPS = 4
-#: Vectors that a simdgroup searches for: their ways back go side by side.
-_SEARCHES = 2
-#: Threadgroup memory that one threadgroup's searches may take, in bytes.
-_SEARCH_BYTES = 24 << 10
 
 
 class Gpu(Reference):
@@ -60,18 +55,20 @@ class Gpu(Reference):
         launcher: What runs them.
         simdgroups: How many a decode step may use; None for as many as fill the
             machine.
-        multiply_adds: As `DecodeStep` takes it.
+        tuning: What is better here than on every machine; it moves speed only.
+        tunings: The same for some heads only.
     """
 
     def __init__(
         self,
         launcher: Launcher,
         simdgroups: int | None = None,
-        multiply_adds: bool | None = None,
+        tuning: Tuning = UNTUNED,
+        tunings: Mapping[Heads, Tuning] = MappingProxyType({}),
     ) -> None:
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
-        self.multiply_adds = multiply_adds
+        self.tuning, self.tunings = tuning, tunings
         #: Shown each prepared step and its first call; None if nobody wants to see.
         self.watch: Callable[[AttendCall, DecodeStep], None] | None = None
 
@@ -79,6 +76,14 @@ class Gpu(Reference):
     def name(self) -> str:
         """What `explain` calls it: the launcher's name."""
         return self.launcher.name
+
+    def tuned(
+        self, tuning: Tuning, tunings: Mapping[Heads, Tuning] = MappingProxyType({})
+    ) -> Self:
+        """The same kernels, launched otherwise."""
+        twin = copy.copy(self)
+        twin.tuning, twin.tunings = tuning, tunings
+        return twin
 
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
         """Why the attention kernels cannot read what these encode, or None."""
@@ -99,7 +104,8 @@ class Gpu(Reference):
 
     def prepare(self, call: AttendCall) -> DecodeStep:
         """What attends from this call on, until the packed tokens change."""
-        return DecodeStep(self.launcher, call, self.simdgroups, self.multiply_adds)
+        tuning = self.tunings.get(_heads_of(call), self.tuning)
+        return DecodeStep(self.launcher, call, self.simdgroups, tuning)
 
     def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
         """As `Reference.encode_query`, by a kernel where one rotates."""
@@ -212,7 +218,7 @@ class Gpu(Reference):
         batch, kv_heads, tokens, _ = x.shape
         transform = quantizer.transform
         rotates = rotates_in_kernel(transform.rotation)
-        launch = _encode_launch(
+        launch = encode_launch(
             form, x.dtype, x.shape, rotates, centers=means is not None
         )
         rows = None if means is None else means.rows
@@ -280,49 +286,7 @@ class Gpu(Reference):
         )
 
 
-@functools.lru_cache(maxsize=256)
-def _encode_launch(
-    form: EncodeFormat,
-    dtype: mx.Dtype,
-    shape: tuple[int, int, int, int],
-    rotates: bool,
-    centers: bool,
-) -> Launch:
-    batch, kv_heads, tokens, dim = shape
-    vectors = batch * kv_heads * tokens
-    if form.kernel == "scalar":
-        kernel, simdgroups, searches = ENCODE_SCALAR, _ENCODE_SIMDGROUPS, 1
-        own: dict[str, Any] = {}
-    else:
-        kernel = ENCODE_TRELLIS
-        simdgroups, searches = _searches_of(form.template["COUNT"])
-        own = {"VECTORS": searches}
-    groups = -(-vectors // (simdgroups * searches))
-    template = {
-        "T": dtype,
-        "DIM": dim,
-        **form.template,
-        **own,
-        "ROTATE": rotates,
-        "CENTER": centers,
-        "SIMDGROUPS": simdgroups,
-    }
-    return Launch(
-        kernel,
-        list(template.items()),
-        grid=(32 * simdgroups * groups, 1, 1),
-        threadgroup=(32 * simdgroups, 1, 1),
-        output_shapes=[(batch, kv_heads, tokens, form.words), (*shape[:3], 1)],
-        output_dtypes=[mx.uint32, mx.float16],
-    )
-
-
-def _searches_of(count: int) -> tuple[int, int]:
-    """Simdgroups to a threadgroup, and vectors to a simdgroup, of a trellis search.
-
-    A search holds its steps and half a byte a branch, 20 bytes for each of ``count``
-    elements, and a simdgroup two buffers of 128 costs.
-    """
-    vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
-    simdgroups = _SEARCH_BYTES // (20 * count * vectors + 1024)
-    return max(1, min(_ENCODE_SIMDGROUPS, simdgroups)), vectors
+def _heads_of(call: AttendCall) -> Heads:
+    batch, query_heads, steps, _ = call.q.shape
+    kv_heads = call.keys.shape[1]
+    return Heads(batch * kv_heads, query_heads // kv_heads * steps)

@@ -38,11 +38,13 @@ class Choice(NamedTuple):
         backend: What attends and encodes.
         reason: Why none before it in the table was taken, or "".
         proof: Digest of the verdict that its kernels are used by; "" if they need none.
+        tuned: What a tuner changed of their launches, in words; "" for nothing.
     """
 
     backend: Reference
     reason: str = ""
     proof: str = ""
+    tuned: str = ""
 
 
 @functools.cache
@@ -121,10 +123,13 @@ def resolve(keys: Quantizer, values: Quantizer, dtype: mx.Dtype) -> Choice:
         if reason is None and isinstance(backend, Gpu) and awaits_proof():
             answer = proved.ask(backend, keys, values, dtype)
             if not isinstance(answer, str):
-                return Choice(answer.backend, proof=answer.digest)
+                return Choice(answer.backend, "", answer.digest, answer.tuned)
             reason = answer
         if reason is None:
-            return Choice(backend, "; ".join(reasons))
+            tuned = ""
+            if isinstance(backend, Gpu) and not requested():
+                backend, tuned = proved.tuned(backend, keys, values, dtype)
+            return Choice(backend, "; ".join(reasons), tuned=tuned)
         if requested() == "gpu" and backend is gpu_backend():
             raise _unavailable(reason)
         reasons.append(reason)

@@ -17,8 +17,10 @@ from .entry import standalone
 from .tables import print_table
 
 if TYPE_CHECKING:
+    from ..backends.gpu import Gpu
     from ..proof.ledger import Ledger
     from ..proof.store import Verdict
+    from ..proof.tuned import Tuned
 
 
 def doctor(
@@ -29,6 +31,22 @@ def doctor(
         bool,
         typer.Option("--retry", help="Forget what earlier checks of kernels found."),
     ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Find the fastest launches of attention, for later runs."
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --tune: for the heads of this model (a folder or hub id, of "
+            "which the config is read). Default: those of common models."
+        ),
+    ] = None,
+    kv_bits: Annotated[
+        str, typer.Option(help="With --tune: for caches of this --kv-bits.")
+    ] = "3",
     report: Annotated[
         Path | None,
         typer.Option(
@@ -40,11 +58,15 @@ def doctor(
     from .. import bug_report, diagnosis
     from ..backends import proved, select
 
+    if model is not None and not tune:
+        raise SpecError("--model needs --tune")
     if report is not None and not report.absolute().parent.is_dir():
         raise SpecError(f"--report {report} is in no folder that exists; make it first")
     if retry:
         _forget(proved.this_ledger())
     backend = select.gpu_backend()
+    if tune and backend is None:
+        raise SpecError("--tune needs a GPU, and MLX runs on the CPU here")
     facts = dict(diagnosis.machine())
     facts["OpenBLAS"] = "loaded" if prefer_openblas() else "not loaded"
     if backend is None:
@@ -65,9 +87,13 @@ def doctor(
                 lines.append(check.failure)
                 typer.echo(check.failure, err=True)
             failures += not check.passed
+    if tune and backend is not None:
+        failures += _tune(backend, model, kv_bits)
     verdicts = proved.this_ledger().store.verdicts()
     for found in verdicts:
         typer.echo(_line(found))
+        for tuned in found.tuned:
+            typer.echo(_tuned_line(tuned))
     milliseconds = diagnosis.time_decode(tokens)
     print_table(
         (name, f"{time:.2f} ms", f"at {tokens} tokens")
@@ -117,6 +143,30 @@ def _prove() -> int:
         diagnosis.begin_proofs()
     wait_for_proofs()
     return sum(not verdict.is_ok for verdict in proved.this_ledger().known)
+
+
+def _tune(backend: Gpu, model: str | None, kv_bits: str) -> int:
+    """Tune, and say for what; returns for how many kinds kernels are not right."""
+    from ..integrations import tuning
+    from ..spec import CacheSpec
+
+    kinds = list(tuning.COMMON) if model is None else tuning.kinds_of(model)
+    spec = CacheSpec.parse(kv_bits)
+    typer.echo(f"tuning {spec}, a few seconds for each of {len(kinds)}...", err=True)
+    failures = 0
+    for kind, verdict in tuning.tune(backend, spec, kinds):
+        if verdict is None or not verdict.is_ok:
+            typer.echo(f"not tuned: {kind}", err=True)
+            failures += 1
+    return failures
+
+
+def _tuned_line(tuned: Tuned) -> str:
+    """What a tuner found, for what, and how long it took."""
+    text = f"  tuned for {tuned.heads}: {tuned}"
+    if tuned.tried:
+        text += f"; {tuned.tried} tried in {tuned.seconds:.1f} s"
+    return f"{text}; {tuned.reason}" if tuned.reason else text
 
 
 def _line(verdict: Verdict) -> str:

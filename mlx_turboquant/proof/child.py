@@ -2,6 +2,7 @@
 
 A `runner.Job` as JSON comes on stdin; each line on stdout is a message in JSON:
 
+    {"event": "tuned", ..}                            what a tuner found: `Tuned.fields`
     {"event": "check", "name": ..}                    about to run
     {"event": "fact", "name": .., "found": ..}        of the hardware
     {"event": "passed", "kind": .., "error": ..}      it ran, and agrees
@@ -15,11 +16,15 @@ import importlib
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from .key import Subject
 from .runner import PATIENCE, Job
+from .tuned import Tuned
 
 #: Seconds after which it ends itself, if nobody is left who would.
 _LONGEST = 20 * PATIENCE
@@ -41,6 +46,14 @@ def main() -> None:
     from .judge import WrongError
 
     backend = _backend(job)
+    if job.heads is not None:
+        tuned = _tuned(job, backend, say)
+        say(event="tuned", **tuned.fields)
+        # What every machine gets was checked before.
+        if tuned.tuning == UNTUNED:
+            say(event="end", status="ok", reason="")
+            return
+        backend = backend.tuned(tuned.tuning)
     every = checks.all_checks(
         job.subject,
         getattr(backend, "launcher", None),
@@ -60,6 +73,36 @@ def main() -> None:
             return
         say(event="passed", kind=check.kind, error=error)
     say(event="end", status="ok", reason="")
+
+
+def _tuned(job: Job, backend: Any, say: Callable[..., None]) -> Tuned:
+    """What is fastest, said before it is launched: it may take this process along."""
+    from .tuner import search
+    from .variants import axes
+    from .workload import Workload
+
+    assert job.heads is not None
+    say(event="check", name="the tuner's start")
+    heads = Heads(*job.heads)
+    workload = Workload(job.subject, heads, backend)
+    workload.hold(UNTUNED)
+
+    def hold(tuning: Tuning) -> None:
+        say(event="check", name=f"tuning: {tuning}")
+        try:
+            workload.hold(tuning)
+        except Exception:
+            traceback.print_exc()
+            raise
+
+    return search(
+        axes(workload.quantizers.values, heads.rows, job.dialect),
+        workload.seconds,
+        hold,
+        time.perf_counter,
+        heads,
+        lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
 def _job(fields: dict[str, Any]) -> Job:

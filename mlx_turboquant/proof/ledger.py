@@ -19,7 +19,8 @@ from pathlib import Path
 from . import runner
 from .key import Key
 from .runner import CannotRunError, Job
-from .store import RUNNING, Store, Verdict
+from .store import RUNNING, TUNER_LOG, Store, Verdict
+from .tuned import Tuned
 
 #: Said of kernels whose check is under way.
 UNDER_WAY = (
@@ -55,17 +56,56 @@ class Ledger:
 
         Warns, once, if they are not to be used.
         """
+        digest, known = key.digest, self.look(key)
+        if known is not None:
+            self._tell(digest, known)
+        return known
+
+    def look(self, key: Key) -> Verdict | None:
+        """As `standing`, without a word."""
         digest = key.digest
         known = self._known.get(digest)
-        if known is None:
-            if digest in self._threads:
-                return None
+        if known is None and digest not in self._threads:
             found = self.store.read(digest)
-            if found is None or found.status == RUNNING:
-                return None
-            known = self._known[digest] = found
-        self._tell(digest, known)
+            if found is not None and found.status != RUNNING:
+                known = self._known[digest] = found
         return known
+
+    def tune(self, key: Key, job: Job) -> Verdict | None:
+        """Tune kernels that a check found right, and wait for it; others stay.
+
+        What is found is checked as they were. If it is not right, or ends its process,
+        that is kept as the tuner's reason: the verdict on what every machine gets
+        stays.
+
+        Args:
+            key: Whose kernels.
+            job: With ``heads``.
+        """
+        digest, heads, found = key.digest, job.heads, self.look(key)
+        if heads is None or found is None or not found.is_ok:
+            return found
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._turn)
+            log: Path | None = self.store.path(digest).with_suffix(TUNER_LOG)
+            try:
+                stack.enter_context(self.store.lock())
+            except OSError:
+                log = None
+            try:
+                made = self._in_child(job, log)
+            except CannotRunError as error:
+                made = Verdict(UNKNOWN, found.subject, str(error))
+            if made is None:
+                return found
+            tuned = made.tuned
+            if not made.is_ok:
+                tuned = (Tuned(heads, reason=f"{made.status}: {made.reason}"),)
+            others = tuple(one for one in found.tuned if one.heads != heads)
+            found = self._known[digest] = replace(found, tuned=(*others, *tuned))
+            if log is not None:
+                self.store.write(digest, found)
+        return found
 
     def found(self, digest: str) -> Verdict | None:
         """The verdict that this process goes by, if it has asked for one."""

@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from ..kernels.tuning import Heads
 from .key import Subject
 from .store import Verdict
+from .tuned import Tuned
 
 #: Seconds in which a check must end, compilation included.
 PATIENCE = 60.0
@@ -36,12 +38,15 @@ class Job:
         simdgroups: As `Gpu` takes it.
         backend: ``"module:function"`` that makes the backend to check in place of the
             machine's; "" for the machine's.
+        heads: What to tune for, before what was found is checked; None to check what
+            every machine gets.
     """
 
     subject: Subject
     dialect: str
     simdgroups: int
     backend: str = ""
+    heads: Heads | None = None
 
 
 class CannotRunError(Exception):
@@ -118,6 +123,7 @@ def run(
         errors=state.errors,
         facts=state.facts,
         log="" if log is None else str(log),
+        tuned=() if state.tuned is None else (state.tuned,),
     )
 
 
@@ -129,6 +135,7 @@ class _Progress:
         self.errors: dict[str, float] = {}
         self.facts: dict[str, str] = {}
         self.end = ("", "")
+        self.tuned: Tuned | None = None
 
     def take(self, line: bytes) -> None:
         """Take a line; one that is no message of the child's says nothing."""
@@ -145,6 +152,8 @@ class _Progress:
             kind, error = message["kind"], message["error"]
             self.passed += 1
             self.errors[kind] = max(error, self.errors.get(kind, 0.0))
+        elif event == "tuned":
+            self.tuned = Tuned.of(message)
         elif event == "end":
             self.end = (message["status"], message["reason"])
 

@@ -18,8 +18,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..atomic import replacing
+from .tuned import Tuned
 
 RUNNING, OK = "running", "ok"
+#: How the name of a tuner's log ends.
+TUNER_LOG = ".tuner.log"
 #: What a check can end in. compile: a kernel could not be built or launched.
 STATUSES = (RUNNING, OK, "wrong", "compile", "crash", "hang")
 
@@ -38,6 +41,7 @@ class Verdict:
         errors: Largest relative error by kind of check.
         facts: What was found of the hardware, by name.
         log: Path of the log; "" if there is none.
+        tuned: What tuners found, each for other heads.
     """
 
     status: str
@@ -49,6 +53,7 @@ class Verdict:
     errors: dict[str, float] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     log: str = ""
+    tuned: tuple[Tuned, ...] = ()
 
     @property
     def is_ok(self) -> bool:
@@ -124,7 +129,8 @@ class Store:
         paths = [p for p in self.folder.glob("*.json") if _read(p) is not None]
         for path in paths:
             path.unlink()
-            path.with_suffix(".log").unlink(missing_ok=True)
+            for suffix in (".log", TUNER_LOG):
+                path.with_suffix(suffix).unlink(missing_ok=True)
         return len(paths)
 
     @contextlib.contextmanager
@@ -153,6 +159,8 @@ def _read(path: Path) -> Verdict | None:
             errors={str(kind): float(e) for kind, e in found["errors"].items()},
             facts={str(name): str(what) for name, what in found["facts"].items()},
             log=str(found["log"]),
+            # Younger than the rest: older files are without.
+            tuned=tuple(Tuned.of(one) for one in found.get("tuned", ())),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -54,7 +54,7 @@ def test_what_is_fastest_is_checked_and_kept(verdicts):
     assert Store(verdicts.folder).read(KEY.digest) == verdict
     log = verdicts.path(KEY.digest).with_suffix(".tuner.log").read_text()
     names = re.findall(r'"name": "([^"]+)', log)
-    assert names[:2] == ["the tuner's start", "tuning: simdgroups 1"]
+    assert names[:2] == ["the tuner's start", "tuning: few_tokens 128"]
     assert names[-1] == "attention over 5000 tokens, 8 rows, decades"
     timed = re.findall(r"^.* -> .* us at 32768 .*$", log, re.M)
     assert len(timed) > found.tried

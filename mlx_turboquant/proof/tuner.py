@@ -83,7 +83,7 @@ def search(
     """The fastest tuning, axis by axis.
 
     Args:
-        axes: What to try, the most promising first.
+        axes: What to try, in this order.
         time_call: Times one; called once for each number that is compared.
         hold: Says which tunings to leave out.
         clock: Seconds.

@@ -21,7 +21,7 @@ from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
 from ..spec import CacheSpec
-from . import hook, probe
+from . import hook, probe, vision
 from .compiled_step import itself
 from .stock import BOUNDED_KEEP, bound, replace_leaves, stock_caches
 
@@ -72,7 +72,7 @@ def apply(
     Returns:
         What every layer will store, and why not where it stores no codes.
     """
-    model, specs = itself(model), parse_specs(spec)
+    model, specs = _attending(model), parse_specs(spec)
     caches = _make_and_warn(model, specs, max_kv_size)
     model.make_cache = _CompressedMaker(model, specs, max_kv_size)
     _applied.append(weakref.ref(model))
@@ -115,7 +115,7 @@ def make_prompt_cache(
         UnsupportedModelError: if no layer can take the cache.
         SpecError: if a list of specs has another length.
     """
-    return _make_and_warn(itself(model), parse_specs(spec), max_kv_size)
+    return _make_and_warn(_attending(model), parse_specs(spec), max_kv_size)
 
 
 def caches_for(
@@ -124,7 +124,7 @@ def caches_for(
     """`make_prompt_cache` of a spec, `stock_caches` without one."""
     if spec is None:
         return stock_caches(model, max_kv_size)
-    return _make_and_warn(model, parse_specs(spec), max_kv_size)
+    return _make_and_warn(_attending(model), parse_specs(spec), max_kv_size)
 
 
 def parse_specs(spec: SpecLike) -> CacheSpec | list[CacheSpec]:
@@ -159,6 +159,11 @@ def specs_per_layer(
         return [(spec, None)] * count
     allocator = BitAllocator(spec, [entry.shape for entry in entries])
     return [(spec, LayerSlot(allocator, layer)) for layer in range(count)]
+
+
+def _attending(model: Any) -> nn.Module:
+    """The model, or the part of it, whose layers get the caches."""
+    return vision.language_model(itself(model))
 
 
 def _make_and_warn(

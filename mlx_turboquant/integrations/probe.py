@@ -21,8 +21,8 @@ from ..cache import TurboQuantCache
 from ..entries import CacheEntry, kind_reason, nbytes_of
 from ..errors import UnsupportedError, UnsupportedModelError
 from ..segments import CompressedTokens
-from . import hook
-from .stock import REPLACEABLE, labelled_leaves, replace_leaves
+from . import hook, vision
+from .stock import is_replaceable, labelled_leaves, replace_leaves
 
 #: Token ids of the dry run: a prompt's chunk, then a decode step, as models have code
 #: of their own for either.
@@ -93,7 +93,7 @@ def _described(stock: Sequence[Any]) -> list[CacheEntry]:
             sliding_window=getattr(leaf, "max_size", getattr(leaf, "chunk_size", None)),
             keep=getattr(leaf, "keep", 0),
         )
-        if type(leaf) not in REPLACEABLE:
+        if not is_replaceable(leaf):
             entry = entry.left_alone(kind_reason(entry.kind))
         entries.append(entry)
     return entries
@@ -102,9 +102,10 @@ def _described(stock: Sequence[Any]) -> list[CacheEntry]:
 def _dry_run(
     model: nn.Module, stock: Sequence[Any], entries: Sequence[CacheEntry]
 ) -> list[CacheEntry]:
-    run = _try(model, stock, entries)
-    while run.error is not None:
-        entries, run = _next_fallback(model, stock, entries, run)
+    with vision.kept_positions(model):
+        run = _try(model, stock, entries)
+        while run.error is not None:
+            entries, run = _next_fallback(model, stock, entries, run)
     return [
         _completed(entry, leaf, index in run.attended)
         for index, (entry, leaf) in enumerate(zip(entries, run.leaves, strict=True))

@@ -1,8 +1,8 @@
-"""The cache factory: compressed caches for every loop of mlx-lm.
+"""The cache factory: compressed caches for every loop of mlx-lm and mlx-vlm.
 
 Makes a model's caches from the records of its dry run (`probe`), and puts the making on
 the model (`apply`) or takes it off again (`uninstall`). Importing it changes nothing in
-mlx-lm.
+either.
 """
 
 from __future__ import annotations
@@ -32,31 +32,41 @@ _applied: list[weakref.ref[nn.Module]] = []
 
 
 class _CompressedMaker:
-    """The ``make_cache`` that `apply` puts on a model instance."""
+    """The ``make_cache`` that `apply` puts on an instance.
+
+    Args:
+        owner: The instance: the model, or its language model.
+        model: The model.
+        spec: What the layers store.
+        max_kv_size: As for `make_prompt_cache`.
+    """
 
     def __init__(
         self,
+        owner: nn.Module,
         model: nn.Module,
         spec: CacheSpec | list[CacheSpec],
         max_kv_size: int | None,
     ) -> None:
-        self._model = weakref.ref(model)  # which owns this object
+        self._owner, self._model = weakref.ref(owner), weakref.ref(model)
         self._spec, self._max_kv_size = spec, max_kv_size
-        replaced = vars(model).get("make_cache")
+        replaced = vars(owner).get("make_cache")
         if isinstance(replaced, _CompressedMaker):
             replaced = replaced.replaced
         self.replaced: Callable[[], list[Any]] | None = replaced
 
     @property
     def stock(self) -> Callable[[], list[Any]] | None:
-        """The model's ``make_cache`` without this one; None if it has none."""
-        model = self._model()
-        method = getattr(type(model), "make_cache", None)
-        return self.replaced or (method and functools.partial(method, model))
+        """The owner's ``make_cache`` without this one; None if it has none."""
+        owner = self._owner()
+        method = getattr(type(owner), "make_cache", None)
+        return self.replaced or (method and functools.partial(method, owner))
 
     def __call__(self) -> PromptCache:
         model = self._model()
-        assert model is not None, "the model owns this object"
+        if model is None:  # a language model can outlive the rest
+            model = self._owner()
+        assert model is not None, "the owner owns this object"
         return _make(model, self._spec, self._max_kv_size)
 
 
@@ -66,16 +76,18 @@ def apply(
     """Make compressed caches this model's own, for every loop of mlx-lm.
 
     Sets ``model.make_cache`` on the instance, so ``generate``, ``stream_generate``,
-    ``batch_generate``, the server, chat and ``evaluate`` get them unasked. Arguments,
-    warnings and errors are those of `make_prompt_cache`.
+    ``batch_generate``, the server, chat and ``evaluate`` get them unasked; of a model
+    of mlx-vlm's on its language model, where mlx-vlm looks for it. Arguments, warnings
+    and errors are those of `make_prompt_cache`.
 
     Returns:
         What every layer will store, and why not where it stores no codes.
     """
-    model, specs = _attending(model), parse_specs(spec)
+    model, specs = itself(model), parse_specs(spec)
     caches = _make_and_warn(model, specs, max_kv_size)
-    model.make_cache = _CompressedMaker(model, specs, max_kv_size)
-    _applied.append(weakref.ref(model))
+    owner = vision.language_model(model)
+    owner.make_cache = _CompressedMaker(owner, model, specs, max_kv_size)
+    _applied.append(weakref.ref(owner))
     return explain(caches)
 
 
@@ -97,7 +109,7 @@ def uninstall() -> None:
 def make_prompt_cache(
     model: nn.Module, spec: SpecLike = "k3v3", max_kv_size: int | None = None
 ) -> PromptCache:
-    """A prompt cache for mlx-lm's ``prompt_cache=``, one entry per layer.
+    """A prompt cache for ``prompt_cache=`` of mlx-lm and mlx-vlm, an entry per layer.
 
     Every ``KVCache`` the model asks for becomes a `TurboQuantCache`, every
     ``RotatingKVCache`` that is long enough a `RotatingTurboQuantCache`; other kinds are
@@ -105,7 +117,7 @@ def make_prompt_cache(
     have to decode their whole cache at each step.
 
     Args:
-        model: A model loaded by mlx-lm.
+        model: A model loaded by mlx-lm or mlx-vlm.
         spec: A `CacheSpec` or its text, such as ``"k4v3"``; or a list of them, one for
             each layer that can take one.
         max_kv_size: Tokens to keep at most in layers that would keep all: the first 4
@@ -115,7 +127,7 @@ def make_prompt_cache(
         UnsupportedModelError: if no layer can take the cache.
         SpecError: if a list of specs has another length.
     """
-    return _make_and_warn(_attending(model), parse_specs(spec), max_kv_size)
+    return _make_and_warn(itself(model), parse_specs(spec), max_kv_size)
 
 
 def caches_for(
@@ -124,7 +136,7 @@ def caches_for(
     """`make_prompt_cache` of a spec, `stock_caches` without one."""
     if spec is None:
         return stock_caches(model, max_kv_size)
-    return _make_and_warn(_attending(model), parse_specs(spec), max_kv_size)
+    return _make_and_warn(itself(model), parse_specs(spec), max_kv_size)
 
 
 def parse_specs(spec: SpecLike) -> CacheSpec | list[CacheSpec]:
@@ -159,11 +171,6 @@ def specs_per_layer(
         return [(spec, None)] * count
     allocator = BitAllocator(spec, [entry.shape for entry in entries])
     return [(spec, LayerSlot(allocator, layer)) for layer in range(count)]
-
-
-def _attending(model: Any) -> nn.Module:
-    """The model, or the part of it, whose layers get the caches."""
-    return vision.language_model(itself(model))
 
 
 def _make_and_warn(
@@ -232,6 +239,6 @@ def _compressed(
 
 
 def _model_type(model: nn.Module) -> str:
-    args = getattr(model, "args", None)
-    name = getattr(model, "model_type", None) or getattr(args, "model_type", None)
-    return str(name or type(model).__name__)
+    holders = (model, getattr(model, "args", None), getattr(model, "config", None))
+    names = (getattr(holder, "model_type", None) for holder in holders)
+    return str(next(filter(None, names), type(model).__name__))

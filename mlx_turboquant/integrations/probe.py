@@ -32,6 +32,7 @@ _CALLS = ((0, 1), (1,))
 _SUSPECTS = 4
 
 _NOT_READ = "its keys choose tokens, nothing attends to them"
+_NOT_FILLED = "a text alone puts nothing into it"
 _FAILS_DECODED = "the model's own code fails on what it decodes to"
 
 
@@ -115,7 +116,7 @@ def _dry_run(
 def _completed(entry: CacheEntry, leaf: Any, is_attended: bool) -> CacheEntry:
     """The entry with what its cache held after the run."""
     if entry.decision == "handles" and not is_attended:
-        entry = entry.left_alone(_NOT_READ)
+        entry = entry.left_alone(_NOT_FILLED if leaf.empty() else _NOT_READ)
     keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
         return replace(entry, shape=(keys.shape[1], keys.shape[3], values.shape[3]))
@@ -178,7 +179,7 @@ def _try(model: nn.Module, stock: Sequence[Any], entries: Sequence[CacheEntry]) 
     caches = replace_leaves(copy.deepcopy(list(stock)), probed)
     try:
         for ids in _CALLS:
-            model(mx.array([ids]), cache=caches)
+            vision.call(model, mx.array([ids]), caches)
             run.calls += 1
             run.fetched.clear()
     except Exception as error:  # whatever a model's code makes of a handle

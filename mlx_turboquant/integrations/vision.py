@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 _PACKAGE = "mlx_vlm"
@@ -48,6 +49,25 @@ def cache_module() -> ModuleType | None:
     return sys.modules.get(_CACHES)
 
 
+def call(model: nn.Module, ids: mx.array, caches: Any) -> Any:
+    """What a model makes of text, called as the loop that is made for it calls it.
+
+    mlx-vlm's loop embeds a prompt first, which is also where some models note the
+    positions of its tokens, and then gives its language model single tokens.
+
+    Args:
+        model: Any model of mlx-vlm's or mlx-lm's.
+        ids: Token ids (1, N).
+        caches: Its prompt cache.
+    """
+    inner = language_model(model)
+    if inner is model or ids.shape[1] == 1:
+        return inner(ids, cache=caches)
+    features = model.get_input_embeddings(ids, None, mask=None).to_dict()
+    given = {name: value for name, value in features.items() if value is not None}
+    return inner(ids, cache=caches, **given)
+
+
 @contextmanager
 def kept_positions(model: nn.Module) -> Iterator[None]:
     """Leave a model as it was before some tokens were tried on it.
@@ -56,16 +76,19 @@ def kept_positions(model: nn.Module) -> Iterator[None]:
     tokens (M-RoPE), and reads that at the next decode step.
 
     Args:
-        model: The language model.
+        model: Any model of mlx-vlm's or mlx-lm's; the latter keep nothing.
     """
-    if not is_vision_model(model):
-        yield
-        return
-    held, noted = dict(model), dict(vars(model))
+    parts = {id(part): part for part in (model, language_model(model))}
+    held = [
+        (part, dict(part), dict(vars(part)))
+        for part in parts.values()
+        if is_vision_model(part)
+    ]
     try:
         yield
     finally:
-        model.clear()
-        dict.update(model, held)
-        vars(model).clear()
-        vars(model).update(noted)
+        for part, arrays, rest in held:
+            part.clear()
+            dict.update(part, arrays)
+            vars(part).clear()
+            vars(part).update(rest)

@@ -2,23 +2,36 @@
 
 As `tiny_models` does for mlx-lm: `tiny_models.USUAL` gives text fields their small
 values, `VISION` those of vision towers, and `FAMILIES` says what a family needs beyond
-that and what its processor would hand over. `logprobs` runs mlx-vlm's own loop.
+that and what its processor would hand over.
 """
 
 import dataclasses
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_map
+from mlx.utils import tree_map_with_path
 from tiny_models import ODD, RECURRENT, SLIDING, USUAL, calm
-
-VOCAB, IMAGE, VIDEO, VISION_START, SOUND = 160, 150, 151, 152, 153
-WORDS = 140  # ids below are text
-#: Pixels on a side of an image and of a patch, patches on a side.
-SIDE, PATCH, GRID = 16, 4, 4
+from vlm_media import (
+    GRID,
+    IMAGE,
+    PATCH,
+    SIDE,
+    SOUND,
+    VIDEO,
+    VISION_START,
+    VOCAB,
+    Medium,
+    image,
+    kimi,
+    lfm2,
+    patches,
+    sound,
+    text_alone,
+    video,
+)
 
 VISION = {
     **dict.fromkeys(("hidden_size", "width", "embed_dim"), 32),
@@ -48,60 +61,6 @@ TOP = {
     **dict.fromkeys(("vision_start_token_id", "image_start_token_id"), VISION_START),
     "audio_token_id": SOUND,
 }
-
-
-@dataclass(frozen=True)
-class Medium:
-    """One image or sound as a processor hands it to a model.
-
-    Attributes:
-        tokens: Tokens that stand for it in the prompt.
-        pixels: ``pixel_values``, if it is an image.
-        given: What else the processor returns.
-        token: Id of these tokens.
-        at: Where in the prompt they are.
-    """
-
-    tokens: int
-    pixels: mx.array | None = None
-    given: dict[str, Any] = field(default_factory=dict)
-    token: int = IMAGE
-    at: int = 21
-
-    def other(self) -> "Medium":
-        """The same with another content: its negative."""
-        given = {
-            name: -value if name == "input_features" else value
-            for name, value in self.given.items()
-        }
-        pixels = None if self.pixels is None else -self.pixels
-        return replace(self, pixels=pixels, given=given)
-
-
-def _random(*shape):
-    return mx.random.normal(shape, key=mx.random.key(9))
-
-
-def image(tokens, *axes, at=21, **given):
-    """An image of whole pixels, behind ``axes``."""
-    return lambda: Medium(tokens, _random(*axes, 3, SIDE, SIDE), given, at=at)
-
-
-def patches(frames=2, tokens=GRID * GRID // 2):
-    """Qwen's layout: 4 by 8 patches of ``frames``, 2 by 2 of which are a token."""
-    grid = (1, GRID, 2 * GRID)
-    return lambda: Medium(
-        tokens,
-        _random(2 * GRID * GRID, 3 * frames * PATCH * PATCH),
-        {"image_grid_thw": mx.array([grid])},
-    )
-
-
-def sound(tokens, features, **given):
-    """A spectrogram, of the shape ``features``."""
-    return lambda: Medium(
-        tokens, given={"input_features": _random(*features), **given}, token=SOUND
-    )
 
 
 @dataclass(frozen=True)
@@ -176,31 +135,68 @@ MLLAMA_VISION = {
     "vision_output_dim": 64,
     "intermediate_layers_indices": [0],
 }
-DOWN_KIMI = {"image_grid_hws": mx.array([[GRID, GRID]])}
+ENCODER = {
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32),
+}
+DAVIT = {
+    "model_type": "davit",
+    "image_size": (SIDE, SIDE),
+    "depths": [1, 1],
+    "dim_embed": [16, 32],
+    "num_heads": [2, 2],
+    "num_groups": [2, 2],
+    "patch_size": [7, 3],
+    "patch_stride": [4, 2],
+    "patch_padding": [3, 1],
+    "patch_prenorm": [False, False],
+}
+SIGLIP = {"model_type": "siglip_vision_model"}
+CLIP = {"model_type": "clip_vision_model"}
 MOONVIT = {
     "model_type": "moonvit",
     **dict.fromkeys(("init_pos_emb_height", "init_pos_emb_width"), GRID),
 }
 
 
-def _kimi():
-    return Medium(4, _random(GRID * GRID, 3, PATCH, PATCH), DOWN_KIMI)
-
-
-def _lfm2():
-    shapes, mask = mx.array([[GRID, GRID]]), mx.ones((1, GRID * GRID), mx.int32)
-    given = {"spatial_shapes": shapes, "pixel_attention_mask": mask}
-    return Medium(4, _random(1, GRID * GRID, 3 * PATCH * PATCH), given)
-
-
-_sizes = {"image_sizes": mx.array([[SIDE, SIDE]])}
+SIZES = {"image_sizes": mx.array([[SIDE, SIDE]])}
 #: By name of mlx-vlm's module; what is behind a colon tells two media apart.
 FAMILIES = {
     "aya_vision": Family(
-        image(4, 1), {"sliding_window_pattern": 2}, {"model_type": "siglip_vision_model"}
+        image(4, 1),
+        {"sliding_window_pattern": 2},
+        SIGLIP,
     ),
+    "ernie4_5_moe_vl": Family(
+        patches(1),
+        {
+            **mrope(3, 3, 2),
+            "freq_allocation": 2,
+            "moe_k": 4,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 3,
+            "moe_num_shared_experts": 1,
+            "moe_num_experts": [4, 4],
+            "moe_intermediate_size": [32, 32],
+        },
+        top={"pixel_hidden_size": 32},
+    ),
+    "florence2": Family(text_alone, ENCODER, DAVIT),
     "gemma3": Family(
         image(4, 1), {"mm_tokens_per_image": 4, "sliding_window_pattern": 2}
+    ),
+    "gemma3n": Family(
+        text_alone,
+        {
+            **ODD["gemma3n"],  # its last two layers read the caches of the two before
+            "num_hidden_layers": 6,
+            "layer_types": [*SLIDING, *SLIDING[:2]],
+            "intermediate_size": [96] * 6,
+            "activation_sparsity_pattern": [0.5, 0.0] * 3,
+        },
+        {"model_type": "gemma3n_vision"},
+        {"audio_config": {"hidden_size": 32, "conf_num_hidden_layers": 1}},
     ),
     "gemma4": Family(image(4, 1), GEMMA4, GEMMA4_VISION, {"audio_config": None}),
     "gemma4:sound": Family(
@@ -217,17 +213,22 @@ FAMILIES = {
     ),
     "idefics3": Family(image(4, 1, 1)),
     "internvl_chat": Family(image(4, 1), {}, {"model_type": "intern_vit_6b"}),
-    "kimi_k25": Family(_kimi, {}, MOONVIT),
-    "kimi_vl": Family(_kimi, {}, MOONVIT),
-    "lfm2_vl": Family(_lfm2, ODD["lfm2"]),
+    "kimi_k25": Family(kimi, {}, MOONVIT),
+    "kimi_vl": Family(kimi, {}, MOONVIT),
+    "lfm2_vl": Family(lfm2, ODD["lfm2"]),
     "llama4": Family(
         image(4, 1), {**ODD["llama4"], **ODD["llama4_text"]}, LLAMA4_VISION
     ),
-    "llava": Family(
-        image(16, 1), {"model_type": "llama"}, {"model_type": "clip_vision_model"}
+    "llava": Family(image(16, 1), {"model_type": "llama"}, CLIP),
+    "llava_next": Family(image(32, 1, 1), {"model_type": "llama"}, CLIP),
+    "minicpmo": Family(
+        text_alone,  # its language model cannot tell positions by itself
+        mrope(2, 3, 3),
+        SIGLIP,
+        {"init_audio": False, "init_tts": False, "query_num": 4},
     ),
     "mistral3": Family(
-        image(4, 1, **_sizes),
+        image(4, 1, **SIZES),
         {**ODD["ministral3"], "layer_types": SLIDING, "model_type": "ministral3"},
         {"model_type": "pixtral"},
     ),
@@ -240,13 +241,21 @@ FAMILIES = {
         {"cross_attention_layers": [1]},
         MLLAMA_VISION,
     ),
+    "molmo": Family(
+        text_alone,
+        {
+            "mlp_hidden_size": 96,
+            "max_sequence_length": 512,
+            **dict.fromkeys(("embedding_size", "additional_vocab_size"), VOCAB),
+        },
+    ),
     "paligemma": Family(
         image(16, 1, at=0),  # an image comes first
         {"model_type": "gemma"},
-        {"model_type": "siglip_vision_model"},
+        SIGLIP,
     ),
     "phi3_v": Family(
-        lambda: Medium(0),  # its vision tower has one size, a large one
+        text_alone,
         vision={"image_dim_out": 32},
         top={
             "num_key_value_heads": 2,
@@ -255,8 +264,9 @@ FAMILIES = {
             "intermediate_size": 96,
         },
     ),
-    "pixtral": Family(image(16, 1, **_sizes)),
+    "pixtral": Family(image(16, 1, **SIZES)),
     "qwen2_5_vl": Family(patches(), mrope(2, 3, 3)),
+    "qwen2_5_vl:video": Family(video, mrope(2, 3, 3)),
     "qwen2_vl": Family(patches(), mrope(2, 3, 3), {"hidden_size": 64}),
     "qwen3_5": Family(patches(), QWEN3_5, {"deepstack_visual_indexes": []}),
     "qwen3_5_moe": Family(patches(), QWEN3_5, {"deepstack_visual_indexes": []}),
@@ -306,48 +316,15 @@ def build(name):
     mx.random.seed(1)
     parts = ["text", "vision", "audio"]
     model = home.Model(update_module_configs(made, home, given, parts))
-    drawn = tree_map(
-        lambda p: p if mx.any(p).item() else 0.3 * mx.random.normal(p.shape, p.dtype),
-        model.parameters(),
-    )
-    model.update(drawn)
+    is_text = FAMILIES[name].medium is text_alone
+
+    def drawn(path, array):
+        if is_text and "vision" in path:
+            return array  # never evaluated
+        is_zero = not mx.any(array).item()
+        return 0.3 * mx.random.normal(array.shape, array.dtype) if is_zero else array
+
+    model.update(tree_map_with_path(drawn, model.parameters()))
     if name.startswith("gemma4"):  # attention without a scale
         model.apply_to_modules(calm)
-    mx.eval(model.parameters())
-    return model.eval() or model
-
-
-PROMPT, CHUNK, DECODED = 112, 70, 6
-
-
-def prompt(medium, count):
-    """Ids (1, count): text, and where the image or the sound is."""
-    ids = mx.random.randint(1, WORDS, (count,), key=mx.random.key(5)).tolist()
-    start = medium.at
-    if start:
-        ids[start - 1] = VISION_START
-    ids[start : start + medium.tokens] = [medium.token] * medium.tokens
-    return mx.array([ids])
-
-
-def logprobs(model, caches, medium, count=PROMPT, decoded=DECODED):
-    """What mlx-vlm's loop says behind a prompt: (decoded, VOCAB).
-
-    The tokens after the prompt's first ``count`` are given, not sampled.
-    """
-    from mlx_vlm.generate import generate_step
-
-    ids = prompt(medium, PROMPT + DECODED + 1)
-    given = iter(ids[0, count:].tolist())
-    steps = generate_step(
-        ids[:, :count],
-        model,
-        medium.pixels,
-        mx.ones((1, count), mx.int32),
-        prompt_cache=caches,
-        prefill_step_size=CHUNK,
-        max_tokens=decoded,
-        sampler=lambda _: mx.array([next(given)]),
-        **medium.given,
-    )
-    return mx.stack([row for _, row in steps])[:, :VOCAB]
+    return model.eval()

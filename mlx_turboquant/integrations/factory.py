@@ -219,22 +219,28 @@ def _make(
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
     records, specs = iter(entries), iter(specs_per_layer(spec, chosen))
+    is_vision = vision.is_vision_model(model)
 
     def compressed(leaf: Any) -> Any:
         entry = next(records)
-        return _compressed(entry, *next(specs)) if entry.is_compressed else leaf
+        if not entry.is_compressed:
+            return leaf
+        return _compressed(entry, *next(specs), sees_kept=is_vision)
 
-    return PromptCache(replace_leaves(stock, compressed), entries)
+    caches = PromptCache(replace_leaves(stock, compressed), entries)
+    if is_vision:
+        caches.unsaved = "the positions of images stay with the model of mlx-vlm's"
+    return caches
 
 
 def _compressed(
-    entry: CacheEntry, spec: CacheSpec, slot: LayerSlot | None
+    entry: CacheEntry, spec: CacheSpec, slot: LayerSlot | None, sees_kept: bool
 ) -> TurboQuantCache:
     returns_arrays = entry.decision == "returns_arrays"
     if entry.sliding_window is None:
         return TurboQuantCache(spec, slot, returns_arrays)
     return RotatingTurboQuantCache(
-        spec, entry.sliding_window, entry.keep, slot, returns_arrays
+        spec, entry.sliding_window, entry.keep, slot, returns_arrays, sees_kept
     )
 
 

@@ -2,9 +2,9 @@
 
 The hook rebinds
 ``scaled_dot_product_attention`` in the globals of the functions that make up one
-model's layers, which is where mlx-lm's models (and a user's own model file) look it up,
-and mlx-vlm's models that function of their own. It looks at the type of the keys it is given, never at the cache, because some models
-share keys across layers that have no cache.
+model's layers, which is where mlx-lm's models (and a user's own model file) look it up;
+mlx-vlm's look up one of its own there. It looks at the type of the keys it is given,
+never at the cache, because some models share keys across layers that have no cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What mlx-lm would make for a model, and how to walk any prompt cache.
 
-For a model of mlx-vlm's it is what that would make: it has classes of its own, with the
-same names. Imports nothing of the factory: the ``make_cache`` that the factory puts on a model
+For a model of mlx-vlm's it is what that would make, whose classes have the same names.
+Imports nothing of the factory: the ``make_cache`` that the factory puts on a model
 carries what stood there before as its attribute ``stock``.
 """
 

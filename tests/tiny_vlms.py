@@ -306,11 +306,11 @@ def config(name):
     return {**text, **TOP, "model_type": kind, **parts, **family.top}
 
 
-def build(name):
-    """A random model of a family, as mlx-vlm loads one."""
+def build(name, given=None):
+    """A random model of a family, as mlx-vlm loads one; of a config if one is given."""
     from mlx_vlm.utils import update_module_configs
 
-    given = config(name)
+    given = given or config(name)
     home = importlib.import_module(f"mlx_vlm.models.{given['model_type']}")
     made = home.ModelConfig.from_dict(dict(given))
     mx.random.seed(1)

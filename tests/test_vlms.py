@@ -14,7 +14,8 @@ import tiny_vlms  # noqa: E402
 import vlm_table  # noqa: E402
 from mlx_vlm.generate import generate_step  # noqa: E402
 from mlx_vlm.models import base, cache  # noqa: E402
-from tiny_vlms import FAMILIES, VISION_START, VOCAB  # noqa: E402
+from tiny_vlms import FAMILIES  # noqa: E402
+from vlm_media import VOCAB, prompt  # noqa: E402
 
 import mlx_turboquant as tq  # noqa: E402
 from mlx_turboquant.errors import UnsupportedError, UnsupportedModelError  # noqa: E402
@@ -26,17 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*caches")
 DOCUMENTED = support_table.parts()[1].splitlines()
 SPEC = support_table.SPEC
 REFUSED = ("florence2",)
-WORDS, PROMPT, CHUNK, DECODED = 140, 112, 70, 6
-#: Where the image or the sound starts, but in paligemma: in a page that is packed.
-START = 21
-
-
-def prompt(medium, count):
-    """Ids (1, count): text, what stands for the medium, text."""
-    ids = mx.random.randint(1, WORDS, (count,), key=mx.random.key(5)).tolist()
-    ids[START - 1] = VISION_START
-    ids[medium.at : medium.at + medium.tokens] = [medium.token] * medium.tokens
-    return mx.array([ids])
+PROMPT, CHUNK, DECODED = 112, 70, 6
 
 
 def steps(model, caches, medium, count=PROMPT, decoded=DECODED, **options):

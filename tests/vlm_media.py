@@ -11,6 +11,7 @@ import mlx.core as mx
 
 VOCAB, IMAGE, VIDEO, VISION_START, SOUND = 160, 150, 151, 152, 153
 WORDS = 140  # ids below are text
+START = 21  # of the image or the sound in a prompt: in a page that is packed
 #: Pixels on a side of an image and of a patch, patches on a side.
 SIDE, PATCH, GRID = 16, 4, 4
 
@@ -31,7 +32,7 @@ class Medium:
     pixels: mx.array | None = None
     given: dict[str, Any] = field(default_factory=dict)
     token: int = IMAGE
-    at: int = 21
+    at: int = START
 
     def other(self) -> "Medium":
         """The same with another content: its negative."""
@@ -47,7 +48,7 @@ def _random(*shape):
     return mx.random.normal(shape, key=mx.random.key(9))
 
 
-def image(tokens, *axes, at=21, **given):
+def image(tokens, *axes, at=START, **given):
     """An image of whole pixels, behind ``axes``."""
     return lambda: Medium(tokens, _random(*axes, 3, SIDE, SIDE), given, at=at)
 
@@ -93,3 +94,11 @@ def lfm2():
     shapes, mask = mx.array([[GRID, GRID]]), mx.ones((1, GRID * GRID), mx.int32)
     given = {"spatial_shapes": shapes, "pixel_attention_mask": mask}
     return Medium(4, _random(1, GRID * GRID, 3 * PATCH * PATCH), given)
+
+
+def prompt(medium, count):
+    """Ids (1, count): text, what stands for the medium, text."""
+    ids = mx.random.randint(1, WORDS, (count,), key=mx.random.key(5)).tolist()
+    ids[START - 1] = VISION_START
+    ids[medium.at : medium.at + medium.tokens] = [medium.token] * medium.tokens
+    return mx.array([ids])

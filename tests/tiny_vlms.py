@@ -325,6 +325,6 @@ def build(name, given=None):
         return 0.3 * mx.random.normal(array.shape, array.dtype) if is_zero else array
 
     model.update(tree_map_with_path(drawn, model.parameters()))
-    if name.startswith("gemma4"):  # attention without a scale
+    if name.startswith(("gemma3n", "gemma4")):  # attention without a scale
         model.apply_to_modules(calm)
     return model.eval()

@@ -133,6 +133,25 @@ def test_errors_are_one_line(folder, picture, run_cli, options, words):
 
 
 @NEEDS_MLX_VLM
+def test_a_text_alone_goes_through_mlx_vlm_too(folder, picture):
+    """Greedy, and ended by a token of the user's choice."""
+    from mlx_turboquant.cli.pictures import PictureSession
+
+    def tokens_of(images, **options):
+        session = PictureSession(str(folder), is_verbose=False, **options)
+        inputs = session.inputs("hello " * 9, images, "Be brief.")
+        steps = session.stream(inputs, session.sampler(), max_tokens=30)
+        return inputs.tokens, [step.token for step in steps]
+
+    (text, said), (pictured, _) = tokens_of(()), tokens_of(picture)
+    assert len(pictured) == len(text) + 20
+    last = max(said, key=said.index)
+    ended = tokens_of((), extra_eos_tokens=[str(last)])[1]
+    assert ended[: said.index(last)] == said[: said.index(last)]
+    assert len(ended) == said.index(last) + 1 < len(said)
+
+
+@NEEDS_MLX_VLM
 def test_which_models_need_mlx_vlm(folder, tmp_path):
     assert not vision_loop.has_no_other(str(tmp_path))
     for kind, only in (("llama", False), ("internvl_chat", True), ("nonsense", False)):

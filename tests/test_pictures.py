@@ -139,7 +139,8 @@ def test_a_text_alone_goes_through_mlx_vlm_too(folder, picture):
 
     def tokens_of(images, **options):
         session = PictureSession(str(folder), is_verbose=False, **options)
-        inputs = session.inputs("hello " * 9, images, "Be brief.")
+        opened = [vision_loop.open_image(source) for source in images]
+        inputs = session.inputs("hello " * 9, opened, "Be brief.")
         steps = session.stream(inputs, session.sampler(), max_tokens=30)
         return inputs.tokens, [step.token for step in steps]
 
@@ -165,3 +166,5 @@ def test_without_mlx_vlm_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(vision_loop, "is_installed", lambda: False)
     with pytest.raises(UnsupportedError, match=r"pip install 'mlx-turboquant\[vlm\]'"):
         vision_loop.load("any")
+    with pytest.raises(UnsupportedError, match=r"images need mlx-vlm, which is not"):
+        vision_loop.open_image("any.png")

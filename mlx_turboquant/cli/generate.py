@@ -66,7 +66,7 @@ def generate(
     from ..explanation import explain
     from ..integrations.compiled_step import compiled
     from ..integrations.stock import length_of
-    from ..integrations.vision_loop import has_no_other
+    from ..integrations.vision_loop import has_no_other, open_image
     from .pictures import PictureSession, refuse_options
     from .session import Session
 
@@ -78,6 +78,7 @@ def generate(
             prefill_response=prefill_response is not None,
             prompt_cache_file=prompt_cache_file is not None,
         )
+    images = [open_image(source) for source in image or ()]
     tokenizer_options: dict[str, Any] = {}
     stored_cache: list[Any] | None = None
     if prompt_cache_file is not None:
@@ -95,7 +96,7 @@ def generate(
         is_verbose=verbose.lower() not in ("false", "f"),
     )
     if isinstance(session, PictureSession):
-        inputs = session.inputs(text, image or (), system_prompt, ignore_chat_template)
+        inputs = session.inputs(text, images, system_prompt, ignore_chat_template)
         tokens = inputs.tokens
     elif session.tokenizer.has_chat_template and not ignore_chat_template:
         tokens = _encode_chat(

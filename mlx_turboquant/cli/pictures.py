@@ -64,7 +64,7 @@ class PictureSession(Session):
     def inputs(
         self,
         text: str,
-        images: Sequence[str],
+        images: Sequence[Any],
         system_prompt: str | None = None,
         is_plain: bool = False,
     ) -> vision_loop.Inputs:
@@ -72,12 +72,11 @@ class PictureSession(Session):
 
         Args:
             text: The prompt.
-            images: Paths or URLs.
+            images: Of `vision_loop.open_image`.
             system_prompt: For the chat template.
             is_plain: Leave the chat template out; the text has its own places for the
                 images.
         """
-        opened = [vision_loop.open_image(source) for source in images]
         if self.has_chat_template and not is_plain:
             messages = [{"role": "user", "content": text}]
             if system_prompt is not None:
@@ -89,7 +88,7 @@ class PictureSession(Session):
                 len(images),
                 self.template_options,
             )
-        return vision_loop.inputs_of(self.network, self.processor, text, opened)
+        return vision_loop.inputs_of(self.network, self.processor, text, images)
 
     def stream(
         self,

@@ -45,6 +45,14 @@ def is_installed() -> bool:
     return importlib.util.find_spec("mlx_vlm") is not None
 
 
+def _check_installed() -> None:
+    if not is_installed():
+        raise UnsupportedError(
+            "images need mlx-vlm, which is not installed",
+            "pip install 'mlx-turboquant[vlm]'",
+        )
+
+
 def has_no_other(model: str) -> bool:
     """Whether mlx-vlm knows this model's type and mlx-lm does not.
 
@@ -78,13 +86,12 @@ def load(
         UnsupportedError: if mlx-vlm is not installed.
         UnsupportedModelError: if there is no such model or mlx-vlm cannot load it.
     """
-    if not is_installed():
-        raise UnsupportedError(
-            "images need mlx-vlm, which is not installed",
-            "pip install 'mlx-turboquant[vlm]'",
-        )
+    _check_installed()
     from mlx_vlm import load as host_load
+    from transformers import logging
 
+    # mlx-vlm asks for this, in a variable that comes too late behind mlx-lm.
+    logging.set_verbosity_error()
     try:
         network, processor = host_load(
             model, adapter_path, trust_remote_code=trust_remote_code
@@ -111,8 +118,10 @@ def open_image(source: str) -> Any:
     """An image from a path, a URL or a data URI, as PIL has it.
 
     Raises:
+        UnsupportedError: if mlx-vlm is not installed.
         SpecError: if it cannot be read.
     """
+    _check_installed()
     from mlx_vlm.utils import load_image
 
     try:

@@ -87,8 +87,8 @@ struct Format<ANGLES, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
     return codes;
   }
   static TQ_FUNC float norm(uint code, float norm_range) {
-    constexpr float MAX_CODE = float((1 << TERMS) - 1);
-    float fraction = float(code >> BITS) / MAX_CODE;
+    constexpr float STEP = 1.0f / float((1 << TERMS) - 1);
+    float fraction = float(code >> BITS) * STEP;
     if (TERMS == 8) return norm_range + (1.0f - norm_range) * fraction;
     return tq_exp2(norm_range * (fraction - 1.0f) * 1.44269504f);
   }

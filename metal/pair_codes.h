@@ -27,11 +27,10 @@ struct PairCodes {
       codes.words[i] = is_in_lane ? words[32 * i] : 0u;
     }
     if (CODE_BITS % 2 != 0) {
-      uint shift = 16u * uint(unit % 2);
       TQ_UNROLL
       for (int i = 0; i < UNIT_WORDS; i++) {
         uint next = i + 1 < UNIT_WORDS ? codes.words[i + 1] : 0u;
-        codes.words[i] = tq_funnel(codes.words[i], next, shift);
+        codes.words[i] = tq_funnel_half(codes.words[i], next, unit % 2 != 0);
       }
     }
     return codes;

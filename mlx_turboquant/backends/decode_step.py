@@ -142,6 +142,8 @@ class DecodeStep:
             output_shapes=[(batch, query_heads, steps, v_dim)],
             output_dtypes=[dtype],
         )
+        empty = keys.recent.size == 0
+        self._no_recent = specialize.stand_in(keys.recent) if empty else None
         if packed_of(keys).layout is None:
             raise ValueError("codes are in vector order; see Gpu.arranged")
         self._codes = [
@@ -197,9 +199,11 @@ class DecodeStep:
         recent_keys, recent_values = keys.recent, values.recent
         if not self._kernel_rotates_q:
             q = keys.quantizer.transform.encode_query(q)
-            recent_keys = _in_basis(keys, keys.recent_tokens)
+            recent_keys = _recent_in_basis(keys)
         if not self._kernel_rotates_out:
-            recent_values = _in_basis(values, values.recent_tokens)
+            recent_values = _recent_in_basis(values)
+        if self._no_recent is not None:
+            recent_keys = recent_values = self._no_recent
         # The kernel reads both sides as the keys' dtype.
         if recent_values.dtype != recent_keys.dtype:
             recent_values = recent_values.astype(recent_keys.dtype)
@@ -248,6 +252,11 @@ def _rows_of(arguments: AttendArguments, masked: bool, block: int) -> list[mx.ar
 def _in_basis(side: CompressedTokens, x: mx.array) -> mx.array:
     """Uncompressed tokens (B, H, N, D) in the codes' basis, dtype kept."""
     return side.quantizer.transform.encode(x).astype(side.dtype)
+
+
+def _recent_in_basis(side: CompressedTokens) -> mx.array:
+    """Recent tokens likewise; of none the whole buffer, which nobody reads."""
+    return _in_basis(side, side.recent_tokens) if side.recent_length else side.recent
 
 
 def _sink_in_basis(side: CompressedTokens, rotates: bool) -> mx.array | None:

@@ -129,7 +129,8 @@ class Gpu(Reference):
         recent, sink = side.recent_tokens, side.sink
         transform = side.quantizer.transform
         if not rotates_in_kernel(transform.rotation):
-            recent = transform.encode(recent).astype(dtype)
+            recent = transform.encode(recent) if side.recent_length else recent
+            recent = recent.astype(dtype)
             sink = None if sink is None else transform.encode(sink).astype(dtype)
         return self._materialize(side, heads, dtype, sink, recent)
 
@@ -167,6 +168,7 @@ class Gpu(Reference):
             page=means.page if means else 1,
         )
         plain = side.recent if recent is None else recent
+        plain = plain if plain.size else specialize.stand_in(plain)
         rows = None if means is None else means.rows
         launch = materialize_launch(
             codes.layout,

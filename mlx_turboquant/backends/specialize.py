@@ -203,6 +203,11 @@ def placeholder(dtype: mx.Dtype = mx.float32) -> mx.array:
     return array
 
 
+def stand_in(tokens: mx.array) -> mx.array:
+    """For a buffer (B, H, 0, D) of which nothing is read: a `placeholder` of 4 axes."""
+    return placeholder(tokens.dtype).reshape(1, 1, 1, -1)
+
+
 @functools.lru_cache(maxsize=64)
 def _pair(first: float, second: float) -> mx.array:
     """A float32 input of two numbers, in 8 elements: see `placeholder`."""

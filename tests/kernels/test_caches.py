@@ -5,13 +5,16 @@ here is where kernels write, read and decode what caches hand them.
 """
 
 import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 from helpers import attend, backend, relative_error, stored
 
 import mlx_turboquant as tq
+from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.tiles import in_tiles, in_vectors
 
 #: What kernels cost beside float32 attention over the same codes: see
@@ -224,3 +227,26 @@ def test_arranging_is_the_definition_and_leaves_tiles_alone(gpu):
         for name, array in want.arrays.items():
             assert mx.array_equal(got.arrays[name], array).item()
         assert gpu.arranged(side.quantizer, got) is got
+
+
+@pytest.mark.parametrize("dim", [16, 64])  # no kernel rotates the first
+@pytest.mark.parametrize("has_room", [True, False])
+def test_codes_alone_are_attended_to_and_decoded(has_room, dim, gpu):
+    """Buffers of no tokens must not be passed: to Metal they would be constants."""
+    with backend(gpu):
+        cache = tq.TurboQuantCache("k4v4,page=32,window=0,sink=0")
+        for count in (64, 1):
+            x = mx.random.normal((1, 2, count, dim))
+            cache.update_and_fetch(x, -x)
+        cache.trim(1)
+    sides = cache.compressed()
+    assert [(s.packed_length, s.recent_length) for s in sides] == [(64, 0)] * 2
+    if not has_room:
+        sides = [replace(side, recent=side.recent[:, :, :0]) for side in sides]
+    for steps in (1, 12):
+        call = AttendCall(mx.random.normal((1, 4, steps, dim)), *sides, 0.25)
+        got, want = gpu.attend(call), Reference().attend(call)
+        assert relative_error(got, want) < TOLERANCE
+    for side in sides:
+        got, want = gpu.dequantize(side), Reference().dequantize(side)
+        assert relative_error(got, want) < 1e-6

@@ -77,6 +77,9 @@ TQ_FUNC uint tq_low_halves(uint a, uint b) { return __byte_perm(a, b, 0x5410); }
 TQ_FUNC uint tq_funnel(uint low, uint high, uint shift) {
   return __funnelshift_r(low, high, shift);
 }
+TQ_FUNC uint tq_funnel_half(uint low, uint high, bool shifts) {
+  return tq_funnel(low, high, shifts ? 16u : 0u);
+}
 TQ_FUNC uint tq_shift_byte(uint x, bool shifts) { return x >> (shifts ? 8u : 0u); }
 TQ_FUNC uint tq_outer_halves(uint a, uint b) { return __byte_perm(a, b, 0x7610); }
 TQ_FUNC uint tq_high_halves(uint a, uint b) { return __byte_perm(a, b, 0x7632); }

@@ -46,13 +46,27 @@ TQ_FUNC void tq_store4(threadgroup uint* to, const thread half2* four) {
 }
 TQ_FUNC int tq_min(int a, int b) { return metal::min(a, b); }
 TQ_FUNC uint tq_min(uint a, uint b) { return metal::min(a, b); }
-TQ_FUNC uint tq_low_halves(uint a, uint b) { return (a & 0xFFFFu) | (b << 16); }
-TQ_FUNC uint tq_outer_halves(uint a, uint b) { return (a & 0xFFFFu) | (b & 0xFFFF0000u); }
-TQ_FUNC uint tq_high_halves(uint a, uint b) { return (a >> 16) | (b & 0xFFFF0000u); }
+// Halves of registers are registers to Apple's GPUs: these move them, and shift nothing.
+TQ_FUNC uint tq_two_halves(ushort low, ushort high) {
+  return as_type<uint>(ushort2(low, high));
+}
+TQ_FUNC uint tq_low_halves(uint a, uint b) {
+  return tq_two_halves(as_type<ushort2>(a).x, as_type<ushort2>(b).x);
+}
+TQ_FUNC uint tq_outer_halves(uint a, uint b) {
+  return tq_two_halves(as_type<ushort2>(a).x, as_type<ushort2>(b).y);
+}
+TQ_FUNC uint tq_high_halves(uint a, uint b) {
+  return tq_two_halves(as_type<ushort2>(a).y, as_type<ushort2>(b).y);
+}
 
 // The 32 bits from bit `shift` < 32 of low on, which high follows.
 TQ_FUNC uint tq_funnel(uint low, uint high, uint shift) {
   return (low >> shift) | ((high << 1) << (31u - shift));
+}
+// The same from bit 16 on if `shifts`, else from bit 0 on.
+TQ_FUNC uint tq_funnel_half(uint low, uint high, bool shifts) {
+  return shifts ? tq_two_halves(as_type<ushort2>(low).y, as_type<ushort2>(high).x) : low;
 }
 // x shifted right by 8 if `shifts`. Apple's GPUs shift by constants twice as fast.
 TQ_FUNC uint tq_shift_byte(uint x, bool shifts) { return shifts ? x >> 8 : x; }

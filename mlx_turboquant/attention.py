@@ -15,6 +15,7 @@ import mlx.core as mx
 from .backends import select
 from .backends.call import AttendCall, Mask
 from .backends.reference import Reference
+from .errors import UnsupportedModelError
 from .segments import CompressedKV, CompressedRows, CompressedTokens
 
 
@@ -138,6 +139,14 @@ def _attend_rows(
     sinks: mx.array | None,
 ) -> mx.array:
     """Each row on its own; padded queries get zeros."""
+    longest = max(stop for _, stop in keys.spans)
+    if q.shape[0] != len(keys.rows) or q.shape[2] < longest:
+        raise UnsupportedModelError(
+            f"this model's code takes single rows out of a batch: queries "
+            f"{tuple(q.shape)} are not those of {len(keys.rows)} rows of {longest} "
+            "tokens",
+            "give prompts of one length, or one at a time",
+        )
     outputs = []
     for row, (k, v, (start, stop)) in enumerate(
         zip(keys.rows, values.rows, keys.spans, strict=True)

@@ -1,4 +1,4 @@
-"""`BatchTurboQuantCache`: rows of different lengths under mlx-lm's batch protocol.
+"""`BatchTurboQuantCache`: rows of different lengths, batched as mlx-lm and mlx-vlm do.
 
 Owns the rows, each a `TurboQuantCache` of one sequence, and which of a step's tokens
 belong to which row. Rows never share codes, means or padding, so a row's output is
@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import UnsupportedError
 from ..segments import CompressedRows
 from .layer import TurboQuantCache
 
@@ -253,6 +254,32 @@ class BatchTurboQuantCache:
 
 
 TurboQuantCache.merge = BatchTurboQuantCache.merge
+
+
+def _to_batch(
+    cache: TurboQuantCache, left_padding: Sequence[int]
+) -> BatchTurboQuantCache:
+    """A batch of empty rows like this empty cache, as mlx-vlm makes its batches.
+
+    Args:
+        cache: What each row stores.
+        left_padding: Tokens to skip in each row first.
+
+    Raises:
+        UnsupportedError: if the bits of layers are chosen from a text.
+    """
+    if cache.spec.adaptive:
+        raise UnsupportedError(
+            f"the bits of {cache.spec} are chosen from one text, mlx-vlm's batches are "
+            "of several",
+            "give fixed bits, such as k4v3, or one prompt at a time",
+        )
+    batch = BatchTurboQuantCache([copy.deepcopy(cache) for _ in left_padding])
+    batch.prepare(left_padding=left_padding)
+    return batch
+
+
+TurboQuantCache.to_batch = _to_batch
 
 
 def _held(cache: TurboQuantCache, nothing: tuple[mx.array, mx.array]) -> Any:

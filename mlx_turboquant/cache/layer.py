@@ -41,15 +41,15 @@ class TurboQuantCache(SequenceCache):
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
         slot: Its place among the layers whose bits are chosen together; alone if None.
-        returns_arrays: Hand out decoded arrays, for a model that computes attention
-            itself.
+        returns_arrays: Hand out decoded arrays, for models that compute attention.
 
     >>> TurboQuantCache("k3v3")
     TurboQuantCache(k3v3, empty)
     """
 
-    #: One `BatchTurboQuantCache` with a row per cache, as mlx-lm asks for; set there.
+    #: `BatchTurboQuantCache`s as mlx-lm and mlx-vlm ask for them; set there.
     merge: ClassVar[Callable[..., Any]]
+    to_batch: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,

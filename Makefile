@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # On Linux, MLX's code comes in an extra of its own; `make demo EXTRA=cuda` for a GPU.
 EXTRA ?= $(if $(filter Linux,$(shell uname -s)),cpu,)
 COMMA := ,
+# `make test VLM=1` runs the tests of vision models too: 690 MB more, as CI does.
+DEV := dev$(if $(VLM),-vlm)
 MODEL := examples/books-20m
 
 .PHONY: demo test test-all check bench clean
@@ -18,7 +20,7 @@ demo: $(VENV)/demo
 		--top-p 0.9 --seed 7 --prompt - < examples/needle.txt
 
 # Every law and every executed line of the kernels, on less data than `test-all`.
-test: $(VENV)/dev
+test: $(VENV)/$(DEV)
 	@tests/system_packages.sh
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_ARGS)
 
@@ -47,4 +49,8 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 
 $(VENV)/dev: $(VENV)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$(if $(EXTRA),$(EXTRA)$(COMMA),)dev]'
+	@touch $@
+
+$(VENV)/dev-vlm: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[$(if $(EXTRA),$(EXTRA)$(COMMA),)dev,vlm]'
 	@touch $@

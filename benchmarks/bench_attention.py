@@ -50,6 +50,7 @@ from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import Codec, codec_for
 from mlx_turboquant.codecs.base import Side
 from mlx_turboquant.kernels.kernel import MlxLauncher
+from mlx_turboquant.kernels.tuning import UNTUNED, Tuning
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import (
     CompressedBatch,
@@ -336,8 +337,8 @@ def kernels_us(
         run = [ncu, *options, *child, "--specs", *specs]
         for name, number in shape._asdict().items():
             run += [f"--{name.replace('_', '-')}", str(number)]
-        if backend.multiply_adds is not None:
-            run.append(f"--{'' if backend.multiply_adds else 'no-'}multiply-adds")
+        if backend.tuning.fma_rows is not None:
+            run.append(f"--{'' if backend.tuning.fma_rows else 'no-'}multiply-adds")
         done = subprocess.run(run, capture_output=True, text=True)
         rows = list(csv.reader(log.open())) if log.exists() else []
     times: list[tuple[str, float]] = []
@@ -382,7 +383,9 @@ def main() -> None:
     shape = Shape(*(getattr(options, name) for name in Shape._fields))
     lengths = options.lengths or list(LENGTHS)
     launcher = MlxLauncher("metal" if mx.metal.is_available() else "cuda")
-    backend = Gpu(launcher, None, options.multiply_adds)
+    forced = options.multiply_adds
+    tuning = UNTUNED if forced is None else Tuning(fma_rows=4 if forced else 0)
+    backend = Gpu(launcher, None, tuning)
     if options.profiled:
         profiled(backend, lengths, options.specs, shape)
         return

@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from .backends import select
 from .backends.call import AttendCall, BatchCall, Mask
+from .backends.reference import Reference
+from .errors import UnsupportedModelError
 from .segments import (
     CompressedBatch,
     CompressedKV,
@@ -65,7 +67,7 @@ def attend(
             )
         backend = keys.backend
         if backend is None:
-            backend = select.resolve(keys.quantizer, values.quantizer).backend
+            backend = _resolved(keys, values)
         out: mx.array = backend.attend(call)
         return out
     if isinstance(keys, CompressedBatch) and isinstance(values, CompressedBatch):
@@ -129,10 +131,14 @@ def dequantize(
     This is for attention that is not mlx-lm's function. All of a layer is decoded at
     once, in the model's dtype and basis; hidden tokens are left out.
     """
-    backend = keys.backend or select.resolve(keys.quantizer, values.quantizer).backend
+    backend = keys.backend or _resolved(keys, values)
     return _shown(backend.dequantize(keys), keys), _shown(
         backend.dequantize(values), values
     )
+
+
+def _resolved(keys: CompressedTokens, values: CompressedTokens) -> Reference:
+    return select.resolve(keys.quantizer, values.quantizer, keys.dtype).backend
 
 
 def _shown(x: mx.array, side: CompressedTokens) -> mx.array:
@@ -151,6 +157,14 @@ def _attend_rows(
     sinks: mx.array | None,
 ) -> mx.array:
     """Each row on its own; padded queries get zeros."""
+    longest = max(stop for _, stop in keys.spans)
+    if q.shape[0] != len(keys.rows) or q.shape[2] < longest:
+        raise UnsupportedModelError(
+            f"this model's code takes single rows out of a batch: queries "
+            f"{tuple(q.shape)} are not those of {len(keys.rows)} rows of {longest} "
+            "tokens",
+            "give prompts of one length, or one at a time",
+        )
     outputs = []
     for row, (k, v, (start, stop)) in enumerate(
         zip(keys.rows, values.rows, keys.spans, strict=True)

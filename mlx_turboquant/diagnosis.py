@@ -22,8 +22,10 @@ from .backends import select
 from .backends.call import AttendCall
 from .backends.reference import Reference
 from .cache import TurboQuantCache
+from .cache.quantizers import quantizers_of
 from .quantizer import PageMeans, Quantizer
 from .segments import CompressedTokens
+from .spec import CacheSpec
 
 #: Half arithmetic and polynomial levels differ from the definition by this much.
 TOLERANCE = 5e-3
@@ -99,6 +101,13 @@ def check_kernels(backend: Reference, tokens: int = 700) -> Iterator[KernelCheck
             yield _check(name, run, backend)
 
 
+def begin_proofs() -> None:
+    """Have the kernels of every case checked where that is needed and not known."""
+    for spec, k_dim, v_dim, *_ in CASES:
+        sides = quantizers_of(CacheSpec.parse(spec), (k_dim, v_dim), mx.float16)
+        select.resolve(*sides, mx.float16)
+
+
 Work = Callable[[Reference], Sequence[mx.array]]
 
 
@@ -164,7 +173,7 @@ def time_decode(tokens: int, repeats: int = 9) -> dict[str, float]:
     keys, values = _compressed("k3v3", 8, tokens, 128, 128)
     plain = mx.random.normal((2, 1, 8, tokens, 128)).astype(mx.float16)
     mx.eval(plain)
-    backend = select.resolve(keys.quantizer, values.quantizer).backend
+    backend = select.resolve(keys.quantizer, values.quantizer, keys.dtype).backend
     return {
         "fp16": _median_ms(lambda q: attend(q, plain[0], plain[1], 0.09), repeats),
         f"k3v3 on {backend.name}": _median_ms(

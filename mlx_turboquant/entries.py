@@ -22,6 +22,7 @@ _KIND_REASONS = {
     "ChunkedKVCache": "chunked attention trims its own front",
     "ConcatenateKVCache": "made for blocks that are attended once",
     "QuantizedKVCache": "already quantized by mlx-lm",
+    "SimpleKVCache": "an encoder's and its decoder's, whose code reads it",
     "KVCache": "no compressed cache was asked for",
 }
 
@@ -103,12 +104,14 @@ class PromptCache(list[Any]):
     Attributes:
         uncompiled: Why a `CompiledModel` takes steps over them as its model is; "" if
             it compiles them, or none does.
+        unsaved: Why a file of them would not be whole; "" if it would.
     """
 
     def __init__(self, caches: Iterable[Any], entries: Sequence[CacheEntry]) -> None:
         super().__init__(caches)
         self.entries = tuple(entries)
         self.uncompiled = ""
+        self.unsaved = ""
 
 
 def nbytes_of(cache: Any) -> int:

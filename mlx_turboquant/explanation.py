@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from .backends import proved, select
 from .cache import BatchTurboQuantCache, TurboQuantCache
 from .entries import CacheEntry, PromptCache, kind_reason, nbytes_of
+from .proof import ledger
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,17 @@ def _backend(cache: TurboQuantCache) -> str:
         return ""
     if not cache.packed_length:
         return "mlx: nothing is packed yet"
-    reason = choice.reason
-    if cache.returns_arrays:
+    name, reason = choice.backend.name, choice.reason
+    if choice.tuned:
+        name += f", tuned: {choice.tuned}"
+    verdict = proved.verdict_of(choice.proof)
+    if verdict is not None and not verdict.is_ok:
+        name, reason = select.reference_backend().name, ledger.words(verdict)
+    elif cache.returns_arrays:
         reason = "the model computes attention itself, so each step decodes all"
-    return f"{choice.backend.name}: {reason}" if reason else choice.backend.name
+    elif verdict is not None:
+        reason = f"proved {verdict.history}"
+    return f"{name}: {reason}" if reason else name
 
 
 def _specs_text(specs: list[str]) -> str:

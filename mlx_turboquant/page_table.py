@@ -126,6 +126,18 @@ class PageTable:
         pool.copy_from(old, pages, self.pages)
         old.release(runs)
 
+    def rewrite(self, sides: Mapping[Side, TokenArrays]) -> None:
+        """Hold these codes in place of its own, in a pool of its own."""
+        old, runs, count = self.pool, self.runs, self.means
+        means = self.mean_rows(0, count) if count else None
+        self.pool, self.pages, self._runs = PagePool(old.page), [], None
+        self.length = self.means = 0
+        if means is not None:
+            self.append_means(means)
+        self.extend(sides)
+        # Attention of the step at hand may still read them.
+        old.leave(runs)
+
     def _forget(self, some: slice) -> None:
         gone = self.pages[some]
         if gone:
@@ -204,24 +216,24 @@ class PackedCodes:
         layout: Of codes in tile order, or None.
     """
 
-    __slots__ = ("_side", "_table", "_tiles", "layout", "length")
+    __slots__ = ("_pages", "_pool", "_side", "_tiles", "layout", "length")
 
     def __init__(self, table: PageTable, side: Side, layout: TileLayout | None) -> None:
-        self._table, self._side, self.layout = table, side, layout
-        self.length = table.length
+        self._pool, self._pages = table.pool, tuple(table.pages)
+        self._side, self.layout, self.length = side, layout, table.length
         self._tiles: Places | None = None
 
     @property
     def arrays(self) -> dict[str, mx.array]:
         """Whole buffers (B, H, capacity, .) of the pool; `tiles` are rows of them."""
-        return self._table.pool.groups.get(self._side, {})
+        return self._pool.groups.get(self._side, {})
 
     @property
     def tiles(self) -> Places:
         """Row of the buffers that each tile of the text is in, in tile order."""
         if self._tiles is None:
-            of_page, count = self._table.pool.page // TILE, -(-self.length // TILE)
-            pages = np.array(self._table.pages, np.int32)
+            of_page, count = self._pool.page // TILE, -(-self.length // TILE)
+            pages = np.array(self._pages, np.int32)
             places: Places = (
                 np.arange(of_page, dtype=np.int32) + of_page * pages[:, None]
             )
@@ -231,8 +243,7 @@ class PackedCodes:
     def view(self, name: str, heads: slice = slice(None)) -> mx.array:
         """The rows in use of one array: (B, heads, tokens or tiles, .)."""
         rows = self.length if self.layout is None else -(-self.length // TILE)
-        table = self._table
-        return table.pool.rows(self._side, name, table.pages, rows, heads)
+        return self._pool.rows(self._side, name, self._pages, rows, heads)
 
     def views(self) -> dict[str, mx.array]:
         """`view` of every array; nothing if there are no codes."""

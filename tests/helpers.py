@@ -86,6 +86,7 @@ def backend(chosen):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "gpu_backend", lambda: chosen)
         patch.setattr(select, "DEFAULT_ON", (getattr(chosen, "name", ""),))
+        patch.setattr(select, "NEED_PROOF", ())
         yield
 
 

@@ -39,6 +39,8 @@ layers of the tiny models, most of which have four.
 | model type | codes | sliding | decoded | left to mlx-lm |
 |---|---|---|---|---|
 """
+#: Where the part on mlx-vlm's models begins, which `vlm_table` writes.
+VLM_HEADING = "## Vision and audio models, through mlx-vlm\n"
 #: What a model's line means for its user, the first that applies.
 GROUPS = {
     "refused": "No layer can be compressed",
@@ -106,11 +108,18 @@ def summary(lines):
         yield textwrap.fill(f"**{title}:** {names}.", 88, break_on_hyphens=False)
 
 
+def parts():
+    """The file's part on mlx-lm's models, and the part behind it."""
+    own, heading, behind = FILE.read_text().partition(VLM_HEADING)
+    return own, heading + behind
+
+
 def main():
-    """Write the file."""
+    """Write the first part of the file."""
     lines = sorted(line(name) for name in [*types(), *NOT_BUILT])
     groups = "\n\n".join(summary(lines))
-    FILE.write_text(f"{HEAD}{groups}\n\n{TABLE}" + "\n".join(lines) + "\n")
+    own = f"{HEAD}{groups}\n\n{TABLE}" + "\n".join(lines)
+    FILE.write_text(f"{own}\n\n{parts()[1]}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import pytest
 
-from mlx_turboquant.kernels import attention, codes, source
+from mlx_turboquant.kernels import attention, codes, probe, source
 from mlx_turboquant.kernels.arguments import pack, pack_steps, struct_text
 from mlx_turboquant.kernels.kernel import Kernel, Launch, MlxLauncher
 
 KERNELS = {
     kernel.name: kernel
-    for module in (attention, codes)
+    for module in (attention, codes, probe)
     for kernel in vars(module).values()
     if isinstance(kernel, Kernel)
 }

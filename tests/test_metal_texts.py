@@ -15,7 +15,7 @@ from metaltext.texts import entry_text, file_name, full_text, prelude, write
 
 from mlx_turboquant.codecs import codec_names
 from mlx_turboquant.codecs.registry import codec_info
-from mlx_turboquant.kernels import attention, codes
+from mlx_turboquant.kernels import attention, codes, probe
 from mlx_turboquant.kernels.kernel import Kernel
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ def of(made, name):
 def test_every_kernel_codec_head_dim_dtype_and_number_of_rows_is_there(made):
     kernels = {
         kernel.name
-        for module in (attention, codes)
+        for module in (attention, codes, probe)
         for kernel in vars(module).values()
         if isinstance(kernel, Kernel)
     }
@@ -86,6 +86,7 @@ LENGTHS = {
     "rotate": 7_000,
     "page_means": 7_500,
     "channel_gains": 8_000,
+    "probe": 9_000,
 }
 
 

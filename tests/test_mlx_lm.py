@@ -42,7 +42,7 @@ def test_hook_covers_only_this_models_modules_and_uninstall_undoes_it():
     model = tiny_model()
     stock = base.scaled_dot_product_attention
     tq.apply(model, "3")
-    assert llama.scaled_dot_product_attention is hook.attend_or_stock
+    assert llama.scaled_dot_product_attention is hook.attend_or(stock)
     assert qwen3.scaled_dot_product_attention is stock
     assert base.scaled_dot_product_attention is stock
     assert host_cache.TurboQuantCache is tq.TurboQuantCache

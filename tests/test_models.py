@@ -15,7 +15,7 @@ from mlx_turboquant.integrations import probe
 from mlx_turboquant.integrations.stock import stock_caches
 
 TYPES = list(tiny_models.types())
-DOCUMENTED = support_table.FILE.read_text().splitlines()
+DOCUMENTED = support_table.parts()[0].splitlines()
 #: They have no keys and values, or in a cache of the model's own.
 REFUSED = ("deepseek_v41", "mamba", "mamba2", "rwkv7")
 

@@ -39,11 +39,14 @@ LAYERS = (
     ("quantizer",),
     ("segments",),
     ("kernels",),
+    ("proof",),
     ("backends",),
-    ("attention",),
+    ("attention", "proof.judge", "proof.facts", "proof.checks"),
+    ("proof.variants", "proof.workload"),
+    ("proof.child",),
     ("cache",),
     ("entries",),
-    ("explanation", "diagnosis", "memory"),
+    ("explanation", "diagnosis", "bug_report", "memory"),
     ("integrations",),
     ("evals",),
     ("cli",),
@@ -99,6 +102,15 @@ def test_only_integrations_know_mlx_lms_internals():
         if "mlx_lm.models" in path.read_text()
     }
     assert knowing == {"integrations"}
+
+
+def test_one_file_knows_mlx_vlms_internals():
+    """The rest uses what ``import mlx_vlm`` shows, and only where images are."""
+    texts = {p.relative_to(PACKAGE): p.read_text() for p in PACKAGE.rglob("*.py")}
+    inside = {str(path) for path, text in texts.items() if "mlx_vlm.models" in text}
+    assert inside == {"integrations/vision.py"}
+    users = {str(path) for path, text in texts.items() if "from mlx_vlm" in text}
+    assert users == {"integrations/vision_loop.py"}
 
 
 def test_files_are_short():

@@ -9,7 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_turboquant as tq
 from mlx_turboquant import memory, pacing
 from mlx_turboquant.backends import reference
-from mlx_turboquant.backends.gpu import _additive
+from mlx_turboquant.backends.call import in_numbers
 from mlx_turboquant.integrations.footprint import of_network
 from mlx_turboquant.tokens import TokenArrays, capacity_of
 
@@ -150,7 +150,7 @@ def test_masks_become_numbers_without_a_wider_copy():
     mx.eval(mask)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    numbers = _additive(mask, q)
+    numbers = in_numbers(mask, q)
     mx.eval(numbers)
     assert numbers.dtype == mx.bfloat16
     assert mx.get_peak_memory() - before < 1.2 * numbers.nbytes

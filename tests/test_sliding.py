@@ -166,3 +166,17 @@ def test_bits_are_chosen_for_windows_too(hooked):
     assert mx.all(mx.isfinite(logits)).item()
     assert not any(cache.spec.adaptive for cache in caches)
     assert all(cache.packed_length < 80 + 32 for cache in caches)
+
+
+def test_kept_tokens_are_seen_by_all_of_a_long_step_if_asked_for():
+    """As mlx-vlm's caches show them, and through a file."""
+    kv = mx.random.normal((1, 2, 100, 16))
+    for sees_kept in (False, True):
+        spec = "8,page=32,window=4,sink=4"
+        cache = tq.RotatingTurboQuantCache(spec, 80, keep=4, sees_kept=sees_kept)
+        attend(kv, *cache.update_and_fetch(kv, kv), 0.25)
+        for made in (cache, tq.RotatingTurboQuantCache.from_state(cache.state)):
+            mask = made.make_mask(20)
+            assert mask.shape == (20, 79 + 20)
+            assert mask.sum(axis=1).tolist() == [80] * 20
+            assert mx.all(mask[:, :4]).item() == sees_kept

@@ -322,7 +322,7 @@ def types():
             yield info.name
 
 
-def _calm(path, module):
+def calm(path, module):
     if path.endswith("q_norm"):
         module.weight = module.weight / 4
 
@@ -344,7 +344,7 @@ def build(name):
     )
     model.update(drawn)
     if name.startswith("gemma4"):  # attention without a scale
-        model.apply_to_modules(_calm)
+        model.apply_to_modules(calm)
     if name == "afm7":  # rounds keys and values
         model.apply_to_modules(_fine)
     mx.eval(model.parameters())

@@ -53,3 +53,12 @@ class BatchCall(NamedTuple):
     scale: float
     mask: Mask = None
     sink_logits: mx.array | None = None
+
+
+def in_numbers(mask: Mask, q: mx.array) -> Mask:
+    """A bool mask in numbers: MLX's attention on CUDA would make them for each head."""
+    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+        # Finite: a row that sees nothing, as of padding, must not become NaN.
+        seen, unseen = (mx.array(x, q.dtype) for x in (0, mx.finfo(q.dtype).min))
+        return mx.where(mask, seen, unseen)
+    return mask

@@ -44,51 +44,6 @@ _SEARCH_BYTES = 24 << 10
 
 
 @functools.lru_cache(maxsize=256)
-def encode_launch(
-    form: EncodeFormat,
-    dtype: mx.Dtype,
-    shape: tuple[int, int, int, int],
-    rotates: bool,
-    centers: bool,
-) -> Launch:
-    """Of ENCODE_SCALAR or ENCODE_TRELLIS, as ``form`` asks.
-
-    Inputs: x of ``shape`` (B, H, tokens, dim) and ``dtype``, however it lies, in the
-    model's basis if it ``rotates``, else in the codes'; `specialize.key_signs`; means
-    fp16 (B, H, pages, dim) if it ``centers``; the form's table; packed
-    `EncodeArguments`. Outputs: words uint32 (B, H, tokens, words) and scales fp16 (B,
-    H, tokens, 1), in vector order.
-    """
-    batch, kv_heads, tokens, dim = shape
-    vectors = batch * kv_heads * tokens
-    if form.kernel == "scalar":
-        kernel, simdgroups, searches = ENCODE_SCALAR, _ENCODE_SIMDGROUPS, 1
-        own: dict[str, Any] = {}
-    else:
-        kernel = ENCODE_TRELLIS
-        simdgroups, searches = _searches_of(form.template["COUNT"])
-        own = {"VECTORS": searches}
-    groups = -(-vectors // (simdgroups * searches))
-    template = {
-        "T": dtype,
-        "DIM": dim,
-        **form.template,
-        **own,
-        "ROTATE": rotates,
-        "CENTER": centers,
-        "SIMDGROUPS": simdgroups,
-    }
-    return Launch(
-        kernel,
-        list(template.items()),
-        grid=(32 * simdgroups * groups, 1, 1),
-        threadgroup=(32 * simdgroups, 1, 1),
-        output_shapes=[(batch, kv_heads, tokens, form.words), (*shape[:3], 1)],
-        output_dtypes=[mx.uint32, mx.float16],
-    )
-
-
-@functools.lru_cache(maxsize=256)
 def order_launch(layout: TileLayout, batch: int, kv_heads: int, tokens: int) -> Launch:
     """Of ORDER_CODES, for words and scales in vector order that lie together.
 
@@ -240,17 +195,6 @@ def gains_launch(
     )
 
 
-def _searches_of(count: int) -> tuple[int, int]:
-    """Simdgroups to a threadgroup, and vectors to a simdgroup, of a trellis search.
-
-    A search holds its steps and half a byte a branch, 20 bytes for each of ``count``
-    elements, and a simdgroup two buffers of 128 costs.
-    """
-    vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
-    simdgroups = _SEARCH_BYTES // (20 * count * vectors + 1024)
-    return max(1, min(_ENCODE_SIMDGROUPS, simdgroups)), vectors
-
-
 def _summing_simdgroups(dim: int) -> int:
     return min(_SUMMING_SIMDGROUPS, _SUMMING_FLOATS // dim)
 
@@ -264,3 +208,52 @@ def _template(layout: TileLayout) -> list[tuple[str, Any]]:
         ("VALUES", layout.side == "values"),
         ("THREADS", _THREADS),
     ]
+
+
+@functools.lru_cache(maxsize=256)
+def encode_launch(
+    form: EncodeFormat,
+    dtype: mx.Dtype,
+    shape: tuple[int, int, int, int],
+    rotates: bool,
+    centers: bool,
+) -> Launch:
+    """Of vectors (B, H, T, D) of ``dtype`` to codes in vector order."""
+    batch, kv_heads, tokens, dim = shape
+    vectors = batch * kv_heads * tokens
+    if form.kernel == "scalar":
+        kernel, simdgroups, searches = ENCODE_SCALAR, _ENCODE_SIMDGROUPS, 1
+        own: dict[str, Any] = {}
+    else:
+        kernel = ENCODE_TRELLIS
+        simdgroups, searches = _searches_of(form.template["COUNT"])
+        own = {"VECTORS": searches}
+    groups = -(-vectors // (simdgroups * searches))
+    template = {
+        "T": dtype,
+        "DIM": dim,
+        **form.template,
+        **own,
+        "ROTATE": rotates,
+        "CENTER": centers,
+        "SIMDGROUPS": simdgroups,
+    }
+    return Launch(
+        kernel,
+        list(template.items()),
+        grid=(32 * simdgroups * groups, 1, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
+        output_shapes=[(batch, kv_heads, tokens, form.words), (*shape[:3], 1)],
+        output_dtypes=[mx.uint32, mx.float16],
+    )
+
+
+def _searches_of(count: int) -> tuple[int, int]:
+    """Simdgroups to a threadgroup, and vectors to a simdgroup, of a trellis search.
+
+    A search holds its steps and half a byte a branch, 20 bytes for each of ``count``
+    elements, and a simdgroup two buffers of 128 costs.
+    """
+    vectors = max(1, min(_SEARCHES, _SEARCH_BYTES // (20 * count)))
+    simdgroups = _SEARCH_BYTES // (20 * count * vectors + 1024)
+    return max(1, min(_ENCODE_SIMDGROUPS, simdgroups)), vectors

@@ -20,12 +20,13 @@ import mlx.core as mx
 from ..kernels.arguments import pack, pack_bytes, pack_steps
 from ..kernels.attention import MERGE_STATES, AttendArguments, split_kv_kernel
 from ..kernels.kernel import Launch, Launcher
+from ..kernels.tuning import UNTUNED, Tuning
 from ..tokens import TILE
 from ..transform import ChannelTransform
 from . import specialize
 from .call import AttendCall, BatchCall
 from .geometry import tokens_per_split
-from .specialize import LOG2E, MERGE_SIMDGROUPS, placeholder
+from .specialize import LOG2E, placeholder
 from .step_rows import (
     GROWTH,
     StepSide,
@@ -59,8 +60,7 @@ class DecodeStep:
         launcher: What runs the kernels.
         call: The first call of its kind over these packed tokens.
         simdgroups: How many pass 1 may use over all heads; enough to fill the machine.
-        multiply_adds: Whether few query rows take multiply-adds or matrix products;
-            None for what is better there.
+        tuning: What is better there than on every machine.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DecodeStep:
         launcher: Launcher,
         call: AttendCall | BatchCall,
         simdgroups: int,
-        multiply_adds: bool | None = None,
+        tuning: Tuning = UNTUNED,
     ) -> None:
         self._launcher = launcher
         q, keys, dtype = call.q, call.keys, call.keys.dtype
@@ -87,7 +87,7 @@ class DecodeStep:
         )
 
         row_groups = specialize.row_groups(k_quantizer, v_quantizer, rows)
-        team = specialize.split_simdgroups(v_quantizer)
+        team = specialize.split_simdgroups(v_quantizer, tuning)
         means = k_quantizer.means
         tokens = rows_of(keys)
         split_tokens = tokens_per_split(
@@ -96,6 +96,7 @@ class DecodeStep:
             kv_heads * row_groups,
             simdgroups // team,
             None if means is None else specialize.most_tokens(means.page, team),
+            tuning,
         )
         common = AttendArguments(
             **dict.fromkeys(AttendArguments._fields, 0)
@@ -123,11 +124,11 @@ class DecodeStep:
         formats = [
             specialize.format_of(side.codec) for side in (k_quantizer, v_quantizer)
         ]
-        by_fma = specialize.fma_rows(v_quantizer, rows, launcher.name, multiply_adds)
+        by_fma = specialize.fma_rows(v_quantizer, rows, launcher.name, tuning)
         self._split = Launch(
             split_kv_kernel(*(form.kind for form in formats), by_fma > 0),
             specialize.split_template(
-                k_quantizer, v_quantizer, dtype, rows, masked, by_fma
+                k_quantizer, v_quantizer, dtype, rows, masked, by_fma, tuning
             ),
             grid=(threads * splits, kv_heads * row_groups, batch),
             threadgroup=(threads, 1, 1),
@@ -135,10 +136,12 @@ class DecodeStep:
             output_shapes=[(partials, v_dim), (max(4, partials), 2)],
             output_dtypes=[mx.float32, mx.float32],
         )
-        threads = 32 * MERGE_SIMDGROUPS
+        threads = 32 * specialize.merge_simdgroups(tuning)
         self._merge = Launch(
             MERGE_STATES,
-            specialize.merge_template(v_quantizer, dtype, call.sink_logits is not None),
+            specialize.merge_template(
+                v_quantizer, dtype, call.sink_logits is not None, tuning
+            ),
             grid=(threads, query_heads * steps, batch),
             threadgroup=(threads, 1, 1),
             output_shapes=[(batch, query_heads, steps, v_dim)],

@@ -14,6 +14,8 @@ import subprocess
 
 import mlx.core as mx
 
+from ..kernels.tuning import UNTUNED, Tuning
+
 #: Simdgroups of the attention kernel that a core (a multiprocessor) takes. CUDA's is
 #: measured: of 8, 12, 16 and 20 on an H100, 16 are fastest at 131,072 tokens, by 11%
 #: against 8 (dev/LOG.md). Metal's is what 208 kB of registers hold at 128 a thread; no
@@ -41,7 +43,12 @@ def machine_simdgroups(dialect: str) -> int:
 
 
 def tokens_per_split(
-    packed: int, share: int, sharers: int, threadgroups: int, most: int | None = None
+    packed: int,
+    share: int,
+    sharers: int,
+    threadgroups: int,
+    most: int | None = None,
+    tuning: Tuning = UNTUNED,
 ) -> int:
     """Packed tokens that each threadgroup attends to, a multiple of ``share``.
 
@@ -52,11 +59,13 @@ def tokens_per_split(
             KV head and tile of query rows.
         threadgroups: How many fill the machine.
         most: Tokens that a threadgroup can take; None for any number.
+        tuning: What is known better of this machine.
     """
     shares = -(-packed // share)
-    most_splits = threadgroups // sharers
-    few = min(-(-packed // _TOKENS_OF_A_FEW), most_splits // 2)
-    many = min(packed // _TOKENS_OF_MANY, most_splits)
+    most_splits = int(threadgroups * (tuning.fill or 1)) // sharers
+    least_of_a_few = tuning.few_tokens or _TOKENS_OF_A_FEW
+    few = min(-(-packed // least_of_a_few), most_splits // 2)
+    many = min(packed // (tuning.many_tokens or _TOKENS_OF_MANY), most_splits)
     splits = max(1, few, many)
     tokens = -(-shares // splits) * share
     return tokens if most is None else max(share, min(tokens, most // share * share))

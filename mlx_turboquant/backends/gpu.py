@@ -7,6 +7,11 @@ reference.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Self
+
 import mlx.core as mx
 
 from ..kernels.arguments import pack, pack_bytes
@@ -19,12 +24,13 @@ from ..kernels.codes import (
     RotateArguments,
 )
 from ..kernels.kernel import Launcher
+from ..kernels.tuning import UNTUNED, Heads, Tuning
 from ..quantizer import Quantizer
 from ..segments import CompressedTokens
 from ..tokens import TokenArrays
 from ..transform import ChannelTransform
 from . import specialize
-from .call import AttendCall, BatchCall, Mask
+from .call import AttendCall, BatchCall, in_numbers
 from .code_launches import (
     encode_launch,
     gains_launch,
@@ -49,18 +55,22 @@ class Gpu(Reference):
         launcher: What runs them.
         simdgroups: How many a decode step may use; None for as many as fill the
             machine.
-        multiply_adds: As `DecodeStep` takes it.
+        tuning: What is better here than on every machine; it moves speed only.
+        tunings: The same for some heads only.
     """
 
     def __init__(
         self,
         launcher: Launcher,
         simdgroups: int | None = None,
-        multiply_adds: bool | None = None,
+        tuning: Tuning = UNTUNED,
+        tunings: Mapping[Heads, Tuning] = MappingProxyType({}),
     ) -> None:
         self.launcher = launcher
         self.simdgroups = simdgroups or machine_simdgroups(launcher.name)
-        self.multiply_adds = multiply_adds
+        self.tuning, self.tunings = tuning, tunings
+        #: Shown each prepared step and its first call; None if nobody wants to see.
+        self.watch: Callable[[AttendCall | BatchCall, DecodeStep], None] | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +82,14 @@ class Gpu(Reference):
         """True: a batch is one launch of each pass."""
         return True
 
+    def tuned(
+        self, tuning: Tuning, tunings: Mapping[Heads, Tuning] = MappingProxyType({})
+    ) -> Self:
+        """The same kernels, launched otherwise."""
+        twin = copy.copy(self)
+        twin.tuning, twin.tunings = tuning, tunings
+        return twin
+
     def refuse(self, keys: Quantizer, values: Quantizer) -> str | None:
         """Why the attention kernels cannot read what these encode, or None."""
         return specialize.refuse(keys.codec, values.codec)
@@ -79,7 +97,7 @@ class Gpu(Reference):
     def attend(self, call: AttendCall) -> mx.array:
         """As `Reference.attend`; up to `MAX_STEP` query tokens are fused."""
         if call.q.shape[2] > MAX_STEP:
-            return super().attend(call._replace(mask=_additive(call.mask, call.q)))
+            return super().attend(call._replace(mask=in_numbers(call.mask, call.q)))
         return self._step(call)
 
     def attend_batch(self, call: BatchCall) -> mx.array | None:
@@ -90,11 +108,16 @@ class Gpu(Reference):
         prepared, key = call.keys.prepared, kind_of(call)
         step = prepared.get(key)
         if step is None:
-            step = prepared[key] = DecodeStep(
-                self.launcher, call, self.simdgroups, self.multiply_adds
-            )
+            step = prepared[key] = self.prepare(call)
+            if self.watch is not None:
+                self.watch(call, step)
         out: mx.array = step(call)
         return out
+
+    def prepare(self, call: AttendCall | BatchCall) -> DecodeStep:
+        """What attends from this call on, until the packed tokens change."""
+        tuning = self.tunings.get(_heads_of(call), self.tuning)
+        return DecodeStep(self.launcher, call, self.simdgroups, tuning)
 
     def encode_query(self, transform: ChannelTransform, q: mx.array) -> mx.array:
         """As `Reference.encode_query`, by a kernel where one rotates."""
@@ -278,10 +301,7 @@ class Gpu(Reference):
         )
 
 
-def _additive(mask: Mask, q: mx.array) -> Mask:
-    """A bool mask in numbers: MLX's attention on CUDA would make them for each head."""
-    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
-        # Finite: a row that sees nothing, as of padding, must not become NaN.
-        seen, unseen = (mx.array(x, q.dtype) for x in (0, mx.finfo(q.dtype).min))
-        return mx.where(mask, seen, unseen)
-    return mask
+def _heads_of(call: AttendCall | BatchCall) -> Heads:
+    batch, query_heads, steps, _ = call.q.shape
+    kv_heads = call.keys.recent.shape[1]
+    return Heads(batch * kv_heads, query_heads // kv_heads * steps)

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..codecs import Codec
 from ..codecs.kernel_format import TRELLIS, KernelFormat
+from ..kernels.tuning import UNTUNED, Tuning
 from ..quantizer import Quantizer
 from ..rotation import Rotation, SplitRotation
 from ..transform import ChannelTransform
@@ -27,6 +28,8 @@ _ROWS = 8
 #: Most query rows by multiply-adds; of values wider than that, one: a lane has 4 sums
 #: for each row and unit of its simdgroup's, and Apple's GPUs 128 registers.
 _MOST_FMA_ROWS, _FMA_DIM = 4, 256
+#: Multiply-adds wherever they can be.
+MOST_FMA = Tuning(fma_rows=_MOST_FMA_ROWS)
 #: Elements of a unit of values (tiles.h), and the most simdgroups that share them.
 _UNIT, _MOST_SIMDGROUPS = 32, 4
 #: Head_dim up to which a threadgroup takes two row tiles: beyond, or beside a trellis'
@@ -35,7 +38,7 @@ _TWO_ROW_TILES_DIM = 256
 #: Pages that a simdgroup makes the logits of means of: ``MEANS_OF_SIMDGROUP``.
 _PAGES = 16
 #: Simdgroups to a threadgroup of pass 2.
-MERGE_SIMDGROUPS = 8
+_MERGE_SIMDGROUPS = 8
 
 
 def refuse(*codecs: Codec) -> str | None:
@@ -69,6 +72,7 @@ def split_template(
     rows: int,
     masked: bool,
     by_fma: int = 0,
+    tuning: Tuning = UNTUNED,
 ) -> list[tuple[str, Any]]:
     """Template of DECODE_SPLIT_KV; ``rows`` are query rows of a KV head.
 
@@ -90,7 +94,7 @@ def split_template(
         ("ROW_GROUPS", row_groups(keys, values, rows)),
         ("SHARED_TABLE", shared),
         ("SINGLE_TABLE", shared or not (k_format.has_table and v_format.has_table)),
-        ("SIMDGROUPS", split_simdgroups(values)),
+        ("SIMDGROUPS", split_simdgroups(values, tuning)),
         ("K_KIND", k_format.kind),
         ("K_BITS", k_format.bits),
         ("K_TERMS", k_format.terms),
@@ -101,21 +105,36 @@ def split_template(
 
 
 def merge_template(
-    values: Quantizer, dtype: mx.Dtype, has_sink_logits: bool
+    values: Quantizer,
+    dtype: mx.Dtype,
+    has_sink_logits: bool,
+    tuning: Tuning = UNTUNED,
 ) -> list[tuple[str, Any]]:
     """Template of MERGE_STATES."""
     return [
         ("T", dtype),
         ("DV", values.codec.dim),
-        ("SIMDGROUPS", MERGE_SIMDGROUPS),
+        ("SIMDGROUPS", merge_simdgroups(tuning)),
         ("ROTATE_V", rotates_in_kernel(values.codec.rotation)),
         ("HAS_SINK_LOGITS", has_sink_logits),
     ]
 
 
-def split_simdgroups(values: Quantizer) -> int:
+def merge_simdgroups(tuning: Tuning = UNTUNED) -> int:
+    """Simdgroups to a threadgroup of pass 2."""
+    return tuning.merge_simdgroups or _MERGE_SIMDGROUPS
+
+
+def units_of(values: Quantizer) -> int:
+    """Units of 32 elements that the simdgroups of a threadgroup share."""
+    return -(-values.codec.dim // _UNIT)
+
+
+def split_simdgroups(values: Quantizer, tuning: Tuning = UNTUNED) -> int:
     """Simdgroups to a threadgroup of pass 1: each adds up as many units of values."""
-    units = -(-values.codec.dim // _UNIT)
+    if tuning.simdgroups is not None:
+        return tuning.simdgroups
+    units = units_of(values)
     return -(-units // -(-units // _MOST_SIMDGROUPS))
 
 
@@ -128,7 +147,7 @@ def most_tokens(page: int, simdgroups: int) -> int:
 
 
 def fma_rows(
-    values: Quantizer, rows: int, dialect: str, wanted: bool | None = None
+    values: Quantizer, rows: int, dialect: str, tuning: Tuning = UNTUNED
 ) -> int:
     """Query rows that pass 1 takes by multiply-adds; 0 for matrix products.
 
@@ -140,11 +159,13 @@ def fma_rows(
         values: The values' quantizer.
         rows: Query rows of a KV head.
         dialect: The launcher's name; those that are no GPU take what Metal does.
-        wanted: True or False to have one form wherever it can be; None for the better.
+        tuning: Up to how many rows, where that was measured.
     """
-    if rows > (_MOST_FMA_ROWS if values.codec.dim <= _FMA_DIM else 1):
-        return 0
-    return rows if (dialect != "cuda" if wanted is None else wanted) else 0
+    most = _MOST_FMA_ROWS if values.codec.dim <= _FMA_DIM else 1
+    wanted = tuning.fma_rows
+    if wanted is None:
+        wanted = 0 if dialect == "cuda" else most
+    return rows if rows <= min(most, wanted) else 0
 
 
 def row_tiles(keys: Quantizer, values: Quantizer, rows: int) -> int:

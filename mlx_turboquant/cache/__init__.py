@@ -1,5 +1,6 @@
 """Caches: one layer of one sequence, or of a batch; and bits chosen over layers."""
 
+from . import beginnings as beginnings
 from .batch import BatchTurboQuantCache
 from .bit_allocation import BitAllocator, LayerSlot
 from .layer import TurboQuantCache

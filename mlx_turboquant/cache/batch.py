@@ -1,4 +1,4 @@
-"""`BatchTurboQuantCache`: rows of different lengths under mlx-lm's batch protocol.
+"""`BatchTurboQuantCache`: rows of different lengths, batched as mlx-lm and mlx-vlm do.
 
 Owns the rows, each a `TurboQuantCache` of one sequence, and which of a step's tokens
 belong to which row. Rows may hold the same pages, but what one does is nothing to the
@@ -64,7 +64,7 @@ class BatchTurboQuantCache:
         step = keys.shape[2]
         self._spans = self._take(step)
         joined = self._join(step)
-        if joined is not None:
+        if joined is not None and joined.make_room():
             return joined.update_and_fetch(keys, values)
         self._part()
         nothing = (keys[:1, :, :0], values[:1, :, :0])
@@ -303,9 +303,6 @@ class BatchTurboQuantCache:
     def __repr__(self) -> str:
         lengths = [row.offset for row in self._rows]
         return f"BatchTurboQuantCache(rows of {lengths} tokens, {self.nbytes} bytes)"
-
-
-TurboQuantCache.merge = BatchTurboQuantCache.merge
 
 
 @functools.lru_cache(maxsize=64)

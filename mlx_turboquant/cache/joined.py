@@ -39,8 +39,17 @@ def can_join(rows: Sequence[TurboQuantCache]) -> bool:
         window = None
         if isinstance(row, RotatingTurboQuantCache):
             window = row.max_size, row.keep
-        kinds.add((row._quantizers.kind, row.spec, window, keys.shape[:2], keys.dtype))
-    return len(kinds) == 1 and next(iter(kinds))[3][0] == 1
+        kinds.add(
+            (
+                row._quantizers.kind,
+                id(choice.backend),
+                row.spec,
+                window,
+                keys.shape[:2],
+                keys.dtype,
+            )
+        )
+    return len(kinds) == 1 and next(iter(kinds))[4][0] == 1
 
 
 class JoinedRows:
@@ -53,6 +62,7 @@ class JoinedRows:
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
         self.rows = list(rows)
+        self._backend = rows[0]._quantizers.choice.backend
         pools = [row._tokens.table.pool for row in rows]
         largest = max(pools, key=lambda pool: pool.held)
         for row in rows:
@@ -101,15 +111,25 @@ class JoinedRows:
         ):
             self._lasting, self._sinks = PreparedSteps(), sinks
 
-    def update_and_fetch(
-        self, keys: mx.array, values: mx.array
-    ) -> tuple[CompressedBatch, CompressedBatch]:
-        """As `TurboQuantCache.update_and_fetch` of every row, for a short step."""
-        step = self._step = keys.shape[2]
+    def make_room(self) -> bool:
+        """Pack what is due before a step; whether rows still can take it together.
+
+        A proof may have come meanwhile that changes what attends to a row.
+        """
         for index, row in enumerate(self.rows):
             row.make_room()
             if row.offset >= row._schedule.next_page_at:
                 self._pack(index)
+        return all(row._backend in (None, self._backend) for row in self.rows)
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[CompressedBatch, CompressedBatch]:
+        """As `TurboQuantCache.update_and_fetch` of every row, for a short step.
+
+        `make_room` comes first.
+        """
+        step = self._step = keys.shape[2]
         stop = self._stop + step
         if stop > self._recent["keys"].shape[2]:
             self._lay_out({name: self._own_views(name) for name in _SIDES})
@@ -129,8 +149,6 @@ class JoinedRows:
     def compressed(self) -> tuple[CompressedBatch, CompressedBatch]:
         """Handles over everything stored."""
         row = self.rows[0]
-        choice = row.choice
-        assert choice is not None
         keep, most_shown = 0, None
         if isinstance(row, RotatingTurboQuantCache):
             keep, most_shown = row.keep, row.max_size - 1 + self._step
@@ -140,7 +158,7 @@ class JoinedRows:
                 self._recent[name],
                 tuple(self._firsts),
                 self._stop,
-                choice.backend,
+                self._backend,
                 self._prepared,
                 self._lasting,
                 keep,

@@ -44,15 +44,15 @@ class TurboQuantCache(SequenceCache):
     Args:
         spec: What to store, as a `CacheSpec` or its text, such as ``"k4v3"``.
         slot: Its place among the layers whose bits are chosen together; alone if None.
-        returns_arrays: Hand out decoded arrays, for a model that computes attention
-            itself.
+        returns_arrays: Hand out decoded arrays, for models that compute attention.
 
     >>> TurboQuantCache("k3v3")
     TurboQuantCache(k3v3, empty)
     """
 
-    #: One `BatchTurboQuantCache` with a row per cache, as mlx-lm asks for; set there.
+    #: `BatchTurboQuantCache`s as mlx-lm and mlx-vlm ask for them; set there.
     merge: ClassVar[Callable[..., Any]]
+    to_batch: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class TurboQuantCache(SequenceCache):
             )
         recent = self._tokens.recent.arrays
         if not recent:
-            self._quantizers.build(keys.shape[3], values.shape[3])
+            self._quantizers.build(keys, values)
             return
         for name, new in (("keys", keys), ("values", values)):
             batch, heads, _, dim = recent[name].shape
@@ -191,7 +191,8 @@ class TurboQuantCache(SequenceCache):
             pending["keys"], pending["values"]
         ):
             return
-        if not schedule.packed and self._shelf is not None:
+        changed = self._quantizers.reconsider(tokens)
+        if self._shelf is not None and (changed or not schedule.packed):
             shape = pending["keys"].shape[:2]
             kind = self._quantizers.kind, *shape
             self.move_to(self._shelf.pool_for(kind, self.spec.page))
@@ -305,8 +306,7 @@ class TurboQuantCache(SequenceCache):
         recent = groups["recent"]
         if recent:
             calibrated = bool(groups["packed"] or groups["gains"])
-            dims = recent["keys"].shape[3], recent["values"].shape[3]
-            self._quantizers.load(groups, dims, calibrated)
+            self._quantizers.load(groups, calibrated)
         tokens, quantizers = self._tokens, self._quantizers
         layouts = quantizers.layouts if numbers["tiles"] else None
         # Into the order of this machine's backend.

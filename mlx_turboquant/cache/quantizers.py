@@ -19,6 +19,7 @@ from ..codecs import codec_for
 from ..codecs.base import Side
 from ..gains import centred
 from ..page_table import PackedCodes, PageTable
+from ..pages import PagePool
 from ..quantizer import PageMeans, Quantizer, Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tiles import TileLayout
@@ -28,6 +29,7 @@ from .bit_allocation import LayerSlot
 from .calibration import Calibration, by_power
 from .schedule import PackingSchedule, Phase
 from .shallow import shallow
+from .stored import StoredTokens
 
 Arrays = dict[str, mx.array]
 
@@ -62,13 +64,25 @@ class LayerQuantizers:
         )
         self._gains: Arrays = {}
         self._choice: Choice | None = None
+        # Has the model's dtype; caches are copied, and dtypes cannot be.
+        self._like = mx.array([])
 
-    def build(self, k_dim: int, v_dim: int) -> Sides[Quantizer]:
-        """Quantizers for vectors of these dims, with the gains there are so far.
+    def build(self, keys: mx.array, values: mx.array) -> Sides[Quantizer]:
+        """Quantizers for vectors like these, with the gains there are so far.
+
+        Args:
+            keys: Keys (B, H, N, Dk) in the model's dtype.
+            values: Values (B, H, N, Dv).
 
         Raises:
             UnsupportedError: if a rotation cannot do its dim.
         """
+        return self.build_for((keys.shape[3], values.shape[3]), keys.dtype)
+
+    def build_for(self, dims: tuple[int, int], dtype: mx.Dtype) -> Sides[Quantizer]:
+        """As `build`, for elements of a key and of a value, and the model's dtype."""
+        k_dim, v_dim = dims
+        self._like = mx.array([], dtype)
         spec, gains = self.spec, self._gains
         quantizers = []
         of_sides: tuple[tuple[Side, CodecSpec, int], ...]
@@ -91,8 +105,26 @@ class LayerQuantizers:
     def choice(self) -> Choice:
         """The backend for these quantizers, and why it is not a faster one."""
         if self._choice is None:
-            self._choice = select.resolve(*self._built)
+            self._choice = select.resolve(*self._built, self._like.dtype)
         return self._choice
+
+    def reconsider(self, tokens: StoredTokens) -> bool:
+        """Choose the backend again if that is a matter of proof, and arrange the codes.
+
+        In whole tiles only: what a trim has cut waits for its page to be full again.
+
+        Returns:
+            Whether it is another one.
+        """
+        before = self._choice
+        cut = tokens.packed_length % TILE
+        if before is None or cut or not select.awaits_proof():
+            return False
+        self._choice = select.resolve(*self._built, self._like.dtype)
+        if self._choice.backend is before.backend:
+            return False
+        tokens.arrange(self.arranged)
+        return True
 
     def observe_queries(
         self, q: mx.array, scale: float, kv_heads: int, offset: int
@@ -124,7 +156,7 @@ class LayerQuantizers:
                 return False
             dims = keys.shape[3], values.shape[3]
             self.spec = slot.allocator.spec_for(slot.layer, dims)
-        self.build(keys.shape[3], values.shape[3])
+        self.build(keys, values)
         schedule.enter(Phase.PACKING)
         return True
 
@@ -132,7 +164,7 @@ class LayerQuantizers:
         self, calibration: Calibration, keys: mx.array, values: mx.array
     ) -> None:
         spec = self.spec
-        sides = self.sides or self.build(keys.shape[3], values.shape[3])
+        sides = self.sides or self.build(keys, values)
         backend, centers = self.choice.backend, spec.center == "page"
         page = slice(spec.sink, spec.sink + spec.page)
         keys_page, values_page = keys[:, :, page], values[:, :, page]
@@ -236,18 +268,15 @@ class LayerQuantizers:
             "queries": {} if self._calibration is None else self._calibration.state,
         }
 
-    def load(
-        self, groups: Mapping[str, Arrays], dims: tuple[int, int], calibrated: bool
-    ) -> None:
+    def load(self, groups: Mapping[str, Arrays], calibrated: bool) -> None:
         """Take over what `state` gave.
 
         Args:
-            groups: The arrays.
-            dims: Elements of a key and of a value.
+            groups: The arrays, with recent tokens among them.
             calibrated: Whether gains were fixed, so that there may be codes.
         """
         self._gains = dict(groups["gains"])
-        sides = self.build(*dims)
+        sides = self.build(groups["recent"]["keys"], groups["recent"]["values"])
         if sides.keys.means is not None:
             sides.keys.means.state = groups["means"]
         if calibrated:
@@ -260,3 +289,18 @@ class LayerQuantizers:
 
 def _number(scalar: mx.array | None) -> float | None:
     return None if scalar is None else cast(float, scalar.item())
+
+
+def quantizers_of(
+    spec: CacheSpec, dims: tuple[int, int], dtype: mx.Dtype
+) -> Sides[Quantizer]:
+    """Quantizers as a cache of ``spec`` begins with, before it sees a text.
+
+    Args:
+        spec: What is stored, its bits known.
+        dims: Elements of a key and of a value.
+        dtype: The model's.
+    """
+    table = PageTable(PagePool(spec.page))
+    made = LayerQuantizers(spec, None, PackingSchedule(spec), table)
+    return made.build_for(dims, dtype)

@@ -19,7 +19,7 @@ from ..spec import CacheSpec
 from . import state as saved
 from .bit_allocation import LayerSlot
 from .layer import TurboQuantCache
-from .protocol import make_mask
+from .protocol import causal_mask, make_mask
 
 
 def min_window(spec: CacheSpec) -> int:
@@ -37,6 +37,8 @@ class RotatingTurboQuantCache(TurboQuantCache):
         slot: Its place among the layers whose bits are chosen together; alone if None.
         returns_arrays: Hand out decoded arrays, for a model that computes attention
             itself.
+        sees_kept: Whether every token of a long step sees the kept ones, as in mlx-vlm,
+            or only those whose window reaches back to them, as in mlx-lm.
 
     Raises:
         SpecError: if ``max_size`` is less than `min_window`, or not above ``keep``.
@@ -52,6 +54,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         keep: int = 0,
         slot: LayerSlot | None = None,
         returns_arrays: bool = False,
+        sees_kept: bool = False,
     ) -> None:
         spec = CacheSpec.parse(spec)
         spec = replace(spec, sink=max(spec.sink, keep))
@@ -61,7 +64,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
                 f"{min_window(spec)} (sink, window and two pages); lower page= or "
                 "window=, or leave it uncompressed"
             )
-        self.max_size, self.keep = max_size, keep
+        self.max_size, self.keep, self.sees_kept = max_size, keep, sees_kept
         super().__init__(spec, slot, returns_arrays)
 
     def _clear(self) -> None:
@@ -129,13 +132,17 @@ class RotatingTurboQuantCache(TurboQuantCache):
             return make_mask(n, before, return_array, None)
         if n == 1 and before < window:
             return None
-        return make_mask(n, before, True, window)
+        if not (self.sees_kept and self.keep and window == self.max_size):
+            return make_mask(n, before, True, window)
+        latest = causal_mask(n, before, window - self.keep)
+        return latest | (causal_mask(n, before) & (mx.arange(before + n) < self.keep))
 
     def _numbers(self) -> saved.Numbers:
         return {
             **super()._numbers(),
             "max_size": self.max_size,
             "keep": self.keep,
+            "sees_kept": int(self.sees_kept),
             "evicted_sink": self._evicted_sink,
             "evicted_pages": self._evicted_pages,
             "first_visible": self._first_visible,
@@ -145,6 +152,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
         self, spec: CacheSpec, groups: saved.Groups, numbers: saved.Numbers
     ) -> None:
         self.max_size, self.keep = numbers["max_size"], numbers["keep"]
+        self.sees_kept = bool(numbers.get("sees_kept", 0))  # older files are mlx-lm's
         super()._restore(spec, groups, numbers)
         self._evicted_sink = numbers["evicted_sink"]
         self._evicted_pages = numbers["evicted_pages"]

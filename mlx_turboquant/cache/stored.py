@@ -186,6 +186,16 @@ class StoredTokens:
             }
         self.recent.replace(recent)
 
+    def arrange(self, arranged: Callable[[Side, TokenArrays], TokenArrays]) -> None:
+        """Bring codes into the order that ``arranged`` returns them in."""
+        if self.packed_length:
+            sides: dict[Side, TokenArrays] = {}
+            for side, held in self.packed.items():
+                codes = TokenArrays(held.views(), held.length, layout=held.layout)
+                sides[side] = arranged(side, codes)
+            self.table.rewrite(sides)
+            self._codes_changed()
+
     def drop_first_codes(self, count: int) -> None:
         """Forget the first ``count`` tokens that are codes."""
         self.table.drop_first(count)

@@ -12,7 +12,7 @@ import typer
 
 from . import options as opt
 from .entry import standalone
-from .progress import prefill_progress
+from .progress import prefill_progress, wait_for_proofs
 
 
 def cache_prompt(
@@ -56,6 +56,7 @@ def cache_prompt(
     cache = caches_for(session.network, spec, max_kv_size)
     if max_kv_size is None:
         session.warn_if_tight(len(tokens), spec, cache)
+    wait_for_proofs()
     with prefill_progress(len(tokens)) as report:
         for _ in generate_step(
             mx.array(tokens),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TurboQuantError
 from . import options as opt
 from .entry import standalone
+from .progress import wait_for_proofs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +81,7 @@ def chat(
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec, conversation.cache)
+    wait_for_proofs()
     console = Console(highlight=False)
     console.print(f"[bold]{session.name}[/]  /help says what else you can type.")
     sampler = session.sampler(

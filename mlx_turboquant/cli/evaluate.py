@@ -14,7 +14,7 @@ from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
 from .entry import standalone
-from .progress import progress_bar
+from .progress import progress_bar, wait_for_proofs
 
 _SPECS_HELP = (
     "Caches to compare, each as for --kv-bits with options after commas "
@@ -80,8 +80,10 @@ def evaluate(
     }
 
     from .. import evals
+    from ..backends import select
     from ..evals import grid, report
     from ..evals.pathologies import NAMES
+    from ..integrations.factory import make_prompt_cache
     from .session import Session
 
     plan = evals.EvalPlan(
@@ -93,6 +95,11 @@ def evaluate(
         subject="the longest text has",
         remedy="lower --lengths or --needles",
     )
+    if select.awaits_proof():
+        # Begun before the first job, so that every job is measured on one backend.
+        for spec in spec_texts or grid.SPECS:
+            make_prompt_cache(session.network, spec)
+        wait_for_proofs()
     with progress_bar() as progress:
         results = evals.evaluate(
             session.network,

@@ -14,7 +14,7 @@ from ..errors import SpecError
 from ..spec import CacheSpec
 from . import options as opt
 from .entry import standalone
-from .progress import prefill_progress
+from .progress import prefill_progress, wait_for_proofs
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -28,6 +28,7 @@ def generate(
     extra_eos_token: opt.ExtraEosToken = None,
     system_prompt: opt.SystemPrompt = None,
     prompt: opt.Prompt = "hello",
+    image: opt.Image = None,
     prefill_response: opt.PrefillResponse = None,
     max_tokens: opt.MaxTokens = 100,
     temp: opt.Temp = 0.0,
@@ -65,15 +66,26 @@ def generate(
     from ..explanation import explain
     from ..integrations.compiled_step import compiled
     from ..integrations.stock import length_of
+    from ..integrations.vision_loop import has_no_other, open_image
+    from .pictures import PictureSession, refuse_options
     from .session import Session
 
+    # Of a model's text part mlx-lm's loop knows more; images are mlx-vlm's alone.
+    is_pictured = bool(image) or (model is not None and has_no_other(model))
+    if is_pictured:
+        refuse_options(
+            draft_model=draft_model is not None,
+            prefill_response=prefill_response is not None,
+            prompt_cache_file=prompt_cache_file is not None,
+        )
+    images = [open_image(source) for source in image or ()]
     tokenizer_options: dict[str, Any] = {}
     stored_cache: list[Any] | None = None
     if prompt_cache_file is not None:
         model, tokenizer_options, stored_cache = _read_cache_file(
             prompt_cache_file, model
         )
-    session = Session(
+    session = (PictureSession if is_pictured else Session)(
         model,
         adapter_path,
         trust_remote_code,
@@ -83,7 +95,10 @@ def generate(
         seed=seed,
         is_verbose=verbose.lower() not in ("false", "f"),
     )
-    if session.tokenizer.has_chat_template and not ignore_chat_template:
+    if isinstance(session, PictureSession):
+        inputs = session.inputs(text, images, system_prompt, ignore_chat_template)
+        tokens = inputs.tokens
+    elif session.tokenizer.has_chat_template and not ignore_chat_template:
         tokens = _encode_chat(
             session, text, system_prompt, prefill_response, stored_cache is not None
         )
@@ -93,13 +108,12 @@ def generate(
     if max_kv_size is None:
         session.warn_if_tight(len(tokens) + max_tokens, spec, cache)
     session.check_context((length_of(cache) or 0) + len(tokens))
-    # A step that verifies drafted tokens is another one each time.
     draft, all_caches = None, cache
-    network = session.network if draft_model is not None else compiled(session.network)
     if draft_model is not None:
         draft, all_caches = _add_draft(
             session, draft_model, draft_spec, cache, len(tokens) + max_tokens
         )
+    wait_for_proofs(session.is_verbose)
     sampler = session.sampler(
         temp=temp,
         top_p=top_p,
@@ -109,23 +123,35 @@ def generate(
         xtc_probability=xtc_probability,
         xtc_threshold=xtc_threshold,
     )
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "sampler": sampler,
+        "prompt_cache": all_caches,
+        "prefill_step_size": prefill_step_size,
+    }
     drafted_tokens = 0
-    has_bar = session.is_verbose and draft is None  # mlx-lm reports no drafted prefill
+    # Neither mlx-lm's drafted prefill nor mlx-vlm's loop says how far it is.
+    has_bar = session.is_verbose and draft is None and not is_pictured
     with prefill_progress(len(tokens), has_bar) as report:
-        for response in stream_generate(
-            network,
-            session.tokenizer,
-            tokens,
-            max_tokens=max_tokens,
-            draft_model=draft,
-            sampler=sampler,
-            prompt_cache=all_caches,
-            prefill_step_size=prefill_step_size,
-            prompt_progress_callback=report,
-            num_draft_tokens=num_draft_tokens,  # mlx-lm drops it without a draft model
-        ):
+        if isinstance(session, PictureSession):
+            responses = session.stream(inputs, **options)
+        else:
+            # A step that verifies drafted tokens is another one each time.
+            network = (
+                session.network if draft is not None else compiled(session.network)
+            )
+            responses = stream_generate(
+                network,
+                session.tokenizer,
+                tokens,
+                draft_model=draft,
+                prompt_progress_callback=report,
+                num_draft_tokens=num_draft_tokens,  # dropped without a draft model
+                **options,
+            )
+        for response in responses:
             typer.echo(response.text, nl=False)
-            drafted_tokens += response.from_draft
+            drafted_tokens += getattr(response, "from_draft", False)
     typer.echo()
     if session.is_verbose:
         _print_statistics(response, explain(cache))

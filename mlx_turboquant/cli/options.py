@@ -33,6 +33,13 @@ SystemPrompt = Annotated[
 Prompt = Annotated[
     str, typer.Option("--prompt", "-p", help="The prompt; '-' reads stdin.")
 ]
+Image = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A path or URL of an image in the prompt, once for each; the model is "
+        "loaded by mlx-vlm (pip install 'mlx-turboquant[vlm]')."
+    ),
+]
 PrefillResponse = Annotated[
     str | None, typer.Option(help="Start of the answer, for the chat template.")
 ]

@@ -1,4 +1,7 @@
-"""The progress bar: on stderr, at a terminal, gone when the work is done."""
+"""The progress bar: on stderr, at a terminal, gone when the work is done.
+
+And the lines around what has to be waited for once.
+"""
 
 from __future__ import annotations
 
@@ -48,3 +51,16 @@ def prefill_progress(
         return
     with progress_bar() as report:
         yield lambda done, total: report("reading the prompt", done, total)
+
+
+def wait_for_proofs(is_wanted: bool = True) -> None:
+    """Until the kernels that new caches need are checked; lines on stderr if wanted."""
+    import typer
+
+    from ..integrations import proofs
+
+    def say(line: str) -> None:
+        if is_wanted:
+            typer.echo(line, err=True)
+
+    proofs.wait(say)

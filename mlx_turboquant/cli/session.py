@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import typer
 from mlx_lm.sample_utils import make_sampler
 
@@ -58,16 +59,21 @@ class Session:
             **(tokenizer_options or {}),
             "trust_remote_code": trust_remote_code,
         }
-        self.network, self.tokenizer = loading.load(
+        self.network, self.tokenizer = self._load(adapter_path, trust_remote_code)
+        if is_verbose and mx.default_device().type == mx.DeviceType.cpu:
+            typer.echo("On the CPU: weights are loaded as float32.", err=True)
+        for token in extra_eos_tokens:
+            self.tokenizer.add_eos_token(token)
+
+    def _load(
+        self, adapter_path: str | None, trust_remote_code: bool
+    ) -> tuple[nn.Module, Any]:
+        return loading.load(
             self.name,
             adapter_path=adapter_path,
             tokenizer_config=self.tokenizer_options,
             trust_remote_code=trust_remote_code,
         )
-        if is_verbose and mx.default_device().type == mx.DeviceType.cpu:
-            typer.echo("On the CPU: weights are loaded as float32.", err=True)
-        for token in extra_eos_tokens:
-            self.tokenizer.add_eos_token(token)
 
     def sampler(self, **options: Any) -> Callable[[mx.array], mx.array]:
         """mlx-lm's sampler; XTC never cuts the ends of lines and texts.

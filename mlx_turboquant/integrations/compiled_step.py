@@ -27,7 +27,8 @@ from ..backends.gpu import Gpu
 from ..backends.traced import EAGER
 from ..cache import TurboQuantCache, traced
 from ..entries import PromptCache
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, UnsupportedModelError
+from . import vision
 
 #: Numbers that are made at once, for as many steps.
 _BLOCK = 256
@@ -47,12 +48,21 @@ def compiled(model: nn.Module) -> nn.Module | CompiledModel:
         A `CompiledModel`, or the model itself where no GPU backend serves caches and
         nothing could be gained.
 
+    Raises:
+        UnsupportedModelError: for a model of mlx-vlm's, whose loop gives its language
+            model more than tokens.
+
     >>> model, tokenizer = tq.load("mlx-community/Llama-3.2-1B-Instruct-4bit")
     >>> tq.apply(model, "k4v3")
     >>> generate(tq.compiled(model), tokenizer, "hello")
     """
     if isinstance(model, CompiledModel):
         return model
+    if vision.is_vision_model(model):
+        raise UnsupportedModelError(
+            "steps of mlx-vlm's models are not compiled: positions come with them",
+            "give its loop the model itself",
+        )
     first = next(backend for backend, off in select.table() if not off)
     return CompiledModel(model) if isinstance(first, Gpu) else model
 

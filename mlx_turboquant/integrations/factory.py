@@ -1,8 +1,8 @@
-"""The cache factory: compressed caches for every loop of mlx-lm.
+"""The cache factory: compressed caches for every loop of mlx-lm and mlx-vlm.
 
 Makes a model's caches from the records of its dry run (`probe`), and puts the making on
 the model (`apply`) or takes it off again (`uninstall`). Importing it changes nothing in
-mlx-lm.
+either.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
 from ..pages import PoolShelf
 from ..spec import CacheSpec
-from . import hook, probe
+from . import hook, probe, proofs, vision
 from .compiled_step import itself
 from .stock import (
     BOUNDED_KEEP,
@@ -39,35 +39,44 @@ _applied: list[weakref.ref[nn.Module]] = []
 
 
 class _CompressedMaker:
-    """The ``make_cache`` that `apply` puts on a model instance.
+    """The ``make_cache`` that `apply` puts on an instance.
 
     The caches that it makes have their pages in common, layer by layer.
+
+    Args:
+        owner: The instance: the model, or its language model.
+        model: The model.
+        spec: What the layers store.
+        max_kv_size: As for `make_prompt_cache`.
     """
 
     def __init__(
         self,
+        owner: nn.Module,
         model: nn.Module,
         spec: CacheSpec | list[CacheSpec],
         max_kv_size: int | None,
     ) -> None:
-        self._model = weakref.ref(model)  # which owns this object
+        self._owner, self._model = weakref.ref(owner), weakref.ref(model)
         self._spec, self._max_kv_size = spec, max_kv_size
         self._shelves: dict[int, PoolShelf] = {}
-        replaced = vars(model).get("make_cache")
+        replaced = vars(owner).get("make_cache")
         if isinstance(replaced, _CompressedMaker):
             replaced = replaced.replaced
         self.replaced: Callable[[], list[Any]] | None = replaced
 
     @property
     def stock(self) -> Callable[[], list[Any]] | None:
-        """The model's ``make_cache`` without this one; None if it has none."""
-        model = self._model()
-        method = getattr(type(model), "make_cache", None)
-        return self.replaced or (method and functools.partial(method, model))
+        """The owner's ``make_cache`` without this one; None if it has none."""
+        owner = self._owner()
+        method = getattr(type(owner), "make_cache", None)
+        return self.replaced or (method and functools.partial(method, owner))
 
     def __call__(self) -> PromptCache:
         model = self._model()
-        assert model is not None, "the model owns this object"
+        if model is None:  # a language model can outlive the rest
+            model = self._owner()
+        assert model is not None, "the owner owns this object"
         caches = _make(model, self._spec, self._max_kv_size)
         for layer, (_, leaf) in enumerate(labelled_leaves(caches)):
             if isinstance(leaf, TurboQuantCache):
@@ -81,16 +90,18 @@ def apply(
     """Make compressed caches this model's own, for every loop of mlx-lm.
 
     Sets ``model.make_cache`` on the instance, so ``generate``, ``stream_generate``,
-    ``batch_generate``, the server, chat and ``evaluate`` get them unasked. Arguments,
-    warnings and errors are those of `make_prompt_cache`.
+    ``batch_generate``, the server, chat and ``evaluate`` get them unasked; of a model
+    of mlx-vlm's on its language model, where mlx-vlm looks for it. Arguments, warnings
+    and errors are those of `make_prompt_cache`.
 
     Returns:
         What every layer will store, and why not where it stores no codes.
     """
     model, specs = itself(model), parse_specs(spec)
     caches = _make_and_warn(model, specs, max_kv_size)
-    model.make_cache = _CompressedMaker(model, specs, max_kv_size)
-    _applied.append(weakref.ref(model))
+    owner = vision.language_model(model)
+    owner.make_cache = _CompressedMaker(owner, model, specs, max_kv_size)
+    _applied.append(weakref.ref(owner))
     return explain(caches)
 
 
@@ -112,7 +123,7 @@ def uninstall() -> None:
 def make_prompt_cache(
     model: nn.Module, spec: SpecLike = "k3v3", max_kv_size: int | None = None
 ) -> PromptCache:
-    """A prompt cache for mlx-lm's ``prompt_cache=``, one entry per layer.
+    """A prompt cache for ``prompt_cache=`` of mlx-lm and mlx-vlm, an entry per layer.
 
     Every ``KVCache`` the model asks for becomes a `TurboQuantCache`, every
     ``RotatingKVCache`` that is long enough a `RotatingTurboQuantCache`; other kinds are
@@ -120,7 +131,7 @@ def make_prompt_cache(
     have to decode their whole cache at each step.
 
     Args:
-        model: A model loaded by mlx-lm.
+        model: A model loaded by mlx-lm or mlx-vlm.
         spec: A `CacheSpec` or its text, such as ``"k4v3"``; or a list of them, one for
             each layer that can take one.
         max_kv_size: Tokens to keep at most in layers that would keep all: the first 4
@@ -139,7 +150,7 @@ def caches_for(
     """`make_prompt_cache` of a spec, `stock_caches` without one."""
     if spec is None:
         return stock_caches(model, max_kv_size)
-    return _make_and_warn(model, parse_specs(spec), max_kv_size)
+    return _make_and_warn(itself(model), parse_specs(spec), max_kv_size)
 
 
 def parse_specs(spec: SpecLike) -> CacheSpec | list[CacheSpec]:
@@ -222,26 +233,33 @@ def _make(
             "run it with an uncompressed cache (leave --kv-bits out)",
         )
     records, specs = iter(entries), iter(specs_per_layer(spec, chosen))
+    is_vision = vision.is_vision_model(model)
 
     def compressed(leaf: Any) -> Any:
         entry = next(records)
-        return _compressed(entry, *next(specs)) if entry.is_compressed else leaf
+        if not entry.is_compressed:
+            return leaf
+        return _compressed(entry, *next(specs), sees_kept=is_vision)
 
-    return PromptCache(replace_leaves(stock, compressed), entries)
+    caches = PromptCache(replace_leaves(stock, compressed), entries)
+    proofs.begin(model, caches, entries)
+    if is_vision:
+        caches.unsaved = "the positions of images stay with the model of mlx-vlm's"
+    return caches
 
 
 def _compressed(
-    entry: CacheEntry, spec: CacheSpec, slot: LayerSlot | None
+    entry: CacheEntry, spec: CacheSpec, slot: LayerSlot | None, sees_kept: bool
 ) -> TurboQuantCache:
     returns_arrays = entry.decision == "returns_arrays"
     if entry.sliding_window is None:
         return TurboQuantCache(spec, slot, returns_arrays)
     return RotatingTurboQuantCache(
-        spec, entry.sliding_window, entry.keep, slot, returns_arrays
+        spec, entry.sliding_window, entry.keep, slot, returns_arrays, sees_kept
     )
 
 
 def _model_type(model: nn.Module) -> str:
-    args = getattr(model, "args", None)
-    name = getattr(model, "model_type", None) or getattr(args, "model_type", None)
-    return str(name or type(model).__name__)
+    holders = (model, getattr(model, "args", None), getattr(model, "config", None))
+    names = (getattr(holder, "model_type", None) for holder in holders)
+    return str(next(filter(None, names), type(model).__name__))

@@ -50,7 +50,7 @@ def footprint(model: str) -> Footprint:
         UnsupportedModelError: if there is no such config, or mlx-lm has no such model.
     """
     try:
-        folder = Path(model) if Path(model).is_dir() else _download(model)
+        folder = folder_of(model)
         config = load_config(folder)
         model_class, args_class = classes_of(config)
         network = model_class(args_class.from_dict(config))
@@ -117,7 +117,14 @@ def _activation_bytes(network: nn.Module) -> int:
     return IN_FLIGHT * 2 * CHUNK * _FP16_BYTES * max(widths.values(), default=0)
 
 
-def _download(model: str) -> Path:
+def folder_of(model: str) -> Path:
+    """Where a model's config is; that of a hub id, and its index, are downloaded.
+
+    Raises:
+        OSError, HFValidationError, HfHubHTTPError: if there is none.
+    """
+    if Path(model).is_dir():
+        return Path(model)
     config = hf_hub_download(model, "config.json")
     with contextlib.suppress(EntryNotFoundError):
         hf_hub_download(model, _INDEX)

@@ -2,16 +2,16 @@
 
 The hook rebinds
 ``scaled_dot_product_attention`` in the globals of the functions that make up one
-model's layers, which is where mlx-lm's models (and a user's own model file) look it up.
-It looks at the type of the keys it is given, never at the cache, because some models
-share keys across layers that have no cache.
+model's layers, which is where mlx-lm's models (and a user's own model file) look it up;
+mlx-vlm's look up one of its own there. It looks at the type of the keys it is given,
+never at the cache, because some models share keys across layers that have no cache.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -22,35 +22,43 @@ import mlx_lm.models.cache as host_cache
 from ..attention import attend
 from ..cache import BatchTurboQuantCache, RotatingTurboQuantCache, TurboQuantCache
 from ..segments import CompressedKV
+from . import vision
 
 _HOOKED = "scaled_dot_product_attention"
 _CLASSES = (TurboQuantCache, RotatingTurboQuantCache, BatchTurboQuantCache)
 
-_hooked_globals: dict[int, dict[str, Any]] = {}
+#: Globals that look up a hook, and what they looked up before, by id of the globals.
+_hooked: dict[int, tuple[dict[str, Any], Callable[..., mx.array]]] = {}
 
 
-@functools.wraps(host_base.scaled_dot_product_attention)
-def attend_or_stock(
-    queries: mx.array,
-    keys: Any,
-    values: Any,
-    cache: Any,
-    scale: float,
-    mask: mx.array | str | None,
-    sinks: mx.array | None = None,
-) -> mx.array:
-    """mlx-lm's attention function, for compressed keys and values too."""
-    if isinstance(keys, CompressedKV):
-        out = attend(queries, keys, values, scale, mask, sinks)
-        # A cache chooses gains and bits by the queries of its first page. Attention
-        # only reads caches, so the hook hands them over.
-        if keys.observer is not None:
-            keys.observe_queries(queries, scale)
-        return out
-    stock: mx.array = host_base.scaled_dot_product_attention(
-        queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks
-    )
-    return stock
+@functools.cache
+def attend_or(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """An attention function for compressed keys and values too.
+
+    Args:
+        stock: mlx-lm's or mlx-vlm's, which gets all others.
+    """
+
+    @functools.wraps(stock)
+    def attend_or_stock(
+        queries: mx.array,
+        keys: Any,
+        values: Any,
+        cache: Any,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        if isinstance(keys, CompressedKV):
+            out = attend(queries, keys, values, scale, mask, sinks)
+            # A cache chooses gains and bits by the queries of its first page. Attention
+            # only reads caches, so the hook hands them over.
+            if keys.observer is not None:
+                keys.observe_queries(queries, scale)
+            return out
+        return stock(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
+
+    return attend_or_stock
 
 
 def _layer_globals(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -74,17 +82,19 @@ def install(model: nn.Module) -> None:
     Layers that call something else are not touched: `probe` finds them.
     """
     register()
+    stocks = (host_base.scaled_dot_product_attention, vision.attention())
     for scope in _layer_globals(model):
-        if scope.get(_HOOKED) is host_base.scaled_dot_product_attention:
-            _hooked_globals[id(scope)] = scope
-            scope[_HOOKED] = attend_or_stock
+        found = scope.get(_HOOKED)
+        if found is not None and found in stocks:
+            _hooked[id(scope)] = scope, found
+            scope[_HOOKED] = attend_or(found)
 
 
 def remove() -> None:
     """Undo every `install` and `register`."""
-    for scope in _hooked_globals.values():
-        scope[_HOOKED] = host_base.scaled_dot_product_attention
-    _hooked_globals.clear()
+    for scope, stock in _hooked.values():
+        scope[_HOOKED] = stock
+    _hooked.clear()
     for cls in _CLASSES:
         if getattr(host_cache, cls.__name__, None) is cls:
             delattr(host_cache, cls.__name__)

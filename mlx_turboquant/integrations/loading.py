@@ -51,7 +51,7 @@ def cast_for_device(network: nn.Module) -> None:
 
 def context_length(network: nn.Module) -> int | None:
     """Longest text the model was made for, in tokens; None if it does not say."""
-    args = getattr(network, "args", None)
+    args = getattr(network, "args", None) or getattr(network, "config", None)
     text = getattr(args, "text_config", None)
     for holder in (args, text):
         limit = (

@@ -21,8 +21,8 @@ from ..cache import TurboQuantCache
 from ..entries import CacheEntry, kind_reason, nbytes_of
 from ..errors import UnsupportedError, UnsupportedModelError
 from ..segments import CompressedTokens
-from . import hook
-from .stock import REPLACEABLE, labelled_leaves, replace_leaves
+from . import hook, vision
+from .stock import is_replaceable, labelled_leaves, replace_leaves
 
 #: Token ids of the dry run: a prompt's chunk, then a decode step, as models have code
 #: of their own for either.
@@ -32,6 +32,7 @@ _CALLS = ((0, 1), (1,))
 _SUSPECTS = 4
 
 _NOT_READ = "its keys choose tokens, nothing attends to them"
+_NOT_FILLED = "a text alone puts nothing into it"
 _FAILS_DECODED = "the model's own code fails on what it decodes to"
 
 
@@ -93,7 +94,7 @@ def _described(stock: Sequence[Any]) -> list[CacheEntry]:
             sliding_window=getattr(leaf, "max_size", getattr(leaf, "chunk_size", None)),
             keep=getattr(leaf, "keep", 0),
         )
-        if type(leaf) not in REPLACEABLE:
+        if not is_replaceable(leaf):
             entry = entry.left_alone(kind_reason(entry.kind))
         entries.append(entry)
     return entries
@@ -102,9 +103,10 @@ def _described(stock: Sequence[Any]) -> list[CacheEntry]:
 def _dry_run(
     model: nn.Module, stock: Sequence[Any], entries: Sequence[CacheEntry]
 ) -> list[CacheEntry]:
-    run = _try(model, stock, entries)
-    while run.error is not None:
-        entries, run = _next_fallback(model, stock, entries, run)
+    with vision.kept_positions(model):
+        run = _try(model, stock, entries)
+        while run.error is not None:
+            entries, run = _next_fallback(model, stock, entries, run)
     return [
         _completed(entry, leaf, index in run.attended)
         for index, (entry, leaf) in enumerate(zip(entries, run.leaves, strict=True))
@@ -114,7 +116,7 @@ def _dry_run(
 def _completed(entry: CacheEntry, leaf: Any, is_attended: bool) -> CacheEntry:
     """The entry with what its cache held after the run."""
     if entry.decision == "handles" and not is_attended:
-        entry = entry.left_alone(_NOT_READ)
+        entry = entry.left_alone(_NOT_FILLED if leaf.empty() else _NOT_READ)
     keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
         return replace(entry, shape=(keys.shape[1], keys.shape[3], values.shape[3]))
@@ -177,7 +179,7 @@ def _try(model: nn.Module, stock: Sequence[Any], entries: Sequence[CacheEntry]) 
     caches = replace_leaves(copy.deepcopy(list(stock)), probed)
     try:
         for ids in _CALLS:
-            model(mx.array([ids]), cache=caches)
+            vision.call(model, mx.array([ids]), caches)
             run.calls += 1
             run.fetched.clear()
     except Exception as error:  # whatever a model's code makes of a handle

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from ..atomic import replacing
 from ..entries import PromptCache
-from ..errors import FormatError, UnsupportedModelError
+from ..errors import FormatError, UnsupportedError, UnsupportedModelError
 from ..explanation import explain
 from . import hook
 from .stock import stock_caches
@@ -34,7 +34,15 @@ def save_prompt_cache(
         path: A ``.safetensors`` file; an older one stays intact until the end.
         cache: Any prompt cache of mlx-lm or of ours.
         metadata: Text to keep beside it, as in mlx-lm.
+
+    Raises:
+        UnsupportedError: if the file would not hold all that a prompt left behind.
     """
+    if isinstance(cache, PromptCache) and cache.unsaved:
+        raise UnsupportedError(
+            f"this prompt cache cannot be saved: {cache.unsaved}",
+            "keep it in memory, beside its model",
+        )
     checked = {**(metadata or {}), _CHECKSUM: _checksum(cache)}
     with replacing(_with_suffix(path)) as file:
         host_cache.save_prompt_cache(str(file), cache, checked)

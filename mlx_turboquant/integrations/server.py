@@ -27,6 +27,7 @@ from rich.filesize import decimal
 
 from ..errors import TurboQuantError, UnsupportedError
 from ..spec import CacheSpec
+from . import proofs
 from .factory import apply
 from .loading import cast_for_device, check_context
 from .speculation import check_rewinds, check_split
@@ -73,6 +74,7 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
                 cast_for_device(self.draft_model)
                 if self.draft_spec is not None:
                     apply(self.draft_model, self.draft_spec)
+            proofs.wait(logging.info)
             caches = make_prompt_cache(self.model)
             if self.draft_model is not None:
                 check_split(self.model, caches)

@@ -1,11 +1,13 @@
 """What mlx-lm would make for a model, and how to walk any prompt cache.
 
+For a model of mlx-vlm's it is what that would make, whose classes have the same names.
 Imports nothing of the factory: the ``make_cache`` that the factory puts on a model
 carries what stood there before as its attribute ``stock``.
 """
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,10 +15,10 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm.models.cache as host_cache
 
+from . import vision
+
 #: mlx-lm's cache of all tokens, uncompressed.
 StockKVCache = host_cache.KVCache
-#: Classes of mlx-lm's that a compressed cache can stand in for.
-REPLACEABLE = (host_cache.KVCache, host_cache.RotatingKVCache)
 #: First tokens that mlx-lm's ``max_kv_size`` never drops.
 BOUNDED_KEEP = 4
 
@@ -25,15 +27,18 @@ def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
     """What mlx-lm would make for this model if we were not here.
 
     Args:
-        model: A model loaded by mlx-lm.
+        model: A model loaded by mlx-lm or mlx-vlm.
         max_kv_size: Tokens to keep at most in caches that would keep all. Unlike
             mlx-lm, which ignores it there, models that make their own caches obey.
     """
+    model = vision.language_model(model)
     make_cache = getattr(model, "make_cache", None)
     make_cache = getattr(make_cache, "stock", make_cache)
     if make_cache is None:
         plain = types.SimpleNamespace(layers=model.layers)
-        caches = list(host_cache.make_prompt_cache(plain))
+        is_vision = vision.is_vision_model(model)
+        home = (vision.cache_module() if is_vision else None) or host_cache
+        caches = list(home.make_prompt_cache(plain))
     else:
         caches = list(make_cache())
     return caches if max_kv_size is None else bound(caches, max_kv_size)
@@ -43,17 +48,40 @@ def bound(caches: Iterable[Any], max_kv_size: int) -> list[Any]:
     """The caches, with a window of ``max_kv_size`` tokens for every plain one."""
 
     def bounded(leaf: Any) -> Any:
-        if type(leaf) is not StockKVCache:
+        if not is_plain(leaf):
             return leaf
-        return host_cache.RotatingKVCache(max_kv_size, BOUNDED_KEEP)
+        home: Any = sys.modules[type(leaf).__module__]
+        return home.RotatingKVCache(max_kv_size, BOUNDED_KEEP)
 
     return replace_leaves(caches, bounded)
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether it is mlx-lm's or mlx-vlm's cache of all tokens, uncompressed."""
+    return any(type(leaf) is home.KVCache for home in _cache_modules())
+
+
+def is_replaceable(leaf: Any) -> bool:
+    """Whether a compressed cache can stand in for it; not for what it is derived to."""
+    return is_plain(leaf) or any(
+        type(leaf) is home.RotatingKVCache for home in _cache_modules()
+    )
+
+
+def _cache_modules() -> tuple[Any, ...]:
+    other = vision.cache_module()
+    return (host_cache,) if other is None else (host_cache, other)
+
+
+def _is_list(entry: Any) -> bool:
+    """Whether it is an entry that holds several caches."""
+    return any(isinstance(entry, home.CacheList) for home in _cache_modules())
 
 
 def replace_plain(model: nn.Module, make: Callable[[], Any]) -> list[Any]:
     """The model's stock caches, but what ``make`` makes for every plain `KVCache`."""
     return replace_leaves(
-        stock_caches(model), lambda leaf: make() if type(leaf) is StockKVCache else leaf
+        stock_caches(model), lambda leaf: make() if is_plain(leaf) else leaf
     )
 
 
@@ -62,7 +90,7 @@ def labelled_leaves(
 ) -> Iterator[tuple[str, Any]]:
     """(label, cache) of the entries of a prompt cache, and of what holds several."""
     for index, entry in enumerate(caches):
-        if isinstance(entry, host_cache.CacheList):
+        if _is_list(entry):
             yield from labelled_leaves(entry.caches, f"{prefix}{index}.")
         else:
             yield f"{prefix}{index}", entry
@@ -72,7 +100,7 @@ def replace_leaves(caches: Iterable[Any], make: Callable[[Any], Any]) -> list[An
     """What ``make`` makes of every leaf, in the order of `labelled_leaves`."""
 
     def replace(entry: Any) -> Any:
-        if not isinstance(entry, host_cache.CacheList):
+        if not _is_list(entry):
             return make(entry)
         # Inside a CacheList itself, since models ask for their entries by its type.
         entry.caches = type(entry.caches)(replace(inner) for inner in entry.caches)

@@ -18,6 +18,7 @@ from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.errors import BackendUnavailableError
+from mlx_turboquant.kernels.tuning import Tuning
 from mlx_turboquant.tiles import in_vectors
 from mlx_turboquant.tokens import TokenArrays
 
@@ -47,10 +48,10 @@ def mask_of(kind, heads, steps, length):
     return kind
 
 
-@pytest.fixture(params=[False, True], ids=["matrices", "multiply-adds"])
-def multiply_adds(request):
+@pytest.fixture(params=[0, 4], ids=["matrices", "multiply-adds"])
+def tuning(request):
     """How few query rows are multiplied, whatever this launcher does unasked."""
-    return request.param
+    return Tuning(fma_rows=request.param)
 
 
 #: spec, dims, KV heads, group, L, tokens, mask, learned sinks
@@ -144,18 +145,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_agrees_with_the_reference(case, multiply_adds, launcher, mode):
+def test_agrees_with_the_reference(case, tuning, launcher, mode):
     spec, dims, heads, group, steps, length, kind, learned = CASES[case]
     rows = group * steps
-    if rows > 4 and multiply_adds:
+    if rows > 4 and tuning.fma_rows:
         pytest.skip("matrix products only")
-    if rows <= 4 and not multiply_adds and mode != "plain":
+    if rows <= 4 and not tuning.fma_rows and mode != "plain":
         pytest.skip("code that more rows have in this mode")
     keys, values = filled(spec, length, heads, *dims)
     q = mx.random.normal((1, heads * group, steps, dims[0]))
     mask = mask_of(kind, heads * group, steps, length)
     sinks = mx.random.normal((heads * group,)) if learned else None
-    backend = Gpu(launcher, 6, multiply_adds)
+    backend = Gpu(launcher, 6, tuning)
     assert backend.refuse(keys.quantizer, values.quantizer) is None
     call = AttendCall(q, keys, values, dims[0] ** -0.5, mask, sinks)
     assert relative_error(backend.attend(call), Reference().attend(call)) < TOLERANCE
@@ -188,14 +189,14 @@ def test_half_precision_models_and_batches(launcher, dtype):
 
 
 @pytest.mark.parametrize("simdgroups", [1, 2, 5, 64])
-def test_the_number_of_splits_changes_nothing(simdgroups, multiply_adds, launcher):
+def test_the_number_of_splits_changes_nothing(simdgroups, tuning, launcher):
     keys, values = filled("k4v4", 500, 1, 64, 64)
     q = mx.random.normal((1, 2, 1, 64))
     keys.prepared.clear()
     call = AttendCall(q, keys, values, 0.125)
-    one = Gpu(launcher, 6, multiply_adds).attend(call)
+    one = Gpu(launcher, 6, tuning).attend(call)
     keys.prepared.clear()
-    other = Gpu(launcher, simdgroups, multiply_adds).attend(call)
+    other = Gpu(launcher, simdgroups, tuning).attend(call)
     assert relative_error(other, one) < 2e-3
 
 
@@ -243,11 +244,11 @@ def test_one_prepared_step_serves_until_the_next_page(launcher):
 
 
 @pytest.mark.parametrize("spec", ["k3v4", "k3v2.5,codec=trellis"])
-def test_tiles_behind_the_last_token_are_not_read(spec, multiply_adds, launcher, mode):
+def test_tiles_behind_the_last_token_are_not_read(spec, tuning, launcher, mode):
     """Buffers have room: here of words all ones, and of scales that are no numbers."""
     keys, values = filled(f"{spec},page=32,window=9", 120, 2, 64, 64)
     q = mx.random.normal((1, 4, 1, 64))
-    outputs, backend = [], Gpu(launcher, 6, multiply_adds)
+    outputs, backend = [], Gpu(launcher, 6, tuning)
     for fill in (None, math.nan):
         sides = [keys, values]
         if fill is not None:
@@ -285,10 +286,11 @@ class Noted:
     [
         ("metal", None, 256, {1: 1, 3: 3, 4: 4, 5: 0}),
         ("metal", None, 512, {1: 1, 2: 0}),
-        ("metal", False, 64, {1: 0, 4: 0}),
+        ("metal", 0, 64, {1: 0, 4: 0}),
         ("simulator", None, 64, {2: 2}),
         ("cuda", None, 64, {1: 0, 4: 0}),
-        ("cuda", True, 64, {1: 1, 4: 4, 5: 0}),
+        ("cuda", 4, 64, {1: 1, 4: 4, 5: 0}),
+        ("cuda", 2, 64, {1: 1, 2: 2, 3: 0}),
     ],
 )
 def test_few_rows_take_multiply_adds_where_these_are_better(name, wanted, v_dim, taken):
@@ -296,7 +298,7 @@ def test_few_rows_take_multiply_adds_where_these_are_better(name, wanted, v_dim,
     for rows in taken:
         launcher = Noted(name)
         call = AttendCall(mx.zeros((1, rows, 1, 64)), keys, values, 0.125)
-        Gpu(launcher, 6, wanted).attend(call)
+        Gpu(launcher, 6, Tuning(fma_rows=wanted)).attend(call)
         assert launcher.rows == taken[rows]
 
 
@@ -355,7 +357,7 @@ def test_choice_of_backend_is_shown_and_can_be_forced(
     # A GPU multiplies float32 matrices in fewer bits, and not alike on both ways.
     assert relative_error(on_cpu, plain) < (1e-6 if lane == "simulator" else 1e-3)
     assert name.startswith("reference: ")
-    assert "try MLX_TQ_BACKEND=gpu" in name
+    assert "kernels are off" in name
     fused, name = run("k4v4", backend)
     assert name == launcher.name
     assert 0 < relative_error(fused, plain) < TOLERANCE
@@ -401,9 +403,7 @@ def test_copies_and_batches_go_on_by_themselves(launcher, monkeypatch):
 
 @pytest.mark.parametrize("at", [0, 1700, 2990])
 @pytest.mark.parametrize("simdgroups", [1, 5])
-def test_a_long_tail_counts_beside_one_large_weight(
-    at, simdgroups, multiply_adds, launcher
-):
+def test_a_long_tail_counts_beside_one_large_weight(at, simdgroups, tuning, launcher):
     """One token weighs 2^14 times as much as any of 3,000, whose values are one way.
 
     Halves from 2^-14 down are subnormal, and the simulator's products drop those.
@@ -415,7 +415,7 @@ def test_a_long_tail_counts_beside_one_large_weight(
     v[:, :, at] *= 0.1
     keys, values = stored_sides("k8v8,sink=0,window=0,center=off", k, v)
     call = AttendCall(q, keys, values, 1.0)
-    got = Gpu(launcher, simdgroups, multiply_adds).attend(call)
+    got = Gpu(launcher, simdgroups, tuning).attend(call)
     want = Reference().attend(call)
     assert relative_error(got, want) < TOLERANCE
 
@@ -429,31 +429,27 @@ def rising(q, tokens):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_every_round_may_raise_the_maximum(rows, multiply_adds, launcher, mode):
+def test_every_round_may_raise_the_maximum(rows, tuning, launcher, mode):
     q = mx.random.normal((1, rows, 1, 64))
     keys, values = stored_sides("k8v8,sink=0,window=0,center=off", *rising(q, 700))
     call = AttendCall(q, keys, values, 1.0)
-    got = Gpu(launcher, 2, multiply_adds).attend(call)
+    got = Gpu(launcher, 2, tuning).attend(call)
     want = Reference().attend(call)
     assert relative_error(got, want) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
-def test_queries_that_are_no_numbers_spoil_their_own_row_only(
-    number, multiply_adds, launcher
-):
+def test_queries_that_are_no_numbers_spoil_their_own_row_only(number, tuning, launcher):
     q = mx.random.normal((1, 2, 1, 64))
     keys, values = stored_sides("k4v4,center=off", *rising(q, 400))
     spoilt = mx.concatenate([q[:, :1], mx.full((1, 1, 1, 64), number)], axis=1)
-    got = Gpu(launcher, None, multiply_adds).attend(
-        AttendCall(spoilt, keys, values, 1.0)
-    )
+    got = Gpu(launcher, None, tuning).attend(AttendCall(spoilt, keys, values, 1.0))
     want = Reference().attend(AttendCall(q, keys, values, 1.0))
     assert relative_error(got[:, :1], want[:, :1]) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("rising", [False, True])
-def test_scales_of_values_may_differ_by_six_decades(rising, multiply_adds, launcher):
+def test_scales_of_values_may_differ_by_six_decades(rising, tuning, launcher):
     q = mx.random.normal((1, 4, 1, 64))
     k, v = (mx.random.normal((1, 1, 1000, 64)) for _ in range(2))
     decades = mx.random.uniform(-3, 3, (1, 1, 1000, 1))
@@ -463,7 +459,7 @@ def test_scales_of_values_may_differ_by_six_decades(rising, multiply_adds, launc
     k = mx.where(small, k + mx.mean(q, axis=1, keepdims=True), k)
     keys, values = stored_sides("k4v4", k, v)
     call = AttendCall(q, keys, values, 1.0)
-    got = Gpu(launcher, 3, multiply_adds).attend(call)
+    got = Gpu(launcher, 3, tuning).attend(call)
     want = Reference().attend(call)
     assert relative_error(got, want) < TOLERANCE
 

@@ -22,6 +22,7 @@ from mlx_turboquant.kernels.codes import (
     RotateArguments,
 )
 from mlx_turboquant.kernels.kernel import Launch
+from mlx_turboquant.kernels.probe import ProbeArguments
 
 HEADS, GROUP, STEPS, DIM = 2, 2, 3, 64
 SINK, RECENT, SPLITS = 4, 21, 3
@@ -37,6 +38,7 @@ SINK, RECENT, SPLITS = 4, 21, 3
         RotateArguments,
         PageMeansArguments,
         GainsArguments,
+        ProbeArguments,
     ],
 )
 def test_a_loader_puts_each_argument_into_its_field(cls, lane):

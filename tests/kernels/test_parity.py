@@ -17,6 +17,7 @@ from mlx_turboquant.backends.call import AttendCall
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.codecs import codec_for
+from mlx_turboquant.kernels.tuning import Tuning
 from mlx_turboquant.quantizer import PageMeans, Quantizer
 from mlx_turboquant.segments import CompressedTokens
 from mlx_turboquant.tiles import in_tiles
@@ -150,10 +151,10 @@ def test_error_is_at_most_twice_the_references(number, launcher, lane, mode):
         mask = mask.astype(half)
     plain = Reference().attend(call._replace(q=q.astype(half), mask=mask))
     floor = relative_error(plain.astype(mx.float32), truth)
-    for multiply_adds in (False, True) if group * steps <= 4 else (None,):
+    for by_fma in (0, 4) if group * steps <= 4 else (None,):
         keys.prepared.clear()
-        got = Gpu(launcher, 8, multiply_adds).attend(call)
+        got = Gpu(launcher, 8, Tuning(fma_rows=by_fma)).attend(call)
         assert got.dtype == dtype
         error = relative_error(got.astype(mx.float32), truth)
-        text = f"{case}, {multiply_adds}: {error:.1e} against {floor:.1e}"
+        text = f"{case}, {by_fma}: {error:.1e} against {floor:.1e}"
         assert error < 2 * floor, text

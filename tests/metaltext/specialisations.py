@@ -22,6 +22,8 @@ from mlx_turboquant.backends.specialize import MAX_DIM
 from mlx_turboquant.codecs import codec_names
 from mlx_turboquant.codecs.registry import codec_info
 from mlx_turboquant.kernels.kernel import Kernel
+from mlx_turboquant.kernels.tuning import UNTUNED, Tuning
+from mlx_turboquant.proof.facts import facts
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 #: The matrix's, and those of models beyond it.
@@ -101,7 +103,7 @@ class Case:
         rows: (query heads a KV head, tokens of a step) of each step.
         masks: Of each step: None, "causal" or "array".
         sinks: Whether the model has learned sink logits, too.
-        multiply_adds: As `Gpu` takes it.
+        tuning: As `Gpu` takes it.
     """
 
     spec: str
@@ -110,7 +112,7 @@ class Case:
     rows: tuple[tuple[int, int], ...] = ((1, 1), (4, 1), (8, 1))
     masks: tuple[str | None, ...] = (None,)
     sinks: bool = False
-    multiply_adds: bool | None = None
+    tuning: Tuning = UNTUNED
 
 
 def cases() -> Iterator[Case]:
@@ -123,25 +125,26 @@ def cases() -> Iterator[Case]:
         yield Case(spec, (dim, dim), rows=((1, 1), (4, 1), (8, 2)))
     yield Case(_DEFAULT, (192, 128))
     for dtype in DTYPES:
-        for multiply_adds in (None, False):
+        for tuning in (UNTUNED, Tuning(fma_rows=0)):
             yield Case(
                 _DEFAULT,
                 dtype=dtype,
                 rows=((1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (4, MAX_STEP)),
                 masks=(None, "causal", "array"),
                 sinks=True,
-                multiply_adds=multiply_adds,
+                tuning=tuning,
             )
     for spec in _OPTIONS:
         yield Case(spec)
 
 
 def specialisations() -> list[Specialisation]:
-    """All of them, each once, in the order of `cases`."""
+    """All of them, each once, in the order of `cases`, and the probe of proofs."""
     launcher = Noted()
     for case in cases():
-        with backend(Gpu(launcher, multiply_adds=case.multiply_adds)):
+        with backend(Gpu(launcher, tuning=case.tuning)):
             _use(case)
+    facts(launcher)
     return list(launcher.found)
 
 

@@ -32,6 +32,7 @@ class LayerReport:
         backend: What computes its attention, and why not a kernel if none does.
         tokens: Sink, packed and recent tokens; empty if unknown.
         nbytes: Bytes of its buffers.
+        shared_nbytes: Those of them that other caches hold, too.
         elements: Key and value elements held; 0 if unknown.
         reason: Why it was left alone, or "".
         returns_arrays: The model computes attention itself, on decoded arrays.
@@ -43,6 +44,7 @@ class LayerReport:
     backend: str = "mlx"
     tokens: tuple[int, ...] = ()
     nbytes: int = 0
+    shared_nbytes: int = 0
     elements: int = 0
     reason: str = ""
     returns_arrays: bool = False
@@ -96,7 +98,13 @@ class Explanation:
             f"{decimal(self.nbytes)} against {decimal(self.fp16_nbytes)} in fp16 "
             f"({_ratio_text(self.fp16_nbytes / self.nbytes)}), {bits:.2f} bits per "
             f"element, {specs} in {count}"
+            + (f", {decimal(self.shared_nbytes)} shared" if self.shared_nbytes else "")
         )
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes that other caches hold, too; they are part of `nbytes`."""
+        return sum(row.shared_nbytes for row in self.layers)
 
     def __str__(self) -> str:
         table = Table("layer", "cache", "spec", "backend", box=None)
@@ -155,6 +163,7 @@ def _rows(
                 backend=_backend(cache),
                 tokens=(cache.sink_length, cache.packed_length, cache.recent_length),
                 nbytes=cache.nbytes,
+                shared_nbytes=cache.shared_nbytes,
                 elements=0 if cache.empty() else cache.elements,
                 returns_arrays=cache.returns_arrays,
             )

@@ -198,6 +198,15 @@ def test_forks_go_their_own_way():
     assert not mx.array_equal(cache.keys, fork.keys).item()
 
 
+def test_explain_says_what_is_shared():
+    cache = grown(0, 300)
+    assert "shared" not in str(tq.explain(cache))
+    forks = [cache.fork(), cache.fork()]
+    shared = tq.explain(forks).shared_nbytes
+    assert shared == 2 * cache.shared_nbytes > 0
+    assert f"{shared / 1000:.1f} kB shared" in tq.explain(forks).summary()
+
+
 def test_a_fork_that_is_trimmed_leaves_its_twin_alone():
     cache, twin = (
         grown(0, 300, lambda: tq.TurboQuantCache("k4v4,page=96,window=5"))

@@ -7,7 +7,8 @@
 >>> generate(model, tokenizer, "hello")
 
 The public names are imported when first used, so that ``mlx_tq --help`` is instant. A
-BLAS for MLX's CPU backend is loaded at once, because it must come before MLX.
+BLAS for MLX's CPU backend is loaded at once, because it must come before MLX; before
+that, an install that is mixed with another package of the same folder is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .blas import prefer_openblas
+from .namesake import refuse_namesake
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .spec import CodecSpec as CodecSpec
     from .tokens import TokenArrays as TokenArrays
 
+refuse_namesake(__path__[0])
 prefer_openblas()
 
 _HOMES = {

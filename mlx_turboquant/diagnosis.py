@@ -26,6 +26,7 @@ from .cache.quantizers import quantizers_of
 from .quantizer import PageMeans, Quantizer
 from .segments import CompressedTokens
 from .spec import CacheSpec
+from .version import __version__
 
 #: Half arithmetic and polynomial levels differ from the definition by this much.
 TOLERANCE = 5e-3
@@ -61,7 +62,7 @@ def machine() -> dict[str, str]:
     """Names and versions that a report about this package should carry."""
     info = mx.device_info()
     return {
-        "mlx-turboquant": _version("mlx-turboquant"),
+        "mlx-tq": __version__,
         "mlx": _version("mlx"),
         "mlx-lm": _version("mlx-lm"),
         "python": platform.python_version(),

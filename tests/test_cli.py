@@ -185,4 +185,4 @@ def test_progress_shows_at_terminals_only(capsys):
 
 
 def test_version(run_cli):
-    assert run_cli("--version") == (0, f"mlx-turboquant {tq.__version__}\n", "")
+    assert run_cli("--version") == (0, f"mlx-tq {tq.__version__}\n", "")

@@ -7,7 +7,7 @@ from mlx_turboquant.backends.reference import Reference
 def test_doctor_reports_this_machine(run_cli):
     code, out, err = run_cli("doctor", "--tokens", "600")
     assert code == 0, err
-    for name in ("mlx-turboquant", "mlx-lm", "device", "OpenBLAS", "kernels"):
+    for name in ("mlx-tq", "mlx-lm", "device", "OpenBLAS", "kernels"):
         assert re.search(rf"^{name} +\S", out, re.M)
     assert re.search(r"^fp16 +[\d.]+ ms  at 600 tokens", out, re.M)
 

@@ -22,6 +22,7 @@ LAYERS = (
         "errors",
         "atomic",
         "blas",
+        "namesake",
         "tokens",
         "packing",
         "bitstream",

@@ -164,7 +164,7 @@ def test_which_models_need_mlx_vlm(folder, tmp_path):
 
 def test_without_mlx_vlm_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(vision_loop, "is_installed", lambda: False)
-    with pytest.raises(UnsupportedError, match=r"pip install 'mlx-turboquant\[vlm\]'"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'mlx-tq\[vlm\]'"):
         vision_loop.load("any")
     with pytest.raises(UnsupportedError, match=r"images need mlx-vlm, which is not"):
         vision_loop.open_image("any.png")

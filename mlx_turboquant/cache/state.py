@@ -84,7 +84,7 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
     if words[1] != version:
         raise FormatError(
             f"cache format {words[1]} is not {version}, the one this version "
-            "reads; update mlx-turboquant or make the cache again"
+            "reads; update mlx-tq or make the cache again"
         )
     try:
         spec = CacheSpec.parse(words[2])

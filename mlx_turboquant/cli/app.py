@@ -40,7 +40,7 @@ main = typer.Typer(
 
 def _print_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"mlx-turboquant {__version__}")
+        typer.echo(f"mlx-tq {__version__}")
         raise typer.Exit
 
 

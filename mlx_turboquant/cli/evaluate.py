@@ -117,7 +117,7 @@ def evaluate(
     written = report.write(results, Path(out))
     typer.echo("\nwritten: " + ", ".join(str(path) for path in written))
     if not any(path.suffix == ".png" for path in written):
-        typer.echo("for plots: pip install 'mlx-turboquant[plots]'", err=True)
+        typer.echo("for plots: pip install 'mlx-tq[plots]'", err=True)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

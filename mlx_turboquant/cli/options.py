@@ -37,7 +37,7 @@ Image = Annotated[
     list[str] | None,
     typer.Option(
         help="A path or URL of an image in the prompt, once for each; the model is "
-        "loaded by mlx-vlm (pip install 'mlx-turboquant[vlm]')."
+        "loaded by mlx-vlm (pip install 'mlx-tq[vlm]')."
     ),
 ]
 PrefillResponse = Annotated[

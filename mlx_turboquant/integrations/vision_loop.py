@@ -49,7 +49,7 @@ def _check_installed() -> None:
     if not is_installed():
         raise UnsupportedError(
             "images need mlx-vlm, which is not installed",
-            "pip install 'mlx-turboquant[vlm]'",
+            "pip install 'mlx-tq[vlm]'",
         )
 
 

@@ -1,0 +1,59 @@
+"""Another package with this one's folder: somebody else's ``mlx-turboquant``.
+
+Owns the refusal to run where both, or an install of ours from before it was called
+``mlx-tq``, are in one place. All write into ``mlx_turboquant/``, so some modules are of
+one and some of the other, and uninstalling one takes files of the other: what such a
+mixture computes is anybody's guess, and an error at import the only place to say it
+before numbers come out. Imports nothing that is not loaded already, and none of our
+modules, which may be theirs.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: How the metadata folder of that distribution begins, and ours does not.
+_THEIRS = "mlx_turboquant-"
+
+
+def refuse_namesake(package: str) -> None:
+    """Look for ``mlx-turboquant`` beside this package's folder.
+
+    One listing of the folder that the package is in: ``importlib.metadata`` would
+    take longer to import than all of this package does. A checkout, or an editable
+    install of one, has no such metadata beside it.
+
+    Args:
+        package: The folder of the package.
+
+    Raises:
+        ImportError: if files of that distribution are in ``package``.
+    """
+    site, folder = os.path.split(package)
+    try:
+        names = os.listdir(site)
+    except OSError:  # in an archive, for one
+        return
+    for name in names:
+        if name.startswith(_THEIRS) and name.endswith(".dist-info"):
+            if not _writes_into(folder, os.path.join(site, name, "RECORD")):
+                continue
+            raise ImportError(
+                f"two packages share the folder {package}: this one, mlx-tq, and "
+                f"mlx-turboquant {name[len(_THEIRS) : -len('.dist-info')]}, another "
+                "package, so that their files are mixed; to have this one, run: pip "
+                "uninstall -y mlx-turboquant && pip install --force-reinstall "
+                "--no-deps mlx-tq"
+            )
+
+
+def _writes_into(folder: str, record: str) -> bool:
+    """Whether a distribution has files in ``folder``; taken for granted without list.
+
+    An editable install may have none.
+    """
+    try:
+        with open(record, encoding="utf-8") as lines:
+            return any(line.startswith(f"{folder}/") for line in lines)
+    except OSError:
+        return True

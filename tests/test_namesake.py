@@ -1,0 +1,75 @@
+"""Files of the other package that has our folder are noticed before they run."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from mlx_turboquant.namesake import refuse_namesake
+
+PACKAGE = ROOT / "mlx_turboquant"
+SENTENCE = (
+    r"mlx-turboquant 0\.0\.2, another package.*pip uninstall -y mlx-turboquant && "
+)
+
+
+def metadata(site, name, *files):
+    """What an installer leaves in ``site`` of a distribution that has ``files``."""
+    folder = site / f"{name}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "RECORD").write_text("".join(f"{file},sha256=x,1\n" for file in files))
+    return folder
+
+
+def test_files_of_the_other_package_are_an_error(tmp_path):
+    ours = str(tmp_path / "mlx_turboquant")
+    metadata(tmp_path, "mlx_tq-0.1.0", "mlx_turboquant/__init__.py")
+    metadata(tmp_path, "mlx_turboquant_extras-1.0", "mlx_turboquant/extras.py")
+    refuse_namesake(ours)
+    refuse_namesake(str(tmp_path / "no_such_folder" / "mlx_turboquant"))
+    theirs = metadata(tmp_path, "mlx_turboquant-0.0.2", "mlx_turboquant/cli.py")
+    with pytest.raises(ImportError, match=SENTENCE):
+        refuse_namesake(ours)
+    (theirs / "RECORD").unlink()
+    with pytest.raises(ImportError, match=SENTENCE):
+        refuse_namesake(ours)
+
+
+def test_a_checkout_under_the_former_name_is_none(tmp_path):
+    """Its metadata lies beside a package of which it has no file."""
+    metadata(tmp_path, "mlx_turboquant-0.1.0", "_editable_impl_mlx_turboquant.pth")
+    refuse_namesake(str(tmp_path / "mlx_turboquant"))
+
+
+@pytest.mark.parametrize("last", ["ours", "theirs"])
+def test_whichever_was_installed_last_it_is_said(tmp_path, last):
+    """Their ``__init__`` knows nothing of it, so our commands look as well."""
+    shutil.copytree(PACKAGE, tmp_path / "mlx_turboquant")
+    metadata(tmp_path, "mlx_turboquant-0.0.2", "mlx_turboquant/__init__.py")
+    if last == "theirs":
+        (tmp_path / "mlx_turboquant" / "__init__.py").write_text("")
+    code = "import mlx_turboquant.cli.plan"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith(
+        f"ImportError: two packages share the folder {tmp_path / 'mlx_turboquant'}: "
+    )
+
+
+def test_looking_costs_an_import_nothing():
+    """No module is loaded for it: ``importlib.metadata`` alone takes 10 ms."""
+    code = (
+        "import sys, __future__; before = set(sys.modules); "
+        "sys.path.insert(0, sys.argv[1]); import namesake; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    run = [sys.executable, "-c", code, str(PACKAGE)]
+    assert subprocess.check_output(run, text=True) == "namesake\n"

@@ -13,7 +13,7 @@ COMMA := ,
 DEV := dev$(if $(VLM),-vlm)
 MODEL := examples/books-20m
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 40 --temp 0.7 \
@@ -35,12 +35,22 @@ check: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/mlx_tq.eval --model $(MODEL)
 
+# What a release uploads: the source archive and, made from it, the wheel.
+dist: $(VENV)/dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist
 
 $(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; install one or run make PYTHON=/path/to/python3"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/dist: $(VENV)/python
+	$(BIN)/python -m pip install --quiet build twine
 	@touch $@
 
 $(VENV)/demo: $(VENV)/python pyproject.toml

@@ -139,11 +139,8 @@ def test_install_lines_name_this_distribution():
         p for p in (ROOT / "mlx_turboquant").rglob("*.py") if p.stem != "namesake"
     ]
     lines = [line for path in paths for line in path.read_text().splitlines()]
-    found = {
-        name
-        for line in lines
-        for name in re.findall(r"pip install [^&]*?(mlx-t\w+)", line)
-    }
+    named = re.compile(r"pip install [^&]*?(mlx-t\w+)")
+    found = {name for line in lines for name in named.findall(line)}
     assert found == {"mlx-tq"}
     extras = {name for line in lines for name in re.findall(r"mlx-tq\[(\w+)\]", line)}
     assert {"plots", "vlm"} <= extras <= set(PROJECT["optional-dependencies"])

@@ -39,11 +39,12 @@ def refuse_namesake(package: str) -> None:
             if not _writes_into(folder, os.path.join(site, name, "RECORD")):
                 continue
             raise ImportError(
-                f"two packages share the folder {package}: this one, mlx-tq, and "
-                f"mlx-turboquant {name[len(_THEIRS) : -len('.dist-info')]}, another "
-                "package, so that their files are mixed; to have this one, run: pip "
-                "uninstall -y mlx-turboquant && pip install --force-reinstall "
-                "--no-deps mlx-tq"
+                f"two distributions share the folder {package}: this one, mlx-tq, and "
+                f"mlx-turboquant {name[len(_THEIRS) : -len('.dist-info')]} (somebody "
+                "else's, or this one before it was renamed), so that their files are "
+                "mixed; to have this one, run: pip uninstall -y mlx-turboquant && pip "
+                "install --force-reinstall --no-deps mlx-tq (in a checkout . for "
+                "mlx-tq)"
             )
 
 

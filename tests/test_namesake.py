@@ -10,9 +10,7 @@ from helpers import ROOT
 from mlx_turboquant.namesake import refuse_namesake
 
 PACKAGE = ROOT / "mlx_turboquant"
-SENTENCE = (
-    r"mlx-turboquant 0\.0\.2, another package.*pip uninstall -y mlx-turboquant && "
-)
+SENTENCE = r"mlx-turboquant 0\.0\.2 \(somebody.*pip uninstall -y mlx-turboquant && "
 
 
 def metadata(site, name, *files):
@@ -59,9 +57,9 @@ def test_whichever_was_installed_last_it_is_said(tmp_path, last):
         env={"PYTHONPATH": str(tmp_path)},
     )
     assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith(
-        f"ImportError: two packages share the folder {tmp_path / 'mlx_turboquant'}: "
-    )
+    said = run.stderr.splitlines()[-1]
+    folder = tmp_path / "mlx_turboquant"
+    assert said.startswith(f"ImportError: two distributions share the folder {folder}")
 
 
 def test_looking_costs_an_import_nothing():

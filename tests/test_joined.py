@@ -5,6 +5,7 @@ import copy
 import mlx.core as mx
 import pytest
 from helpers import Joining, attend, backend
+from test_batch import tiny_model
 
 import mlx_turboquant as tq
 from mlx_turboquant.pages import PagePool, PoolShelf
@@ -244,3 +245,23 @@ def test_caches_of_one_layer_share_pages_through_merge_and_extract():
 
 def page_bytes(cache):
     return cache._tokens.table.pool.page_nbytes
+
+
+def test_a_prompt_cache_forks_with_its_records(tiny):
+    cache = tq.make_prompt_cache(tiny, SPEC)
+    tokens = mx.arange(200)[None] % 50
+    mx.eval(tiny(tokens, cache=cache), [c.state for c in cache])
+    fork = cache.fork()
+    assert (type(fork), fork.entries) == (type(cache), cache.entries)
+    shared = tq.explain(fork).shared_nbytes
+    assert shared == sum(c.shared_nbytes for c in cache) > 0
+    one, other = (
+        tiny(mx.array([[token]]), cache=c) for c, token in ((cache, 7), (fork, 9))
+    )
+    assert not mx.array_equal(one, other).item()
+    assert [c.offset for c in cache] == [c.offset for c in fork] == [201, 201]
+
+
+@pytest.fixture
+def tiny():
+    return tiny_model()

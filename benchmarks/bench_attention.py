@@ -47,16 +47,13 @@ import numpy as np
 import mlx_turboquant as tq
 from mlx_turboquant.backends.gpu import Gpu
 from mlx_turboquant.backends.reference import Reference
+from mlx_turboquant.batch_handles import CompressedBatch
 from mlx_turboquant.codecs import Codec, codec_for
 from mlx_turboquant.codecs.base import Side
 from mlx_turboquant.kernels.kernel import MlxLauncher
 from mlx_turboquant.kernels.tuning import UNTUNED, Tuning
 from mlx_turboquant.quantizer import PageMeans, Quantizer
-from mlx_turboquant.segments import (
-    CompressedBatch,
-    CompressedTokens,
-    PreparedSteps,
-)
+from mlx_turboquant.segments import CompressedTokens, PreparedSteps
 from mlx_turboquant.tiles import in_tiles, tile_layout
 from mlx_turboquant.tokens import TILE, Places, TokenArrays
 from mlx_turboquant.transform import ChannelTransform

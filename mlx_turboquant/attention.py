@@ -16,13 +16,9 @@ import mlx.core as mx
 from .backends import select
 from .backends.call import AttendCall, BatchCall, Mask
 from .backends.reference import Reference
+from .batch_handles import CompressedBatch, CompressedGroups, CompressedRows
 from .errors import UnsupportedModelError
-from .segments import (
-    CompressedBatch,
-    CompressedKV,
-    CompressedRows,
-    CompressedTokens,
-)
+from .segments import CompressedKV, CompressedTokens
 
 
 def attend(
@@ -79,6 +75,8 @@ def attend(
             return at_once
         spans = [(0, q.shape[2])] * q.shape[0]
         keys, values = (CompressedRows(side.alone(), spans) for side in (keys, values))
+    if isinstance(keys, CompressedGroups) and isinstance(values, CompressedGroups):
+        return _attend_groups(q, keys, values, scale, mask, sinks)
     if isinstance(keys, CompressedRows) and isinstance(values, CompressedRows):
         return _attend_rows(q, keys, values, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(
@@ -146,6 +144,28 @@ def _shown(x: mx.array, side: CompressedTokens) -> mx.array:
     if not count:
         return x
     return mx.concatenate([x[:, :, :first], x[:, :, first + count :]], axis=2)
+
+
+def _attend_groups(
+    q: mx.array,
+    keys: CompressedGroups,
+    values: CompressedGroups,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Each group at once; then the rows in their order."""
+    outputs: list[mx.array] = []
+    order: list[int] = []
+    for (rows, k), (_, v) in zip(keys.parts, values.parts, strict=True):
+        some, own_mask = mx.array(list(rows)), mask
+        if isinstance(mask, mx.array):
+            own_mask = mask[some] if mask.ndim == 4 and mask.shape[0] > 1 else mask
+            own_mask = own_mask[..., -k.shape[2] :]
+        outputs.append(attend(q[some], k, v, scale, own_mask, sinks))
+        order += rows
+    places = sorted(range(len(order)), key=order.__getitem__)
+    return mx.concatenate(outputs)[mx.array(places)]
 
 
 def _attend_rows(

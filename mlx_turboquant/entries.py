@@ -6,6 +6,7 @@ cache factory, `Footprint`, `explain` and the choice of bits read it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -112,6 +113,17 @@ class PromptCache(list[Any]):
         self.entries = tuple(entries)
         self.uncompiled = ""
         self.unsaved = ""
+
+    def fork(self) -> PromptCache:
+        """Another conversation from here on; both hold the same pages of codes.
+
+        It is ``copy.deepcopy``, which mlx-lm's stores of prompts use.
+
+        >>> cache = PromptCache([], ())
+        >>> cache.fork() == cache
+        True
+        """
+        return copy.deepcopy(self)
 
 
 def nbytes_of(cache: Any) -> int:

@@ -239,6 +239,28 @@ def test_a_budget_drops_the_oldest(model):
     assert store.fetch_nearest_cache("m", [1, *text[1:]])[0] is None
 
 
+def test_texts_that_begin_alike_count_their_beginning_once(model, hooked):
+    """Two answers to one prompt fit where mlx-lm would drop one."""
+    tq.apply(model, SPEC)
+    text = PROMPT.tolist()
+    first = kept(model, text)
+    one = sum(c.nbytes for c in first)
+    pages = sum(c._tokens.table.nbytes for c in first)
+    store = PromptStore(max_bytes=int(1.9 * one))
+    store.insert_cache("m", text, first)
+    for token in (1, 2):
+        again, _ = store.fetch_nearest_cache("m", text)
+        steps(model, mx.array([token]), 0, again)
+        store.insert_cache("m", [*text, token], again)
+    assert len(store) == 2
+    assert one < store.nbytes <= 2 * one - pages + 1000
+    del first, again
+    store.trim_to(n_sequences=1)
+    assert 0.8 * one < store.nbytes <= one
+    store.trim_to(n_sequences=0)
+    assert store.nbytes == 0
+
+
 # Speculation.
 
 

@@ -5,6 +5,7 @@ import copy
 import mlx.core as mx
 import pytest
 from helpers import Joining, attend, backend
+from test_batch import tiny_model
 
 import mlx_turboquant as tq
 from mlx_turboquant.pages import PagePool, PoolShelf
@@ -151,14 +152,42 @@ def test_members_come_and_go():
     ],
     ids=["bits", "page", "window"],
 )
-def test_rows_that_differ_go_alone(other):
-    singles = [grown(0, 130)]
-    made = other()
-    made.update_and_fetch(*text(130, 1)[1:])
-    made.update_and_fetch(*text(1, 2)[1:])
-    batch = tq.BatchTurboQuantCache.merge([*singles, made])
-    batch.update_and_fetch(*text(1, 3, 2)[1:])
-    assert batch._joined is None
+def test_rows_that_differ_are_groups(other):
+    """Two of one kind, two of another, by turns, and one without a page yet."""
+    singles = [grown(0, 130), grown(1, 150, other), grown(2, 90), grown(3, 230, other)]
+    singles.append(grown(4, 8))
+    batch = tq.BatchTurboQuantCache.merge(singles)
+    got, inputs = steps_of(batch, 12, 1, (1, 1, 4))
+    same(got, alone(singles, inputs))
+    groups = batch._joined
+    assert [rows for rows, _ in groups._joined] == [[0, 2], [1, 3]]
+    assert groups._alone == [4]
+    batch.filter([4, 3, 0])
+    got, inputs = steps_of(batch, 30, 2)
+    members = [singles[i] for i in (4, 3, 0)]
+    same(got, alone(members, inputs))
+    assert batch._joined._alone == []  # it has a page by now
+    assert [rows for rows, _ in batch._joined._joined] == [[0, 2], [1]]
+    for row, single in zip(batch.rows, members, strict=True):
+        same_caches(row, single)
+
+
+def test_groups_take_masks_and_say_what_they_stand_for():
+    singles = [grown(0, 130), grown(1, 150, windows), grown(2, 90)]
+    batch = tq.BatchTurboQuantCache.merge(singles)
+    q, k, v = text(3, 1, 3)
+    longest = max(cache.shown_before() for cache in singles) + 3
+    mask = mx.random.uniform(shape=(3, 1, 3, longest)) < 0.7
+    sides = batch.update_and_fetch(k, v)
+    assert sides[0].shape == (3, 2, longest, 64)
+    assert sides[0].dtype == mx.float32
+    assert sides[0].observer is None
+    got = attend(q, *sides, 0.125, mask)
+    for i, cache in enumerate(singles):
+        own = slice(i, i + 1)
+        handles = cache.update_and_fetch(k[own], v[own])
+        want = attend(q[own], *handles, 0.125, mask[own, :, :, -handles[0].shape[2] :])
+        assert mx.array_equal(got[own], want).item()
 
 
 def test_rows_that_hand_out_arrays_go_alone():
@@ -169,14 +198,6 @@ def test_rows_that_hand_out_arrays_go_alone():
         keys, _ = batch.update_and_fetch(*text(count, count, 2)[1:])
     assert keys.shape == (2, 2, 131, 64)
     assert batch._joined is None
-
-
-def test_a_row_that_has_no_page_yet_goes_alone():
-    singles = [grown(0, 130), grown(1, 20)]
-    batch = tq.BatchTurboQuantCache.merge(singles)
-    got, inputs = steps_of(batch, 30, 1)
-    same(got, alone(singles, inputs))
-    assert batch._joined is not None  # by now
 
 
 def test_forks_go_their_own_way():
@@ -244,3 +265,23 @@ def test_caches_of_one_layer_share_pages_through_merge_and_extract():
 
 def page_bytes(cache):
     return cache._tokens.table.pool.page_nbytes
+
+
+def test_a_prompt_cache_forks_with_its_records(tiny):
+    cache = tq.make_prompt_cache(tiny, SPEC)
+    tokens = mx.arange(200)[None] % 50
+    mx.eval(tiny(tokens, cache=cache), [c.state for c in cache])
+    fork = cache.fork()
+    assert (type(fork), fork.entries) == (type(cache), cache.entries)
+    shared = tq.explain(fork).shared_nbytes
+    assert shared == sum(c.shared_nbytes for c in cache) > 0
+    one, other = (
+        tiny(mx.array([[token]]), cache=c) for c, token in ((cache, 7), (fork, 9))
+    )
+    assert not mx.array_equal(one, other).item()
+    assert [c.offset for c in cache] == [c.offset for c in fork] == [201, 201]
+
+
+@pytest.fixture
+def tiny():
+    return tiny_model()

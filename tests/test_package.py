@@ -37,6 +37,7 @@ LAYERS = (
     ("page_table",),
     ("quantizer",),
     ("segments",),
+    ("batch_handles",),
     ("kernels",),
     ("proof",),
     ("backends",),

@@ -177,7 +177,8 @@ def test_two_real_processes_check_once(verdicts):
     log = verdicts.path(KEY.digest, "log").read_text()
     assert log.count('"event": "end"') == 1
     assert log.count('"event": "passed"') == 33
-    assert Verdict(**said[0]) == verdicts.read(KEY.digest)
+    kept = dataclasses.asdict(verdicts.read(KEY.digest))
+    assert said[0] == json.loads(json.dumps(kept))
 
 
 @pytest.mark.parametrize("name", ["lock", "{digest}.json", "{digest}.log"])

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..segments import CompressedBatch, CompressedTokens
+from ..batch_handles import CompressedBatch
+from ..segments import CompressedTokens
 
 Mask = mx.array | str | None
 

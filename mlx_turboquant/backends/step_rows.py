@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..batch_handles import CompressedBatch
 from ..kernels.attention import AttendArguments
 from ..quantizer import Quantizer
-from ..segments import CompressedBatch, CompressedTokens
+from ..segments import CompressedTokens
 from ..tokens import Codes
 from ..transform import ChannelTransform
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..segments import CompressedBatch, CompressedRows
-from .joined import JoinedRows, can_join
+from ..batch_handles import CompressedBatch, CompressedGroups, CompressedRows
+from .groups import RowGroups
 from .layer import TurboQuantCache
 from .schedule import is_short
 
 #: Real tokens to come of a row that nothing pads.
 _UNPADDED = 1 << 30
 
-#: Handles for `attend`, or arrays.
 Fetched = (
     tuple[CompressedBatch, CompressedBatch]
+    | tuple[CompressedGroups, CompressedGroups]
     | tuple[CompressedRows, CompressedRows]
     | tuple[mx.array, mx.array]
 )
@@ -40,8 +40,7 @@ class BatchTurboQuantCache:
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
         self._rows = list(rows)
-        # Their recent tokens, while their steps are taken together.
-        self._joined: JoinedRows | None = None
+        self._joined: RowGroups | None = None
         # Padding tokens still to come on the left of each row.
         self._left_padding = [0] * len(self._rows)
         # Real tokens still to come of each row; None unless the prompt is right-padded.
@@ -64,7 +63,7 @@ class BatchTurboQuantCache:
         step = keys.shape[2]
         self._spans = self._take(step)
         joined = self._join(step)
-        if joined is not None and joined.make_room():
+        if joined is not None:
             return joined.update_and_fetch(keys, values)
         self._part()
         nothing = (keys[:1, :, :0], values[:1, :, :0])
@@ -92,12 +91,16 @@ class BatchTurboQuantCache:
         self._part()
         return self._rows
 
-    def _join(self, step: int) -> JoinedRows | None:
-        """The rows together, if they can take a step of so many tokens so."""
+    def _join(self, step: int) -> RowGroups | None:
+        """The rows in groups, if some can take a step of so many tokens together."""
         if not is_short(step) or set(self._spans) != {(0, step)}:
             return None
-        if self._joined is None and can_join(self._rows):
-            self._joined = JoinedRows(self._rows)
+        if self._joined is not None and not self._joined.make_room():
+            self._part()
+        if self._joined is None:
+            self._joined = RowGroups.of(self._rows)
+            if self._joined is not None:
+                self._joined.make_room()
         return self._joined
 
     def _part(self) -> None:
@@ -202,8 +205,8 @@ class BatchTurboQuantCache:
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep only these rows, in this order."""
         keep = [int(i) for i in batch_indices]
-        if self._joined is not None and keep:
-            self._joined.keep_only(keep)
+        if self._joined is not None and not (keep and self._joined.keep_only(keep)):
+            self._part()
         self._rows = [self._rows[i] for i in keep]
         self._left_padding = [self._left_padding[i] for i in keep]
         if self._remaining is not None:
@@ -291,13 +294,13 @@ class BatchTurboQuantCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows; pages that several of them hold count once for each."""
-        joined = [] if self._joined is None else self._joined.arrays.values()
+        joined = [] if self._joined is None else self._joined.buffers
         return sum(row.nbytes for row in self._rows) + sum(a.nbytes for a in joined)
 
     @property
     def state(self) -> list[Any]:
         """The rows' states; batches are evaluated, not saved."""
-        joined = [] if self._joined is None else list(self._joined.arrays.values())
+        joined = [] if self._joined is None else self._joined.buffers
         return [*joined, *(row.state for row in self._rows)]
 
     def __repr__(self) -> str:

@@ -10,11 +10,12 @@ Owns that buffer. When a row packs what is the row's own schedule's.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import mlx.core as mx
 
-from ..segments import CompressedBatch, PreparedSteps, RowTokens
+from ..batch_handles import CompressedBatch, RowTokens
+from ..segments import PreparedSteps
 from .layer import TurboQuantCache
 from .sliding import RotatingTurboQuantCache
 
@@ -23,41 +24,31 @@ _ROOM = 128
 _SIDES = ("keys", "values")
 
 
-def can_join(rows: Sequence[TurboQuantCache]) -> bool:
-    """Whether one launch can serve these rows: final codecs, the same in all.
+def kind_of(row: TurboQuantCache) -> Hashable | None:
+    """What rows that one launch can serve have in common; None for one that cannot be.
 
-    Rows that compute attention themselves, or that a backend takes one by one, cannot.
+    Such a row has its final codecs and a backend that takes several at once, and leaves
+    attention to it.
     """
-    kinds = set()
-    for row in rows:
-        if row.empty() or row.returns_arrays or not row._schedule.is_packing:
-            return False
-        choice = row.choice
-        if choice is None or not choice.backend.joins:
-            return False
-        keys = row._tokens.recent.arrays["keys"]
-        window = None
-        if isinstance(row, RotatingTurboQuantCache):
-            window = row.max_size, row.keep
-        kinds.add(
-            (
-                row._quantizers.kind,
-                id(choice.backend),
-                row.spec,
-                window,
-                keys.shape[:2],
-                keys.dtype,
-            )
-        )
-    return len(kinds) == 1 and next(iter(kinds))[4][0] == 1
+    if row.empty() or row.returns_arrays or not row._schedule.is_packing:
+        return None
+    backend = row._quantizers.choice.backend
+    keys = row._tokens.recent.arrays["keys"]
+    if not backend.joins or keys.shape[0] != 1:
+        return None
+    window = None
+    if isinstance(row, RotatingTurboQuantCache):
+        window = row.max_size, row.keep
+    spec, kind = row.spec, row._quantizers.kind
+    return kind, id(backend), spec, window, keys.shape[1], keys.dtype
 
 
 class JoinedRows:
     """Rows that take their steps together.
 
     Args:
-        rows: The sequences' caches, for which `can_join` holds. Their recent tokens
-            are here until `part`.
+        rows: The sequences' caches, of one `kind_of`. Their recent tokens are here
+            until `part`.
     """
 
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 from helpers import in_tile_order
 
 import mlx_turboquant as tq
+from mlx_turboquant.batch_handles import CompressedBatch
 from mlx_turboquant.quantizer import PageMeans
-from mlx_turboquant.segments import CompressedBatch, PreparedSteps
+from mlx_turboquant.segments import PreparedSteps
 from mlx_turboquant.tokens import TILE, TokenArrays
 
 HEADS, SPARE_PAGES = 2, 3

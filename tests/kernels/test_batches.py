@@ -15,7 +15,8 @@ from mlx_turboquant.backends import decode_step
 from mlx_turboquant.backends.call import AttendCall, BatchCall
 from mlx_turboquant.backends.gpu import MAX_STEP, Gpu
 from mlx_turboquant.backends.reference import Reference
-from mlx_turboquant.segments import CompressedBatch, PreparedSteps
+from mlx_turboquant.batch_handles import CompressedBatch
+from mlx_turboquant.segments import PreparedSteps
 
 TOLERANCE = 4e-3
 

@@ -8,7 +8,7 @@ import mlx_turboquant as tq
 from mlx_turboquant.backends.code_launches import materialize_launch, order_launch
 from mlx_turboquant.backends.specialize import placeholder
 from mlx_turboquant.codecs import codec_for
-from mlx_turboquant.kernels.arguments import pack
+from mlx_turboquant.kernels.arguments import pack, pack_bytes
 from mlx_turboquant.kernels.codes import MaterializeArguments, OrderArguments
 from mlx_turboquant.tiles import tile_layout
 from mlx_turboquant.tokens import TokenArrays
@@ -85,7 +85,14 @@ def check_decode(launcher, spec, dim, side, tokens, dtype=mx.float32):
         arguments = MaterializeArguments(0, tokens, 0, count, heads.start, 3, 2, 1)
         dtypes = mx.float32, dtype
         launch = materialize_launch(layout, dtypes, arguments, False, False)
-        inputs = [words, scales, pack(codes.tiles), params, *none, placeholder()]
+        inputs = [
+            words,
+            scales,
+            pack_bytes(codes.tiles.tobytes()),
+            params,
+            *none,
+            placeholder(),
+        ]
         (got,) = launcher(launch, [*inputs, pack(arguments)])
         want = codec.decode(codes, dtype, heads)
         assert got.shape == want.shape == (2, count, tokens, dim)

@@ -79,7 +79,8 @@ class RowGroups:
         for i in self._alone:
             own = slice(i, i + 1)
             k, v = self._rows[i].update_and_fetch(keys[own], values[own])
-            assert isinstance(k, CompressedTokens) and isinstance(v, CompressedTokens)
+            assert isinstance(k, CompressedTokens)
+            assert isinstance(v, CompressedTokens)
             self._stepped.append((k, v))
         return self.compressed()
 

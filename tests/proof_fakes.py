@@ -120,7 +120,7 @@ def wrong_arrays():
 
 
 class Tunable(Fake):
-    """Takes a third of the time with one simdgroup; attention is right, where checked.
+    """Takes a third of the time with few_tokens 128; attention is right where checked.
 
     Args:
         happens: As `Fake` takes it, with the tuning as the last argument.
@@ -137,7 +137,7 @@ class Tunable(Fake):
         if call.keys.shape[1] != 1:  # a check's
             return super().attend(call)
         x = mx.ones((128, 128))
-        for turn in range(1 if self.tuning.simdgroups == 1 else 3):
+        for turn in range(1 if self.tuning.few_tokens == 128 else 3):
             x = (x @ x) * (call.q.sum().astype(mx.float32) * 1e-9 + turn)
         return self.happens(call.q + 0 * x[0, 0].astype(call.q.dtype), call)
 
@@ -151,7 +151,7 @@ def tuned_is_wrong():
 
     def wrong(out, call, tuning):
         many = call.keys.shape[1] > 1
-        return out * (1.01 if many and tuning.simdgroups else 1)
+        return out * (1.01 if many and tuning.few_tokens else 1)
 
     return Tunable(wrong)
 

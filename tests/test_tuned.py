@@ -46,7 +46,7 @@ def test_what_is_fastest_is_checked_and_kept(verdicts):
     verdicts.write(KEY.digest, PROVED)
     verdict = tune(verdicts, "tunable")
     (found,) = verdict.tuned
-    assert found.tuning.simdgroups == 1, found
+    assert found.tuning.few_tokens == 128, found
     assert found.heads == (1, 2)
     for base, best in found.us.values():
         assert best < 0.8 * base
@@ -212,9 +212,11 @@ def test_doctor_tunes(machine, verdicts, monkeypatch):
     assert "tuning k3v2, a few seconds for each of 1..." in done.output
     line = r"^kernels for turboquant:3 and turboquant:2.*: ok .*33 checks"
     assert re.search(line, done.output, re.M)
-    line = r"^  tuned for 1 KV heads of 2 rows: simdgroups 1.*\dx at 4096, .* tried in"
+    line = (
+        r"^  tuned for 1 KV heads of 2 rows: few_tokens 128.*\dx at 4096, .* tried in"
+    )
     assert re.search(line, done.output, re.M), done.output
-    assert ledger.look(key_of(gpu)).tuned[0].tuning.simdgroups == 1
+    assert ledger.look(key_of(gpu)).tuned[0].tuning.few_tokens == 128
     monkeypatch.setattr(select, "gpu_backend", lambda: None)
     for wrong, words in (
         (["--tune"], "--tune needs a GPU"),

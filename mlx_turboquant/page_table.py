@@ -17,6 +17,9 @@ from .pages import PagePool, Runs, runs_of
 from .tiles import TileLayout
 from .tokens import TILE, Places, TokenArrays
 
+#: Pages that have moved: where they were, and where in another pool they are.
+Moved = dict[tuple[PagePool, int], int]
+
 
 class PageTable:
     """One sequence's pages.
@@ -102,6 +105,8 @@ class PageTable:
         page = self.pool.page
         self.means = min(self.means, -(-tokens // page))
         needed = max(self.means, -(-self.length // page))
+        if not self.length:
+            self._layouts.clear()
         self._forget(slice(needed, None))
 
     def drop_first(self, count: int) -> None:
@@ -116,14 +121,26 @@ class PageTable:
         if self.is_alone:
             self.move_to(PagePool(self.pool.page))
 
-    def move_to(self, pool: PagePool) -> None:
-        """Hold the same in another pool of the same codecs and shape."""
+    def move_to(self, pool: PagePool, moved: Moved | None = None) -> None:
+        """Hold the same in another pool of the same codecs and shape.
+
+        Args:
+            pool: The other pool.
+            moved: Where pages of sequences that moved before are now: those that they
+                share stay shared. More are added.
+        """
         if pool is self.pool:
             return
+        moved = {} if moved is None else moved
         old, pages, runs = self.pool, self.pages, self.runs
-        self.pool, self.pages = pool, pool.take(len(pages))
+        new = [page for page in pages if (old, page) not in moved]
+        known = [moved[old, page] for page in pages if (old, page) in moved]
+        places = pool.take(len(new))
+        pool.copy_from(old, new, places)
+        pool.hold(tuple(runs_of(known)))
+        moved.update(zip(((old, page) for page in new), places, strict=True))
+        self.pool, self.pages = pool, [moved[old, page] for page in pages]
         self._runs = None
-        pool.copy_from(old, pages, self.pages)
         old.release(runs)
 
     def rewrite(self, sides: Mapping[Side, TokenArrays]) -> None:
@@ -144,6 +161,7 @@ class PageTable:
             del self.pages[some]
             self._runs = None
             self.pool.release(tuple(runs_of(gone)))
+            self.pool.shrink()
 
     @property
     def runs(self) -> Runs:

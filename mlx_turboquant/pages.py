@@ -52,7 +52,7 @@ class PagePool:
         self.groups: dict[str, Arrays] = {}
         self._rows_of_page: dict[str, int] = {}
         self._holders: npt.NDArray[np.int32] = np.zeros(0, np.int32)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         # Pages of sequences that are gone. Python may collect them at any moment, also
         # in the middle of `take`.
         self._left_behind: deque[Runs] = deque()
@@ -91,7 +91,7 @@ class PagePool:
             count: How many.
             behind: The page that the first should follow.
         """
-        self._collect()
+        self.shrink()
         with self._lock:
             free: list[int] = np.flatnonzero(self._holders == 0).tolist()
             pages = _run_of(free, count, behind)
@@ -111,9 +111,7 @@ class PagePool:
                 self._holders[start:stop] += 1
 
     def release(self, runs: Runs) -> None:
-        """A sequence holds these runs of pages no more."""
-        if not runs:
-            return
+        """A sequence holds these runs of pages no more; see `shrink`."""
         with self._lock:
             for start, stop in runs:
                 self._holders[start:stop] -= 1
@@ -121,6 +119,14 @@ class PagePool:
                 self._poison(
                     [p for run in runs for p in range(*run) if not self._holders[p]]
                 )
+
+    def shrink(self) -> None:
+        """Give the end back if much of it is free.
+
+        For those who write to the pool: arrays that are made here belong to the thread.
+        """
+        self._collect()
+        with self._lock:
             used = _behind_last(self._holders)
             if self.capacity >= _SHRINKS_FROM and used <= self.capacity // 2:
                 self._resize(used)
@@ -130,8 +136,9 @@ class PagePool:
         self._left_behind.append(runs)
 
     def _collect(self) -> None:
-        while self._left_behind:
-            self.release(self._left_behind.popleft())
+        with self._lock:
+            while self._left_behind:
+                self.release(self._left_behind.popleft())
 
     def write(
         self,
@@ -150,12 +157,13 @@ class PagePool:
             first: Rows of the first of these pages that stay as they are.
             of_page: Rows of a page, the same for all arrays of a group.
         """
-        self._rows_of_page[group] = of_page
-        for name, array in rows.items():
-            buffer, at = self._buffer(group, name, array), 0
-            for low, high in self._spans(group, pages, first, array.shape[2]):
-                buffer[:, :, low:high] = array[:, :, at : at + high - low]
-                at += high - low
+        with self._lock:
+            self._rows_of_page[group] = of_page
+            for name, array in rows.items():
+                buffer, at = self._buffer(group, name, array), 0
+                for low, high in self._spans(group, pages, first, array.shape[2]):
+                    buffer[:, :, low:high] = array[:, :, at : at + high - low]
+                    at += high - low
 
     def rows(
         self,
@@ -254,9 +262,10 @@ class PagePool:
 
 
 class PoolShelf:
-    """The pools of one layer of a model, by what fits their pages.
+    """The pools of one layer of a model, by what fits their pages and by thread.
 
-    A pool is there as long as a sequence holds pages of it.
+    A pool is there as long as a sequence holds pages of it. Threads have pools of their
+    own: what MLX has not computed yet belongs to the thread that asked for it.
     """
 
     def __init__(self) -> None:
@@ -266,9 +275,10 @@ class PoolShelf:
 
     def pool_for(self, kind: Hashable, page: int) -> PagePool:
         """The pool of pages of a kind, each of so many tokens."""
-        pool = self._pools.get((kind, page))
+        key = kind, page, threading.get_ident()
+        pool = self._pools.get(key)
         if pool is None:
-            pool = self._pools[kind, page] = PagePool(page)
+            pool = self._pools[key] = PagePool(page)
         return pool
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolShelf:

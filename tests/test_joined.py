@@ -1,6 +1,7 @@
 """Batches whose steps are taken together, and caches that hold the same pages."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import pytest
@@ -285,3 +286,65 @@ def test_a_prompt_cache_forks_with_its_records(tiny):
 @pytest.fixture
 def tiny():
     return tiny_model()
+
+
+def test_a_row_without_a_page_stays_with_the_others():
+    """It packs its first page among them, whose pool is not its shelf's."""
+    long, short = grown(0, 300), grown(1, 50)
+    for cache in (long, short):
+        cache.share_pages(PoolShelf())
+    short.trim(25)
+    singles = [long.fork(), short.fork()]
+    batch = tq.BatchTurboQuantCache.merge([long, short])
+    got, inputs = steps_of(batch, 30, 1)
+    same(got, alone(singles, inputs))
+    assert batch._rows[1].packed_length > 0
+    assert len({row._tokens.table.pool for row in batch._rows}) == 1
+
+
+def test_windows_that_let_go_of_a_pool_stay_together():
+    singles = [grown(0, 180, windows), grown(1, 50, windows)]
+    singles[1].trim(25)
+    batch = tq.BatchTurboQuantCache([cache.fork() for cache in singles])
+    got, inputs = steps_of(batch, 60, 1)
+    same(got, alone(singles, inputs))
+    assert len({row._tokens.table.pool for row in batch._rows}) == 1
+
+
+def test_forks_share_pages_after_they_moved():
+    cache = grown(0, 300)
+    pages = len(cache._tokens.table.pages)
+    rows = [cache.fork() for _ in range(3)] + [grown(1, 600)]
+    batch = tq.BatchTurboQuantCache(rows)
+    steps_of(batch, 1, 1)
+    pool = batch._rows[0]._tokens.table.pool
+    assert pool.held == pages + len(batch._rows[3]._tokens.table.pages)
+    assert all(row._tokens.table.shared_pages == pages for row in batch._rows[:3])
+
+
+def test_sizes_may_be_read_on_other_threads(monkeypatch):
+    """What is made of arrays there belongs to that thread: nothing is made there."""
+    monkeypatch.setattr(PagePool, "poisons", False)  # which writes wherever it is
+    shelf = PoolShelf()
+    kept, gone = tq.TurboQuantCache(SPEC), tq.TurboQuantCache(SPEC)
+    for cache, count in ((kept, 200), (gone, 3000)):
+        cache.share_pages(shelf)
+        feed(cache, *text(count, count), "causal")
+    del cache, gone
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: kept.nbytes).result() == kept.nbytes
+    feed(kept, *text(60, 5), "causal")
+    assert kept._tokens.table.pool.capacity < 64
+
+
+def test_threads_have_pools_of_their_own():
+    shelf = PoolShelf()
+
+    def run(seed):
+        cache = tq.TurboQuantCache(SPEC)
+        cache.share_pages(shelf)
+        with mx.stream(mx.new_thread_local_stream(mx.cpu)):
+            return mx.sum(feed(cache, *text(500, seed), "causal")).item()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert len(list(pool.map(run, range(6)))) == 6

@@ -95,13 +95,12 @@ class BatchTurboQuantCache:
         """The rows in groups, if some can take a step of so many tokens together."""
         if not is_short(step) or set(self._spans) != {(0, step)}:
             return None
-        if self._joined is not None and not self._joined.make_room():
-            self._part()
-        if self._joined is None:
-            self._joined = RowGroups.of(self._rows)
-            if self._joined is not None:
-                self._joined.make_room()
-        return self._joined
+        joined = self._joined or RowGroups.of(self._rows)
+        # What a row packs may change who can join it, once.
+        while joined is not None and not joined.make_room():
+            joined = RowGroups.of(joined.part())
+        self._joined = joined
+        return joined
 
     def _part(self) -> None:
         """Rows go on alone."""

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Sequence
 import mlx.core as mx
 
 from ..batch_handles import CompressedBatch, RowTokens
+from ..page_table import Moved
 from ..segments import PreparedSteps
 from .layer import TurboQuantCache
 from .sliding import RotatingTurboQuantCache
@@ -54,10 +55,6 @@ class JoinedRows:
     def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
         self.rows = list(rows)
         self._backend = rows[0]._quantizers.choice.backend
-        pools = [row._tokens.table.pool for row in rows]
-        largest = max(pools, key=lambda pool: pool.held)
-        for row in rows:
-            row.move_to(largest)
         self._step = 0
         self._recent: dict[str, mx.array] = {}
         self._lasting, self._sinks = PreparedSteps(), [r._tokens.sink for r in rows]
@@ -93,6 +90,12 @@ class JoinedRows:
 
     def _changed(self) -> None:
         """Codes, members or places in the buffer are not what they were."""
+        # A row that packed its first page, or forgot a window's, may have left.
+        pools = (row._tokens.table.pool for row in self.rows)
+        largest = max(pools, key=lambda pool: pool.held)
+        moved: Moved = {}
+        for row in self.rows:
+            row.move_to(largest, moved)
         self._prepared = PreparedSteps()
         self._seen = [row._prepared for row in self.rows]
         self._tokens = [_tokens_of(row) for row in self.rows]

@@ -26,6 +26,7 @@ from ..backends.reference import Reference
 from ..backends.select import Choice
 from ..errors import UnsupportedError
 from ..pacing import PACED_TOKENS, pace
+from ..page_table import Moved
 from ..pages import PagePool, PoolShelf
 from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
@@ -52,6 +53,8 @@ class TurboQuantCache(SequenceCache):
 
     #: `BatchTurboQuantCache`s as mlx-lm and mlx-vlm ask for them; set there.
     merge: ClassVar[Callable[..., Any]]
+    #: Where other caches of its layer have their codes, if they do.
+    _shelf: PoolShelf | None = None
     to_batch: ClassVar[Callable[..., Any]]
 
     def __init__(
@@ -64,7 +67,6 @@ class TurboQuantCache(SequenceCache):
         self._start(CacheSpec.parse(spec), slot)
 
     def _start(self, spec: CacheSpec, slot: LayerSlot | None = None) -> None:
-        self._shelf: PoolShelf | None = None
         if slot is None and spec.adaptive:
             slot = LayerSlot(BitAllocator(spec, [None]), 0)
         self._requested_spec, self._slot = spec, slot
@@ -193,9 +195,8 @@ class TurboQuantCache(SequenceCache):
             return
         changed = self._quantizers.reconsider(tokens)
         if self._shelf is not None and (changed or not schedule.packed):
-            shape = pending["keys"].shape[:2]
-            kind = self._quantizers.kind, *shape
-            self.move_to(self._shelf.pool_for(kind, self.spec.page))
+            kind = self._quantizers.kind, *pending["keys"].shape[:2]
+            self.move_to(self._shelf.pool_for(kind, self.spec.page), {})
         count = schedule.tokens_due(self.offset)
         first, start = tokens.packed_length, 0
         if not first and not tokens.sink:
@@ -221,10 +222,10 @@ class TurboQuantCache(SequenceCache):
     def make_room(self) -> None:
         """Forget what the next step cannot see: nothing."""
 
-    def move_to(self, pool: PagePool) -> None:
-        """Keep codes in this pool, whose pages are of the same codecs and shape."""
+    def move_to(self, pool: PagePool, moved: Moved) -> None:
+        """Keep codes in this pool, as `PageTable.move_to`."""
         if pool is not self._tokens.table.pool:
-            self._tokens.move_to(pool)
+            self._tokens.move_to(pool, moved)
             self._prepared = PreparedSteps()
 
     def share_pages(self, shelf: PoolShelf) -> None:

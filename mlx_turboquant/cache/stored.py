@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..codecs.base import Side
-from ..page_table import PageTable
+from ..page_table import Moved, PageTable
 from ..pages import PagePool
 from ..quantizer import Quantizer, Sides
 from ..segments import CompressedTokens, PreparedSteps, QueryObserver
@@ -49,9 +49,9 @@ class StoredTokens:
         self.recent = TokenArrays(growth=recent_growth)
         self._codes_changed()
 
-    def move_to(self, pool: PagePool) -> None:
-        """Keep codes in another pool, whose pages are of the same codecs and shape."""
-        self.table.move_to(pool)
+    def move_to(self, pool: PagePool, moved: Moved) -> None:
+        """As `PageTable.move_to`."""
+        self.table.move_to(pool, moved)
         self._codes_changed()
 
     def _codes_changed(self) -> None:

@@ -16,8 +16,9 @@ from ..pages import PagePool
 def held_nbytes(caches: Iterable[Any]) -> int:
     """Bytes of layers' caches of any kinds, which may be of many conversations.
 
-    A page that several of them hold counts once, also if others hold it, too. Caches of
-    other classes count what they say of themselves.
+    A page that several of them hold counts once, also if others hold it, too; what is
+    free in their pools counts as theirs. Caches of other classes count what they say of
+    themselves.
 
     Args:
         caches: The caches, no batches of them.
@@ -29,11 +30,11 @@ def held_nbytes(caches: Iterable[Any]) -> int:
         if not isinstance(cache, TurboQuantCache):
             continue
         table = cache._tokens.table
-        pages = held.setdefault(table.pool, np.zeros(0, np.bool_))
-        if pages.size < table.pool.capacity:
-            held[table.pool] = np.pad(pages, (0, table.pool.capacity - pages.size))
+        total -= table.nbytes
+        pages = held.setdefault(table.pool, np.zeros(table.pool.capacity, np.bool_))
         for start, stop in table.runs:
-            again = int(np.count_nonzero(held[table.pool][start:stop]))
-            total -= again * table.pool.page_nbytes
-            held[table.pool][start:stop] = True
+            pages[start:stop] = True
+    for pool, pages in held.items():
+        free = pool.capacity - pool.held
+        total += (int(np.count_nonzero(pages)) + free) * pool.page_nbytes
     return total

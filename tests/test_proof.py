@@ -212,18 +212,6 @@ def test_what_failed_is_said_once_and_not_tried_again(verdicts, counted):
     assert Ledger(verdicts).standing(KEY) is None
 
 
-def test_a_stale_mark_counts_as_a_crash(verdicts, counted):
-    verdicts.write(KEY.digest, Verdict("running", "x", when=time.time() - 61))
-    ledger = Ledger(verdicts)
-    assert ledger.standing(KEY) is None
-    ledger.start(KEY, job("right"))
-    (verdict,) = ledger.wait()
-    assert verdict.status == "crash"
-    assert "did not come to its end" in verdict.reason
-    assert not counted
-    assert verdicts.read(KEY.digest) == verdict
-
-
 RUBBISH = [
     b"",
     b"\xff\xfe",

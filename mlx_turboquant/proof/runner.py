@@ -79,6 +79,8 @@ def run(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=words,
+                # Ctrl-C is this process's: it would look like a crash of kernels.
+                start_new_session=True,
                 # What this process imports, the child finds.
                 env={
                     **os.environ,
@@ -98,9 +100,11 @@ def run(
                 state.take(line)
         except TimeoutError:
             hung = True
+            child.kill()
+        except BaseException:  # Ctrl-C too, which the child knows nothing of
+            child.kill()
+            raise
         finally:
-            if hung:
-                child.kill()
             code = _code_of(child)
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:

@@ -1,8 +1,8 @@
 """`Verdict`s on disk: one small JSON file for each key, in the user's cache folder.
 
 Files are written beside and renamed. A ``running`` mark is a verdict too: whoever
-writes it holds the folder's lock and replaces it; a mark whose writer is gone is that
-of a check that took its process or the machine with it. What is no verdict is ignored.
+writes it holds the folder's lock and replaces it; what a mark whose writer is gone says
+is `mark`'s. What is no verdict is ignored.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..atomic import replacing
+from .mark import Mark
 from .tuned import Tuned
 
 RUNNING, OK = "running", "ok"
@@ -25,6 +26,12 @@ RUNNING, OK = "running", "ok"
 TUNER_LOG = ".tuner.log"
 #: What a check can end in. compile: a kernel could not be built or launched.
 STATUSES = (RUNNING, OK, "wrong", "compile", "crash", "hang")
+#: Seconds between two looks at a lock that another process holds.
+_PAUSE = 0.05
+
+
+class BusyError(Exception):
+    """Another process holds the lock, and this one does not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class Verdict:
         facts: What was found of the hardware, by name.
         log: Path of the log; "" if there is none.
         tuned: What tuners found, each for other heads.
+        mark: Of a check that is under way.
     """
 
     status: str
@@ -54,6 +62,7 @@ class Verdict:
     facts: dict[str, str] = field(default_factory=dict)
     log: str = ""
     tuned: tuple[Tuned, ...] = ()
+    mark: Mark | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -134,15 +143,27 @@ class Store:
         return len(paths)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, gives_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Held by one process at a time; others wait, and a dead one's is free.
 
+        Args:
+            gives_up: Asked while another process holds it, again and again: a system
+                call that waits could not be left when this process ends.
+
         Raises:
+            BusyError: if it is held and not to be waited for.
             OSError: if the folder cannot be written to.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if gives_up():
+                        raise BusyError("another process checks kernels") from None
+                time.sleep(_PAUSE)
             yield
 
 
@@ -161,6 +182,7 @@ def _read(path: Path) -> Verdict | None:
             log=str(found["log"]),
             # Younger than the rest: older files are without.
             tuned=tuple(Tuned.of(one) for one in found.get("tuned", ())),
+            mark=Mark.of(found.get("mark")),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -13,7 +13,7 @@ import warnings
 import pytest
 from helpers import ROOT
 
-from mlx_turboquant.proof import runner, store
+from mlx_turboquant.proof import runner
 from mlx_turboquant.proof.key import Key, Subject, system_build, text_hash
 from mlx_turboquant.proof.ledger import Ledger
 from mlx_turboquant.proof.runner import CannotRunError, Job
@@ -110,18 +110,6 @@ def test_the_texts_and_the_system_are_in_the_key(tmp_path, monkeypatch):
     assert system_build(build) == "24F74"
     build.write_bytes(b"rubbish")
     assert system_build(build) == os.uname().version
-
-
-def test_where_verdicts_are(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert str(store.cache_folder()) == "/x/mlx_turboquant/proofs"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/a")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    home = "/home/a/Library/Caches/mlx_turboquant/proofs"
-    assert str(store.cache_folder()) == home
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert str(store.cache_folder()) == "/home/a/.cache/mlx_turboquant/proofs"
 
 
 def test_two_ledgers_check_once_and_a_third_reads(verdicts, counted):

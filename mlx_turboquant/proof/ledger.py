@@ -211,6 +211,9 @@ class Ledger:
                 self._known[key.digest] = verdict
         except CannotRunError as error:
             self._known[key.digest] = Verdict(UNKNOWN, str(job.subject), str(error))
+        except Exception as error:  # a mistake of ours must not be waited for for ever
+            reason = f"{type(error).__name__}: {error}"
+            self._known[key.digest] = Verdict(UNKNOWN, str(job.subject), reason)
         finally:
             over.set()
 
@@ -234,13 +237,16 @@ class Ledger:
                     attempt = left.attempt + 1
                 mark = Mark(this_boot(), attempt)
                 store.write(digest, Verdict(RUNNING, str(job.subject), mark=mark))
-                verdict = None
+                is_kept = False
                 try:
                     verdict = self._in_child(job, store.path(digest, "log"))
                     if verdict is not None:
-                        store.write(digest, verdict)
+                        # A disk that is full by now costs others a check, not this one.
+                        with contextlib.suppress(OSError):
+                            store.write(digest, verdict)
+                            is_kept = True
                 finally:
-                    if verdict is None:
+                    if not is_kept:
                         store.drop(digest)
                 return verdict
         except BusyError:

@@ -7,9 +7,10 @@ it, so that a crash or a hang shows where.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import select as sockets
+import selectors
 import subprocess
 import sys
 import time
@@ -70,9 +71,13 @@ def run(
     Raises:
         CannotRunError: if the child could not be started, or did not come to a check.
     """
+    if not sys.executable or getattr(sys, "frozen", False):
+        # It would be the app itself that starts again.
+        raise CannotRunError("this app has no Python of its own to start")
     start = time.monotonic()
     state = _Progress()
-    with open(log or os.devnull, "wb") as words:
+    # Nothing is held back: it would fail once more when it is closed.
+    with open(log or os.devnull, "wb", buffering=0) as words:
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", _CHILD],
@@ -81,11 +86,7 @@ def run(
                 stderr=words,
                 # Ctrl-C is this process's: it would look like a crash of kernels.
                 start_new_session=True,
-                # What this process imports, the child finds.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                },
+                env=_environment(),
             )
         except (OSError, ValueError) as error:
             raise CannotRunError(f"no process can be started here ({error})") from error
@@ -95,8 +96,10 @@ def run(
             _tell(child, json.dumps(asdict(job)))
             assert child.stdout is not None
             for line in _lines(child.stdout, patience):
-                words.write(line + b"\n")
-                words.flush()
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk says nothing of kernels
+                    words.write(line + b"\n")
                 state.take(line)
         except TimeoutError:
             hung = True
@@ -162,6 +165,20 @@ class _Progress:
             self.end = (message["status"], message["reason"])
 
 
+def _environment() -> dict[str, str]:
+    """Of a child: what this process imports it finds, and no more."""
+    package = str(Path(__file__).parents[2])
+    return {
+        **os.environ,
+        # "" is the current folder, where a json.py may lie about; this package is last,
+        # in case that it was found there.
+        "PYTHONPATH": os.pathsep.join([*filter(None, map(str, sys.path)), package]),
+        "PYTHONSAFEPATH": "1",
+        # It makes the kernels itself; should anything there ask, no proof begins.
+        "MLX_TQ_BACKEND": "reference",
+    }
+
+
 def _code_of(child: subprocess.Popen[bytes]) -> int:
     """How a child ended that has closed its end of the pipe, or is killed."""
     try:
@@ -187,12 +204,14 @@ def _lines(pipe: IO[bytes], patience: float) -> Iterator[bytes]:
         TimeoutError: if nothing comes for so many seconds.
     """
     rest = b""
-    while True:
-        ready, _, _ = sockets.select([pipe], [], [], patience)
-        if not ready:
-            raise TimeoutError
-        got = os.read(pipe.fileno(), 1 << 16)
-        if not got:
-            return
-        *lines, rest = (rest + got).split(b"\n")
-        yield from lines
+    # Not `select`, which takes no file number above 1,023.
+    with selectors.DefaultSelector() as ready:
+        ready.register(pipe, selectors.EVENT_READ)
+        while True:
+            if not ready.select(patience):
+                raise TimeoutError
+            got = os.read(pipe.fileno(), 1 << 16)
+            if not got:
+                return
+            *lines, rest = (rest + got).split(b"\n")
+            yield from lines

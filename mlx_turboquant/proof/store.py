@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,7 @@ from pathlib import Path
 
 from ..atomic import replacing
 from .mark import Mark
+from .place import cache_folder
 from .tuned import Tuned
 
 RUNNING, OK = "running", "ok"
@@ -80,17 +79,6 @@ class Verdict:
         return text
 
 
-def cache_folder() -> Path:
-    """The user's folder for verdicts; it may not exist."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if given:
-        base = Path(given)
-    else:
-        home = Path(os.path.expanduser("~"))
-        base = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "mlx_turboquant" / "proofs"
-
-
 class Store:
     """The verdicts in a folder.
 
@@ -105,6 +93,10 @@ class Store:
         """Of a key's verdict, or of its log."""
         return self.folder / f"{digest}.{suffix}"
 
+    def _make_folder(self) -> None:
+        # For this user alone: kernels are used by what is in it.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def read(self, digest: str) -> Verdict | None:
         """A key's verdict, which may be a running mark; None if there is none."""
         return _read(self.path(digest))
@@ -115,7 +107,7 @@ class Store:
         Raises:
             OSError: if the folder cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with replacing(self.path(digest)) as path:
             path.write_text(json.dumps(asdict(verdict), indent=1) + "\n")
 
@@ -154,7 +146,7 @@ class Store:
             BusyError: if it is held and not to be waited for.
             OSError: if the folder cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with (self.folder / "lock").open("a") as file:
             while True:
                 try:

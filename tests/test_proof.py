@@ -50,11 +50,15 @@ FAULTS = {
 @pytest.mark.parametrize("fake", FAULTS)
 def test_what_becomes_of_kernels(fake, tmp_path):
     status, reason = FAULTS[fake]
-    verdict = runner.run(job(fake), tmp_path / "log")
+    told = []
+    verdict = runner.run(
+        job(fake), tmp_path / "log", on_check=lambda *numbers: told.append(numbers)
+    )
     assert verdict.status == status, verdict
     assert re.search(reason, verdict.reason), verdict.reason
     if status == "ok":
         assert verdict.checks == 33
+        assert sorted(set(told)) == [(n, 33) for n in range(34)]
         assert set(verdict.errors) >= {"probe", "attention", "encode", "materialize"}
     if status == "compile":
         assert "error: no such identifier" in (tmp_path / "log").read_text()

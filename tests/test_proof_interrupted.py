@@ -68,7 +68,7 @@ def test_ctrl_c_blames_no_kernel(verdicts):
 def test_ctrl_c_in_a_shell_lets_it_be_checked_later(verdicts, monkeypatch):
     started = threading.Event()
 
-    def run(job, log, patience, on_start):
+    def run(job, log, patience, on_start, on_check):
         class Child:
             killed = threading.Event()
 

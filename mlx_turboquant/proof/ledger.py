@@ -52,6 +52,8 @@ class Ledger:
         self._checks: dict[str, threading.Event] = {}
         self._child: subprocess.Popen[bytes] | None = None
         self._ended = False
+        #: Of the check that is under way: its subject, checks that passed, of how many.
+        self.progress = ("", 0, 0)
         self._guard = threading.Lock()
         # One child at a time, also where no file can be locked.
         self._turn = threading.Lock()
@@ -106,10 +108,16 @@ class Ledger:
             tuned = made.tuned
             if not made.is_ok:
                 tuned = (Tuned(heads, reason=f"{made.status}: {made.reason}"),)
+            # A step that was off meanwhile has the last word.
+            found = self._known[digest]
+            if not found.is_ok:
+                return found
             others = tuple(one for one in found.tuned if one.heads != heads)
             found = self._known[digest] = replace(found, tuned=(*others, *tuned))
-            if log is not None:
-                self.store.write(digest, found)
+            stored = self.store.read(digest)
+            if log is not None and (stored is None or stored.is_ok):
+                with contextlib.suppress(OSError):  # a full disk: for this process
+                    self.store.write(digest, found)
         return found
 
     def found(self, digest: str) -> Verdict | None:
@@ -123,18 +131,21 @@ class Ledger:
             return
         wrong = replace(proved, status="wrong", reason=reason, when=time.time())
         self._known[digest] = wrong
-        with contextlib.suppress(OSError), self.store.lock():
-            self.store.write(digest, wrong)
         self._tell(digest, wrong)
+        # Without the lock, which another process may hold for a minute and more: files
+        # are renamed, and there is no mark of a key that has a verdict.
+        with contextlib.suppress(OSError):
+            self.store.write(digest, wrong)
 
     def forget(self) -> int:
         """Forget every verdict, so that kernels are checked anew; returns how many.
 
         Raises:
+            BusyError: if another process checks kernels.
             OSError: if the folder cannot be written to.
         """
-        count = self.store.forget()
         self.wait()
+        count = self.store.forget()
         with self._guard:
             self._known.clear()
             self._told.clear()
@@ -263,10 +274,14 @@ class Ledger:
                 if self._ended:
                     child.kill()
 
+        def progress(passed: int, checks: int) -> None:
+            self.progress = (str(job.subject), passed, checks)
+
         if self._ended:
             return None
+        progress(0, 0)
         try:
-            verdict = runner.run(job, log, self._patience, remember)
+            verdict = runner.run(job, log, self._patience, remember, progress)
         except CannotRunError:
             if self._ended:
                 return None

@@ -59,6 +59,7 @@ def run(
     log: Path | None,
     patience: float = PATIENCE,
     on_start: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+    on_check: Callable[[int, int], None] = lambda passed, checks: None,
 ) -> Verdict:
     """Check kernels in a child process, to the end or to the first failure.
 
@@ -67,6 +68,7 @@ def run(
         log: Where the child's words go, errors in full; None for nowhere.
         patience: Seconds that a check may take.
         on_start: Called with the child.
+        on_check: Called with how many checks have passed, and of how many.
 
     Raises:
         CannotRunError: if the child could not be started, or did not come to a check.
@@ -101,6 +103,8 @@ def run(
                 ):  # a full disk says nothing of kernels
                     words.write(line + b"\n")
                 state.take(line)
+                if state.checks:
+                    on_check(state.passed, state.checks)
         except TimeoutError:
             hung = True
             child.kill()
@@ -139,6 +143,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self.started, self.current, self.passed = False, "", 0
+        self.checks = 0
         self.errors: dict[str, float] = {}
         self.facts: dict[str, str] = {}
         self.end = ("", "")
@@ -153,6 +158,8 @@ class _Progress:
             return
         if event == "check":
             self.started, self.current = True, message["name"]
+        elif event == "checks":
+            self.checks = message["number"]
         elif event == "fact":
             self.facts[message["name"]] = message["found"]
         elif event == "passed":

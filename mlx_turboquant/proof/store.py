@@ -125,13 +125,17 @@ class Store:
         """Forget every verdict and its log; returns how many verdicts there were.
 
         Raises:
+            BusyError: if another process holds the lock.
             OSError: if the folder cannot be written to.
         """
         paths = [p for p in self.folder.glob("*.json") if _read(p) is not None]
-        for path in paths:
-            path.unlink()
-            for suffix in (".log", TUNER_LOG):
-                path.with_suffix(suffix).unlink(missing_ok=True)
+        if not paths:
+            return 0
+        with self.lock(lambda: True):
+            for path in paths:
+                path.unlink(missing_ok=True)
+                for suffix in (".log", TUNER_LOG):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
         return len(paths)
 
     @contextlib.contextmanager

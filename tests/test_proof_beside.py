@@ -103,10 +103,11 @@ def test_how_far_is_said_in_place(is_terminal, monkeypatch, capsys):
     def wait(say, show):
         say("Checking")
         show("kind: check 3 of 34")
-        show("kind: check 4 of 34")
+        show("kind: check 4 of 34, and more")
         say("kind: ok")
 
     monkeypatch.setattr(proofs, "wait", wait)
+    monkeypatch.setenv("COLUMNS", str(len("kind: check 3 of 34") + 1))
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
     progress.wait_for_proofs()
     said = capsys.readouterr().err

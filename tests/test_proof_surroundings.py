@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -84,15 +85,20 @@ def test_an_error_of_ours_is_said_and_not_waited_for(verdicts, monkeypatch):
     assert verdicts.read(KEY.digest) is None
 
 
-def test_a_pipe_with_a_high_number_is_read(monkeypatch):
+def test_a_pipe_with_a_high_number_is_read():
     """``select`` takes numbers below 1,024 only."""
-    read, write = os.pipe()
-    high = os.dup2(read, 1500)
-    os.write(write, b"a line\n")
-    os.close(write)
-    with open(high, "rb") as pipe:
-        assert list(runner._lines(pipe, 5)) == [b"a line"]
-    os.close(read)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2000, limits[1]))
+    try:
+        read, write = os.pipe()
+        high = os.dup2(read, 1500)
+        os.write(write, b"a line\n")
+        os.close(write)
+        with open(high, "rb") as pipe:
+            assert list(runner._lines(pipe, 5)) == [b"a line"]
+        os.close(read)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_disk_that_fills_up_costs_no_verdict(verdicts, monkeypatch):

@@ -58,6 +58,7 @@ def wait_for_proofs(is_wanted: bool = True) -> None:
 
     At a terminal one of them says how far it is, until the next takes its place.
     """
+    import shutil
     import sys
 
     import typer
@@ -76,6 +77,8 @@ def wait_for_proofs(is_wanted: bool = True) -> None:
         nonlocal empty_line
         if is_wanted and sys.stderr.isatty():
             empty_line = "\r\x1b[K"
+            # A line that is broken in two could not be taken back.
+            line = line[: shutil.get_terminal_size().columns - 1]
             typer.echo(f"{empty_line}{line}", err=True, nl=False)
 
     try:

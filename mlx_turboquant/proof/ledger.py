@@ -288,6 +288,7 @@ class Ledger:
             raise
         finally:
             self._child = None
+            progress(0, 0)  # the next may have to wait for another process first
         return None if self._ended else verdict
 
 

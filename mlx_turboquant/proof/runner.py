@@ -75,7 +75,10 @@ def run(
     """
     if not sys.executable or getattr(sys, "frozen", False):
         # It would be the app itself that starts again.
-        raise CannotRunError("this app has no Python of its own to start")
+        raise CannotRunError(
+            f"this app, {sys.executable or 'without a path'}, has no Python of its own "
+            "to start; MLX_TQ_BACKEND=gpu uses kernels without a check"
+        )
     start = time.monotonic()
     state = _Progress()
     # Nothing is held back: it would fail once more when it is closed.

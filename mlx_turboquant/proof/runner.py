@@ -101,9 +101,7 @@ def run(
             _tell(child, json.dumps(asdict(job)))
             assert child.stdout is not None
             for line in _lines(child.stdout, patience):
-                with contextlib.suppress(
-                    OSError
-                ):  # a full disk says nothing of kernels
+                with contextlib.suppress(OSError):  # a full disk blames no kernel
                     words.write(line + b"\n")
                 state.take(line)
                 if state.checks:

@@ -71,11 +71,15 @@ def doctor(
     facts["OpenBLAS"] = "loaded" if prefer_openblas() else "not loaded"
     if backend is None:
         facts["kernels"] = "not run: MLX runs on the CPU here"
+    is_off = select.requested() == "reference"
+    if backend is not None and is_off:
+        # Kernels may be turned off because they end the process that runs them.
+        facts["kernels"] = f"not run: {select.VARIABLE}=reference"
     print_table(facts.items())
     failures, lines = 0, []
     if select.awaits_proof():
         failures = _prove()
-    elif backend is not None:
+    elif backend is not None and not is_off:
         # Line by line, not as a table: should a kernel end this process, the last
         # line says how far it came.
         for check in diagnosis.check_kernels(backend):
@@ -120,13 +124,19 @@ def _forget(ledger: Ledger) -> None:
     """Forget all verdicts.
 
     Raises:
-        SpecError: if they cannot be deleted.
+        SpecError: if they cannot be deleted, or another process is about to write one.
     """
+    from ..proof.store import BusyError
+
     try:
         typer.echo(f"forgot {ledger.forget()} verdicts")
     except OSError as error:
         raise SpecError(
             f"--retry cannot delete verdicts ({error}); delete {ledger.store.folder}"
+        ) from error
+    except BusyError as error:
+        raise SpecError(
+            f"--retry forgets nothing while {error}; wait until it is done, or end it"
         ) from error
 
 

@@ -54,13 +54,34 @@ def prefill_progress(
 
 
 def wait_for_proofs(is_wanted: bool = True) -> None:
-    """Until the kernels that new caches need are checked; lines on stderr if wanted."""
+    """Until the kernels that new caches need are checked; lines on stderr if wanted.
+
+    At a terminal one of them says how far it is, until the next takes its place.
+    """
+    import shutil
+    import sys
+
     import typer
 
     from ..integrations import proofs
 
-    def say(line: str) -> None:
-        if is_wanted:
-            typer.echo(line, err=True)
+    empty_line = ""
 
-    proofs.wait(say)
+    def say(line: str) -> None:
+        nonlocal empty_line
+        if is_wanted:
+            typer.echo(f"{empty_line}{line}", err=True)
+        empty_line = ""
+
+    def show(line: str) -> None:
+        nonlocal empty_line
+        if is_wanted and sys.stderr.isatty():
+            empty_line = "\r\x1b[K"
+            # A line that is broken in two could not be taken back.
+            line = line[: shutil.get_terminal_size().columns - 1]
+            typer.echo(f"{empty_line}{line}", err=True, nl=False)
+
+    try:
+        proofs.wait(say, show)
+    finally:
+        typer.echo(empty_line, err=True, nl=False)  # after Ctrl-C there is one

@@ -48,13 +48,26 @@ def begin(
             select.resolve(*quantizers_of(spec, (k_dim, v_dim), dtype), dtype)
 
 
-def wait(say: Callable[[str], None]) -> None:
-    """Until no proof is under way; says so in a line before and a line behind."""
+def wait(
+    say: Callable[[str], None], show: Callable[[str], None] = lambda line: None
+) -> None:
+    """Until no proof is under way; says so in a line before and a line behind.
+
+    Args:
+        say: Takes a line.
+        show: Takes one that the next replaces, some times a second.
+    """
     ledger = proved.this_ledger()
     if not ledger.is_busy:
         return
     say("Checking the kernels on this machine before their first use, once...")
-    for verdict in ledger.wait():
+
+    def glance() -> None:
+        subject, passed, checks = ledger.progress
+        if checks:
+            show(f"{subject}: check {passed} of {checks}")
+
+    for verdict in ledger.wait(glance):
         if verdict.is_ok:
             say(f"{verdict.subject}: ok, {verdict.checks} checks, {verdict.seconds} s")
         else:

@@ -76,6 +76,15 @@ _ATTENTION: tuple[tuple[int, int, int, str | None, Kind, int], ...] = (
 )
 
 
+#: Of the hardware by kernels (3), and of codes, gains and orders (13).
+_OTHERS = 16
+
+
+def how_many(launcher: Launcher | None) -> int:
+    """How many checks `all_checks` has, before the data of any is made."""
+    return (launcher is not None) + _OTHERS + len(_ATTENTION)
+
+
 def all_checks(
     subject: Subject, launcher: Launcher | None, note: Callable[[Fact], None]
 ) -> Iterator[Check]:

@@ -3,6 +3,7 @@
 A `runner.Job` as JSON comes on stdin; each line on stdout is a message in JSON:
 
     {"event": "tuned", ..}                            what a tuner found: `Tuned.fields`
+    {"event": "checks", "number": ..}                 how many there will be
     {"event": "check", "name": ..}                    about to run
     {"event": "fact", "name": .., "found": ..}        of the hardware
     {"event": "passed", "kind": .., "error": ..}      it ran, and agrees
@@ -54,9 +55,11 @@ def main() -> None:
             say(event="end", status="ok", reason="")
             return
         backend = backend.tuned(tuned.tuning)
+    launcher = getattr(backend, "launcher", None)
+    say(event="checks", number=checks.how_many(launcher))
     every = checks.all_checks(
         job.subject,
-        getattr(backend, "launcher", None),
+        launcher,
         lambda fact: say(event="fact", name=fact.name, found=fact.found),
     )
     for check in every:

@@ -13,13 +13,15 @@ import subprocess
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from . import runner
 from .key import Key
+from .mark import UNKNOWN_BOOT, Mark, this_boot
 from .runner import CannotRunError, Job
-from .store import RUNNING, TUNER_LOG, Store, Verdict
+from .store import RUNNING, TUNER_LOG, BusyError, Store, Verdict
 from .tuned import Tuned
 
 #: Said of kernels whose check is under way.
@@ -29,6 +31,8 @@ UNDER_WAY = (
 )
 #: The ``status`` of what is known of kernels that could not be checked; never stored.
 UNKNOWN = "unknown"
+#: Seconds between two looks at a check that is waited for.
+_GLANCE = 0.2
 
 
 class Ledger:
@@ -36,17 +40,20 @@ class Ledger:
 
     Args:
         store: Where verdicts are kept.
-        patience: As `runner.run` takes it. A mark of a run that is older and has no
-            process is that of a crash.
+        patience: As `runner.run` takes it.
     """
 
     def __init__(self, store: Store, patience: float = runner.PATIENCE) -> None:
         self.store, self._patience = store, patience
         self._known: dict[str, Verdict] = {}
         self._told: set[str] = set()
-        self._threads: dict[str, threading.Thread] = {}
+        # By digest, set when a check is over. Threads themselves cannot be asked: one
+        # whose `join` Ctrl-C interrupts counts as ended from then on (Python 3.11).
+        self._checks: dict[str, threading.Event] = {}
         self._child: subprocess.Popen[bytes] | None = None
         self._ended = False
+        #: Of the check that is under way: its subject, checks that passed, of how many.
+        self.progress = ("", 0, 0)
         self._guard = threading.Lock()
         # One child at a time, also where no file can be locked.
         self._turn = threading.Lock()
@@ -65,7 +72,7 @@ class Ledger:
         """As `standing`, without a word."""
         digest = key.digest
         known = self._known.get(digest)
-        if known is None and digest not in self._threads:
+        if known is None and digest not in self._checks:
             found = self.store.read(digest)
             if found is not None and found.status != RUNNING:
                 known = self._known[digest] = found
@@ -101,10 +108,16 @@ class Ledger:
             tuned = made.tuned
             if not made.is_ok:
                 tuned = (Tuned(heads, reason=f"{made.status}: {made.reason}"),)
+            # A step that was off meanwhile has the last word.
+            found = self._known[digest]
+            if not found.is_ok:
+                return found
             others = tuple(one for one in found.tuned if one.heads != heads)
             found = self._known[digest] = replace(found, tuned=(*others, *tuned))
-            if log is not None:
-                self.store.write(digest, found)
+            stored = self.store.read(digest)
+            if log is not None and (stored is None or stored.is_ok):
+                with contextlib.suppress(OSError):  # a full disk: for this process
+                    self.store.write(digest, found)
         return found
 
     def found(self, digest: str) -> Verdict | None:
@@ -118,22 +131,25 @@ class Ledger:
             return
         wrong = replace(proved, status="wrong", reason=reason, when=time.time())
         self._known[digest] = wrong
-        with contextlib.suppress(OSError), self.store.lock():
-            self.store.write(digest, wrong)
         self._tell(digest, wrong)
+        # Without the lock, which another process may hold for a minute and more: files
+        # are renamed, and there is no mark of a key that has a verdict.
+        with contextlib.suppress(OSError):
+            self.store.write(digest, wrong)
 
     def forget(self) -> int:
         """Forget every verdict, so that kernels are checked anew; returns how many.
 
         Raises:
+            BusyError: if another process checks kernels.
             OSError: if the folder cannot be written to.
         """
-        count = self.store.forget()
         self.wait()
+        count = self.store.forget()
         with self._guard:
             self._known.clear()
             self._told.clear()
-            self._threads.clear()
+            self._checks.clear()
         return count
 
     def _tell(self, digest: str, verdict: Verdict) -> None:
@@ -146,78 +162,106 @@ class Ledger:
     def start(self, key: Key, job: Job) -> None:
         """Have a key's kernels checked in the background, unless that is under way."""
         with self._guard:
-            if key.digest in self._threads or key.digest in self._known:
+            if key.digest in self._checks or key.digest in self._known:
                 return
+            over = self._checks[key.digest] = threading.Event()
             thread = threading.Thread(
-                target=self._check, args=(key, job), name="tq-proof", daemon=True
+                target=self._check, args=(key, job, over), name="tq-proof", daemon=True
             )
-            self._threads[key.digest] = thread
-        if len(self._threads) == 1:
+        if len(self._checks) == 1:
             atexit.register(self.close)
         thread.start()
 
     @property
     def is_busy(self) -> bool:
         """Whether a check is under way."""
-        return any(thread.is_alive() for thread in self._threads.values())
+        return not all(over.is_set() for over in self._checks.values())
 
     @property
     def known(self) -> list[Verdict]:
         """The verdicts that this process has asked for and that there are."""
         return list(self._known.values())
 
-    def wait(self) -> list[Verdict]:
-        """What checks of this process came to, once none is under way."""
-        for thread in list(self._threads.values()):
-            thread.join()
-        return [self._known[d] for d in self._threads if d in self._known]
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> list[Verdict]:
+        """What checks of this process came to, once none is under way.
+
+        Ctrl-C ends them as if they had not begun.
+
+        Args:
+            meanwhile: Called some times a second.
+        """
+        try:
+            for over in list(self._checks.values()):
+                while not over.wait(_GLANCE):
+                    meanwhile()
+        except KeyboardInterrupt:
+            self.close()
+            with self._guard:
+                # The user of a shell may well ask again.
+                self._ended = False
+                for digest in set(self._checks) - set(self._known):
+                    del self._checks[digest]
+            raise
+        return [self._known[d] for d in self._checks if d in self._known]
 
     def close(self) -> None:
         """End a check that is under way, as if it had not begun."""
         with self._guard:
             self._ended = True
-            child = self._child
-            if child is None:
-                return
-            child.kill()
-        for thread in list(self._threads.values()):
-            thread.join(5)
+            if self._child is not None:
+                self._child.kill()
+        # Also those that wait for a turn or the lock: marks are dropped by threads.
+        for over in list(self._checks.values()):
+            over.wait(5)
 
-    def _check(self, key: Key, job: Job) -> None:
+    def _check(self, key: Key, job: Job, over: threading.Event) -> None:
         try:
             with self._turn:
                 verdict = self._run(key, job)
+            if verdict is not None:  # else this process ends
+                self._known[key.digest] = verdict
         except CannotRunError as error:
-            verdict = Verdict(UNKNOWN, str(job.subject), str(error))
-        if verdict is not None:  # else this process ends
-            self._known[key.digest] = verdict
+            self._known[key.digest] = Verdict(UNKNOWN, str(job.subject), str(error))
+        except Exception as error:  # a mistake of ours must not be waited for for ever
+            reason = f"{type(error).__name__}: {error}"
+            self._known[key.digest] = Verdict(UNKNOWN, str(job.subject), reason)
+        finally:
+            over.set()
 
     def _run(self, key: Key, job: Job) -> Verdict | None:
         """Check under the lock; without a folder to write to, for this process only."""
         digest, store = key.digest, self.store
         try:
-            with store.lock():
+            with store.lock(lambda: self._ended):
                 found = store.read(digest)
                 if found is not None and found.status != RUNNING:
                     return found  # another process was faster
-                if found is not None and time.time() - found.when > self._patience:
-                    crashed = replace(
-                        found,
-                        status="crash",
-                        reason="an earlier check did not come to its end",
-                    )
-                    store.write(digest, crashed)
-                    return crashed
-                store.write(digest, Verdict(RUNNING, str(job.subject)))
-                verdict = None
+                attempt = 1
+                if found is not None:  # its writer is gone, or it would hold the lock
+                    left = found.mark or UNKNOWN_BOOT
+                    if left.blame:
+                        crashed = replace(
+                            found, status="crash", reason=left.blame, mark=None
+                        )
+                        store.write(digest, crashed)
+                        return crashed
+                    attempt = left.attempt + 1
+                mark = Mark(this_boot(), attempt)
+                store.write(digest, Verdict(RUNNING, str(job.subject), mark=mark))
+                is_kept = False
                 try:
                     verdict = self._in_child(job, store.path(digest, "log"))
                     if verdict is not None:
-                        store.write(digest, verdict)
+                        # A disk that is full by now costs others a check, not this one.
+                        with contextlib.suppress(OSError):
+                            store.write(digest, verdict)
+                            is_kept = True
                 finally:
-                    if verdict is None:
+                    if not is_kept:
                         store.drop(digest)
                 return verdict
+        except BusyError:
+            return None  # this process ends
         except OSError:
             return self._in_child(job, None)
 
@@ -230,16 +274,21 @@ class Ledger:
                 if self._ended:
                     child.kill()
 
+        def progress(passed: int, checks: int) -> None:
+            self.progress = (str(job.subject), passed, checks)
+
         if self._ended:
             return None
+        progress(0, 0)
         try:
-            verdict = runner.run(job, log, self._patience, remember)
+            verdict = runner.run(job, log, self._patience, remember, progress)
         except CannotRunError:
             if self._ended:
                 return None
             raise
         finally:
             self._child = None
+            progress(0, 0)  # the next may have to wait for another process first
         return None if self._ended else verdict
 
 

@@ -7,9 +7,10 @@ it, so that a crash or a hang shows where.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import select as sockets
+import selectors
 import subprocess
 import sys
 import time
@@ -58,6 +59,7 @@ def run(
     log: Path | None,
     patience: float = PATIENCE,
     on_start: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+    on_check: Callable[[int, int], None] = lambda passed, checks: None,
 ) -> Verdict:
     """Check kernels in a child process, to the end or to the first failure.
 
@@ -66,24 +68,30 @@ def run(
         log: Where the child's words go, errors in full; None for nowhere.
         patience: Seconds that a check may take.
         on_start: Called with the child.
+        on_check: Called with how many checks have passed, and of how many.
 
     Raises:
         CannotRunError: if the child could not be started, or did not come to a check.
     """
+    if not sys.executable or getattr(sys, "frozen", False):
+        # It would be the app itself that starts again.
+        raise CannotRunError(
+            f"this app, {sys.executable or 'without a path'}, has no Python of its own "
+            "to start; MLX_TQ_BACKEND=gpu uses kernels without a check"
+        )
     start = time.monotonic()
     state = _Progress()
-    with open(log or os.devnull, "wb") as words:
+    # Nothing is held back: it would fail once more when it is closed.
+    with open(log or os.devnull, "wb", buffering=0) as words:
         try:
             child = subprocess.Popen(
                 [sys.executable, "-m", _CHILD],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=words,
-                # What this process imports, the child finds.
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                },
+                # Ctrl-C is this process's: it would look like a crash of kernels.
+                start_new_session=True,
+                env=_environment(),
             )
         except (OSError, ValueError) as error:
             raise CannotRunError(f"no process can be started here ({error})") from error
@@ -93,14 +101,18 @@ def run(
             _tell(child, json.dumps(asdict(job)))
             assert child.stdout is not None
             for line in _lines(child.stdout, patience):
-                words.write(line + b"\n")
-                words.flush()
+                with contextlib.suppress(OSError):  # a full disk blames no kernel
+                    words.write(line + b"\n")
                 state.take(line)
+                if state.checks:
+                    on_check(state.passed, state.checks)
         except TimeoutError:
             hung = True
+            child.kill()
+        except BaseException:  # Ctrl-C too, which the child knows nothing of
+            child.kill()
+            raise
         finally:
-            if hung:
-                child.kill()
             code = _code_of(child)
             for pipe in (child.stdin, child.stdout):
                 if pipe is not None:
@@ -132,6 +144,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self.started, self.current, self.passed = False, "", 0
+        self.checks = 0
         self.errors: dict[str, float] = {}
         self.facts: dict[str, str] = {}
         self.end = ("", "")
@@ -146,6 +159,8 @@ class _Progress:
             return
         if event == "check":
             self.started, self.current = True, message["name"]
+        elif event == "checks":
+            self.checks = message["number"]
         elif event == "fact":
             self.facts[message["name"]] = message["found"]
         elif event == "passed":
@@ -156,6 +171,20 @@ class _Progress:
             self.tuned = Tuned.of(message)
         elif event == "end":
             self.end = (message["status"], message["reason"])
+
+
+def _environment() -> dict[str, str]:
+    """Of a child: what this process imports it finds, and no more."""
+    package = str(Path(__file__).parents[2])
+    return {
+        **os.environ,
+        # "" is the current folder, where a json.py may lie about; this package is last,
+        # in case that it was found there.
+        "PYTHONPATH": os.pathsep.join([*filter(None, map(str, sys.path)), package]),
+        "PYTHONSAFEPATH": "1",
+        # It makes the kernels itself; should anything there ask, no proof begins.
+        "MLX_TQ_BACKEND": "reference",
+    }
 
 
 def _code_of(child: subprocess.Popen[bytes]) -> int:
@@ -183,12 +212,14 @@ def _lines(pipe: IO[bytes], patience: float) -> Iterator[bytes]:
         TimeoutError: if nothing comes for so many seconds.
     """
     rest = b""
-    while True:
-        ready, _, _ = sockets.select([pipe], [], [], patience)
-        if not ready:
-            raise TimeoutError
-        got = os.read(pipe.fileno(), 1 << 16)
-        if not got:
-            return
-        *lines, rest = (rest + got).split(b"\n")
-        yield from lines
+    # Not `select`, which takes no file number above 1,023.
+    with selectors.DefaultSelector() as ready:
+        ready.register(pipe, selectors.EVENT_READ)
+        while True:
+            if not ready.select(patience):
+                raise TimeoutError
+            got = os.read(pipe.fileno(), 1 << 16)
+            if not got:
+                return
+            *lines, rest = (rest + got).split(b"\n")
+            yield from lines

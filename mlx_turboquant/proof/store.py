@@ -1,8 +1,8 @@
 """`Verdict`s on disk: one small JSON file for each key, in the user's cache folder.
 
 Files are written beside and renamed. A ``running`` mark is a verdict too: whoever
-writes it holds the folder's lock and replaces it; a mark whose writer is gone is that
-of a check that took its process or the machine with it. What is no verdict is ignored.
+writes it holds the folder's lock and replaces it; what a mark whose writer is gone says
+is `mark`'s. What is no verdict is ignored.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..atomic import replacing
+from .mark import Mark
+from .place import cache_folder
 from .tuned import Tuned
 
 RUNNING, OK = "running", "ok"
@@ -25,6 +25,12 @@ RUNNING, OK = "running", "ok"
 TUNER_LOG = ".tuner.log"
 #: What a check can end in. compile: a kernel could not be built or launched.
 STATUSES = (RUNNING, OK, "wrong", "compile", "crash", "hang")
+#: Seconds between two looks at a lock that another process holds.
+_PAUSE = 0.05
+
+
+class BusyError(Exception):
+    """Another process holds the lock, and this one does not wait for it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Verdict:
         facts: What was found of the hardware, by name.
         log: Path of the log; "" if there is none.
         tuned: What tuners found, each for other heads.
+        mark: Of a check that is under way.
     """
 
     status: str
@@ -54,6 +61,7 @@ class Verdict:
     facts: dict[str, str] = field(default_factory=dict)
     log: str = ""
     tuned: tuple[Tuned, ...] = ()
+    mark: Mark | None = None
 
     @property
     def is_ok(self) -> bool:
@@ -71,17 +79,6 @@ class Verdict:
         return text
 
 
-def cache_folder() -> Path:
-    """The user's folder for verdicts; it may not exist."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if given:
-        base = Path(given)
-    else:
-        home = Path(os.path.expanduser("~"))
-        base = home / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return base / "mlx_turboquant" / "proofs"
-
-
 class Store:
     """The verdicts in a folder.
 
@@ -96,6 +93,10 @@ class Store:
         """Of a key's verdict, or of its log."""
         return self.folder / f"{digest}.{suffix}"
 
+    def _make_folder(self) -> None:
+        # For this user alone: kernels are used by what is in it.
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
     def read(self, digest: str) -> Verdict | None:
         """A key's verdict, which may be a running mark; None if there is none."""
         return _read(self.path(digest))
@@ -106,7 +107,7 @@ class Store:
         Raises:
             OSError: if the folder cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with replacing(self.path(digest)) as path:
             path.write_text(json.dumps(asdict(verdict), indent=1) + "\n")
 
@@ -124,25 +125,41 @@ class Store:
         """Forget every verdict and its log; returns how many verdicts there were.
 
         Raises:
+            BusyError: if another process holds the lock.
             OSError: if the folder cannot be written to.
         """
         paths = [p for p in self.folder.glob("*.json") if _read(p) is not None]
-        for path in paths:
-            path.unlink()
-            for suffix in (".log", TUNER_LOG):
-                path.with_suffix(suffix).unlink(missing_ok=True)
+        if not paths:
+            return 0
+        with self.lock(lambda: True):
+            for path in paths:
+                path.unlink(missing_ok=True)
+                for suffix in (".log", TUNER_LOG):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
         return len(paths)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, gives_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
         """Held by one process at a time; others wait, and a dead one's is free.
 
+        Args:
+            gives_up: Asked while another process holds it, again and again: a system
+                call that waits could not be left when this process ends.
+
         Raises:
+            BusyError: if it is held and not to be waited for.
             OSError: if the folder cannot be written to.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         with (self.folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if gives_up():
+                        raise BusyError("another process checks kernels") from None
+                time.sleep(_PAUSE)
             yield
 
 
@@ -161,6 +178,7 @@ def _read(path: Path) -> Verdict | None:
             log=str(found["log"]),
             # Younger than the rest: older files are without.
             tuned=tuple(Tuned.of(one) for one in found.get("tuned", ())),
+            mark=Mark.of(found.get("mark")),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

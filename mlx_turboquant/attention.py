@@ -160,8 +160,7 @@ def _attend_groups(
     for (rows, k), (_, v) in zip(keys.parts, values.parts, strict=True):
         some, own_mask = mx.array(list(rows)), mask
         if isinstance(mask, mx.array):
-            own_mask = mask[some] if mask.ndim == 4 and mask.shape[0] > 1 else mask
-            own_mask = own_mask[..., -k.shape[2] :]
+            own_mask = _mask_of_rows(mask, some, slice(None), k.shape[2])
         outputs.append(attend(q[some], k, v, scale, own_mask, sinks))
         order += rows
     places = sorted(range(len(order)), key=order.__getitem__)
@@ -192,10 +191,10 @@ def _attend_rows(
         if stop <= start:
             outputs.append(mx.zeros((1, *q.shape[1:3], v.shape[-1]), q.dtype))
             continue
-        row_mask = mask
+        rows, steps, row_mask = slice(row, row + 1), slice(start, stop), mask
         if isinstance(mask, mx.array):
-            row_mask = _mask_of_row(mask, row, start, stop, k.shape[2])
-        own = q[row : row + 1, :, start:stop]
+            row_mask = _mask_of_rows(mask, rows, steps, k.shape[2])
+        own = q[rows, :, steps]
         out = attend(own, k, v, scale, row_mask, sinks)
         outside = (start, q.shape[2] - stop)
         if any(outside):
@@ -204,12 +203,12 @@ def _attend_rows(
     return mx.concatenate(outputs, axis=0)
 
 
-def _mask_of_row(
-    mask: mx.array, row: int, start: int, stop: int, length: int
+def _mask_of_rows(
+    mask: mx.array, rows: slice | mx.array, steps: slice, length: int
 ) -> mx.array:
-    """One row of a mask whose columns are right-aligned, as with left padding."""
+    """Some rows of a mask whose columns are right-aligned, as with left padding."""
     if mask.ndim == 4 and mask.shape[0] > 1:
-        mask = mask[row : row + 1]
+        mask = mask[rows]
     if mask.shape[-2] > 1:
-        mask = mask[..., start:stop, :]
+        mask = mask[..., steps, :]
     return mask[..., -length:]

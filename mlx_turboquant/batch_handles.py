@@ -8,40 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
-from .quantizer import Quantizer
 from .segments import (
     CompressedKV,
     CompressedTokens,
     PreparedSteps,
     QueryObserver,
+    RowTokens,
     Shape,
 )
-from .tokens import Codes
-
-
-class RowTokens(NamedTuple):
-    """One side of a sequence of a batch, but for its recent tokens.
-
-    Attributes are as those of `CompressedTokens`.
-    """
-
-    quantizer: Quantizer
-    sink: mx.array | None
-    packed: Codes | None
-
-    @property
-    def sink_length(self) -> int:
-        """Tokens in the sink segment."""
-        return 0 if self.sink is None else self.sink.shape[2]
-
-    @property
-    def packed_length(self) -> int:
-        """Tokens stored as codes."""
-        return 0 if self.packed is None else self.packed.length
 
 
 @dataclass(slots=True, eq=False)

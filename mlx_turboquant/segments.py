@@ -96,16 +96,39 @@ def _refuse_use(what: str) -> NoReturn:
 
 
 @dataclass(slots=True, eq=False)
-class CompressedTokens(CompressedKV):
+class RowTokens:
+    """One side of one layer of a sequence, but for its recent tokens.
+
+    Attributes:
+        quantizer: What the packed tokens were encoded with.
+        sink: First tokens (B, H, S, D) as the model gave them; None if there are none.
+        packed: The codes between; None while there are none.
+    """
+
+    quantizer: Quantizer
+    sink: mx.array | None
+    packed: Codes | None
+
+    @property
+    def sink_length(self) -> int:
+        """Tokens in the sink segment."""
+        return 0 if self.sink is None else self.sink.shape[2]
+
+    @property
+    def packed_length(self) -> int:
+        """Tokens stored as codes."""
+        return 0 if self.packed is None else self.packed.length
+
+
+@dataclass(slots=True, eq=False)
+class CompressedTokens(RowTokens, CompressedKV):
     """One side of one layer, tokens in order.
 
     Made anew at every step, so it is plain data and nothing is computed for it. It is
     valid until the next step: the buffers it refers to are written in place.
 
     Attributes:
-        quantizer: What the packed tokens were encoded with.
-        sink: First tokens (B, H, S, D) as the model gave them; None if there are none.
-        packed: The codes between; None while there are none.
+        quantizer, sink, packed: As those of `RowTokens`.
         recent: Buffer (B, H, capacity, D) of the last tokens as the model gave them.
         recent_length: Tokens in use of it.
         hidden: (first, count) of stored tokens that nobody may see any more, such as
@@ -116,9 +139,6 @@ class CompressedTokens(CompressedKV):
         observer: The cache, while it wants to see the queries of each step.
     """
 
-    quantizer: Quantizer
-    sink: mx.array | None
-    packed: Codes | None
     recent: mx.array
     recent_length: int
     hidden: tuple[int, int] = (0, 0)
@@ -136,16 +156,6 @@ class CompressedTokens(CompressedKV):
     def dtype(self) -> mx.Dtype:
         """The model's dtype, that of the uncompressed segments."""
         return self.recent.dtype
-
-    @property
-    def sink_length(self) -> int:
-        """Tokens in the sink segment."""
-        return 0 if self.sink is None else self.sink.shape[2]
-
-    @property
-    def packed_length(self) -> int:
-        """Tokens stored as codes."""
-        return 0 if self.packed is None else self.packed.length
 
     @property
     def stored_length(self) -> int:

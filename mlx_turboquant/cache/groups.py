@@ -31,27 +31,29 @@ class RowGroups:
     Args:
         rows: The sequences' caches. Recent tokens of those that joined are with their
             group until `part`.
+        kinds: `kind_of` each of them.
     """
 
-    def __init__(self, rows: Sequence[TurboQuantCache]) -> None:
+    def __init__(
+        self, rows: Sequence[TurboQuantCache], kinds: Sequence[Hashable | None]
+    ) -> None:
         self._rows = list(rows)
+        self._alone = [i for i, kind in enumerate(kinds) if kind is None]
         members: dict[Hashable, list[int]] = {}
-        for index, row in enumerate(rows):
-            members.setdefault(kind_of(row) or ("alone", index), []).append(index)
-        self._joined: list[tuple[list[int], JoinedRows]] = []
-        self._alone: list[int] = []
-        for indices in members.values():
-            if kind_of(rows[indices[0]]) is None:
-                self._alone += indices
-            else:
-                group = JoinedRows([rows[i] for i in indices])
-                self._joined.append((indices, group))
+        for index, kind in enumerate(kinds):
+            if kind is not None:
+                members.setdefault(kind, []).append(index)
+        self._joined = [
+            (indices, JoinedRows([rows[i] for i in indices]))
+            for indices in members.values()
+        ]
         self._stepped: list[tuple[CompressedTokens, CompressedTokens]] = []
 
     @classmethod
     def of(cls, rows: Sequence[TurboQuantCache]) -> RowGroups | None:
         """Groups of these rows; None if no row can join any other."""
-        return cls(rows) if any(kind_of(row) is not None for row in rows) else None
+        kinds = [kind_of(row) for row in rows]
+        return None if all(kind is None for kind in kinds) else cls(rows, kinds)
 
     @property
     def arrays(self) -> dict[str, mx.array]:

@@ -14,9 +14,9 @@ from collections.abc import Hashable, Sequence
 
 import mlx.core as mx
 
-from ..batch_handles import CompressedBatch, RowTokens
+from ..batch_handles import CompressedBatch
 from ..page_table import Moved
-from ..segments import PreparedSteps
+from ..segments import PreparedSteps, RowTokens
 from .layer import TurboQuantCache
 from .sliding import RotatingTurboQuantCache
 

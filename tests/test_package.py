@@ -34,6 +34,7 @@ LAYERS = (
     ("codecs", "transform"),
     ("tiles",),
     ("pages",),
+    ("packed_codes", "pool_shelf"),
     ("page_table",),
     ("quantizer",),
     ("segments",),

@@ -17,7 +17,8 @@ from ..backends.select import Choice
 from ..codecs import codec_for
 from ..codecs.base import Side
 from ..gains import centred
-from ..page_table import PackedCodes, PageTable
+from ..packed_codes import PackedCodes
+from ..page_table import PageTable
 from ..pages import PagePool
 from ..quantizer import PageMeans, Quantizer, Sides
 from ..spec import CacheSpec, CodecSpec
@@ -248,7 +249,7 @@ class LayerQuantizers:
         return self.sides
 
     def trim(self, stored: int) -> None:
-        """Keep what ``stored`` tokens need; gains stay, means go with their pages."""
+        """Keep what ``stored`` tokens need: gains stay, queries go."""
         if self._calibration is not None:
             self._calibration.trim(stored)
 

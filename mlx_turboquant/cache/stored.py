@@ -53,6 +53,13 @@ class StoredTokens:
         self.table.move_to(pool, moved)
         self._codes_changed()
 
+    def enter_thread(self) -> bool:
+        """As `PageTable.enter_thread`."""
+        moved = self.table.enter_thread()
+        if moved:
+            self._codes_changed()
+        return moved
+
     def _codes_changed(self) -> None:
         table = self.table
         self.packed = Sides(table.codes("keys"), table.codes("values"))

@@ -1,4 +1,4 @@
-"""The pages as a site: built without a network, whole, and loading nothing from outside."""
+"""The pages as a site: built without a network, whole, loading nothing from outside."""
 
 import importlib.util
 import re

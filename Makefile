@@ -38,7 +38,7 @@ bench: $(VENV)/dev
 # These pages as a site: open site/index.html. Installing takes seconds, building two;
 # nothing but the installation asks the network.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo site/index.html
 
 # What a release uploads: the source archive and, made from it, the wheel.

@@ -53,8 +53,8 @@ MEMORY, LENGTH = (8, 16, 32), 32_768
 
 def lines() -> Iterator[str]:
     """The table, line by line."""
-    yield "Tokens that fit, no more than a model's context. Memory is what the machine has,"
-    yield f"of which {SHARE:.0%} counts. Then GB that a cache takes."
+    yield "Tokens that fit, no more than a model's context, by what memory there is,"
+    yield f"of which {SHARE:.0%} counts. Then the GB that a cache takes."
     yield ""
     yield f"{'model':14}{'memory':>8}" + "".join(f"{name:>14}" for name in SPECS)
     for name, shape in MODELS.items():

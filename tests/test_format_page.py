@@ -1,4 +1,4 @@
-"""docs/format.md is true: its reader reads our files, its examples run, its numbers fit."""
+"""docs/format.md is true: its reader reads our files, and its examples run."""
 
 import doctest
 import re

@@ -192,9 +192,7 @@ def test_pictures_are_of_these_runs():
     """Drawn from the logs as they are, and bytes as codecs have them."""
     assert draw_frontier.digest() in draw_frontier.PICTURE.read_text()
     drawn = [point.name for point in draw_frontier.points()]
-    assert {"affine:4", "k3v3", "auto,quality=small", "k2v2,codec=trellis"} <= set(
-        drawn
-    )
+    assert {"affine:4", "k3v3", "k2v2,codec=trellis"} <= set(drawn)
     spec = tq.CacheSpec.parse(3)
     sides = [
         tq.codec_for(spec.keys, 128, "keys"),

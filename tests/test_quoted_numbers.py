@@ -39,7 +39,7 @@ CODE, LINK = re.compile(r"`[^`]*`"), re.compile(r"\]\([^)]*\)")
 def numbers_in(text):
     """Numbers and fractions (11/12) of a text, as it writes them."""
     fractions = FRACTION.findall(text)
-    rest = FRACTION.sub(" ", text)
+    rest = FRACTION.sub(" ", text).replace("..", " ")
     return [m[0] for m in NUMBER.finditer(rest) if m[0]] + fractions
 
 

@@ -2,14 +2,14 @@
 
 A table, or a paragraph, says above itself which files its numbers are from:
 
-    <!-- numbers: step-h100.txt; lines 4; ratios 6 7 -->
+    <!-- numbers: step-h100.txt; lines 3; quotient 6 3 5 -->
 
 The numbers of a row must then stand together in at most so many lines of these files
 (one, unless said otherwise), rounded to the digits that are quoted; an entry of a JSON
-file is a line. Those of the columns named by ``ratios`` are quotients of two numbers of
-these lines; with ``thousands``, numbers in the files may be thousands of those quoted
-(MB and GB). A paragraph's numbers may stand in any lines. Code is no number. A table
-that quotes no run says so: <!-- not measured: why -->.
+file is a line. Column 6 here is column 3 over column 5. With ``thousands``, numbers in
+the files may be thousands of those quoted (MB and GB). A paragraph's numbers may stand
+in any lines. Code is no number. A table that quotes no run says so:
+<!-- not measured: why -->.
 """
 
 import json
@@ -64,9 +64,9 @@ class Source:
         names, *options = (part.split() for part in text.replace(",", " ").split(";"))
         self.names = names
         said = {name: list(map(int, numbers)) for name, *numbers in options}
-        assert said.keys() <= {"lines", "ratios", "thousands"}, text
+        assert said.keys() <= {"lines", "quotient", "thousands"}, text
         self.depth = said.get("lines", [1])[0]
-        self.ratios = said.get("ratios", [])
+        self.quotient = said.get("quotient")
         self.scales = (1, 1000) if "thousands" in said else (1,)
         self.lines = [line for name in names for line in read(name)]
 
@@ -85,21 +85,23 @@ def is_rounded(number, quoted):
     return abs(number - float(text)) <= step / 2 * (1 + 1e-6)
 
 
-def explains(source, quoted, quotients, chosen=()):
-    """Whether few enough lines have all numbers together."""
-    left = [n for n in quoted if not any(x.has(n, source.scales) for x in chosen)]
-    if not left:
-        pool = [number for line in chosen for number in line.numbers]
-        return all(
-            any(b and is_rounded(a / b, n) for a in pool for b in pool)
-            for n in quotients
-        )
-    if len(chosen) == source.depth:
-        return False
-    having = ([x for x in source.lines if x.has(n, source.scales)] for n in left)
+def explains(source, quoted, depth):
+    """Whether so many lines have all numbers together."""
+    if not quoted or depth == 0:
+        return not quoted
+    having = ([x for x in source.lines if x.has(n, source.scales)] for n in quoted)
     return any(
-        explains(source, left, quotients, (*chosen, line))
-        for line in min(having, key=len)
+        explains(source, [n for n in quoted if not x.has(n, source.scales)], depth - 1)
+        for x in min(having, key=len)
+    )
+
+
+def is_quotient(cells):
+    """Whether a cell's number is that of the next over that of the last, about."""
+    quoted, above, below = (numbers_in(cell)[0].replace(",", "") for cell in cells)
+    ratio = float(above) / float(below)
+    return abs(ratio - float(quoted)) < 0.5 * 10 ** -len(quoted.partition(".")[2]) + (
+        ratio * (0.005 / float(above) + 0.005 / float(below))
     )
 
 
@@ -147,10 +149,12 @@ def untrue(page):
                     yield f"{number} is not in {source.names}: {lines[0]}"
             continue
         for line, cells in rows_of(lines):
-            parts = [[], []]
-            for column, cell in enumerate(cells, 1):
-                parts[column in source.ratios] += numbers_in(cell)
-            if not explains(source, *parts):
+            if source.quotient:
+                if not is_quotient([cells[column - 1] for column in source.quotient]):
+                    yield f"column {source.quotient[0]} is off: {line}"
+                cells[source.quotient[0] - 1] = ""
+            quoted = [number for cell in cells for number in numbers_in(cell)]
+            if not explains(source, quoted, source.depth):
                 yield f"not in {source.depth} lines of {source.names}: {line}"
 
 

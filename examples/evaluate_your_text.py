@@ -14,7 +14,7 @@ name = sys.argv[2] if len(sys.argv) > 2 else str(HERE / "books-20m")
 
 model, tokenizer = tq.load(name)
 plan = tq.EvalPlan(
-    lengths=(1024,),  # where you will work; a text must have as many tokens
+    lengths=(512,),  # where you will work; a text must have as many tokens
     windows=1,  # stretches of the text: more of them, narrower intervals
     scored=64,
     needles=(),  # lengths at which to hide facts and ask for them

@@ -28,18 +28,19 @@ def run(script, *args, cwd):
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    ("script", "shows"),
-    [
-        ("generate_text.py", ("48213", "k3v3 in 8 of 8 layers", "4+1536+")),
-        ("save_and_resume.py", ("48213", "tokens saved in")),
-        ("long_document.py", ("tokens read: ", "in 8 of 8 layers", "lantern?48213")),
-        ("evaluate_your_text.py", ("auto,quality=balanced", "k2v2", "affine:4")),
-        ("plan_memory.py", ("context 8192", "uncompressed", "k3v3")),
-        ("compare_codecs.py", ("3.125", "8.125")),
-        ("add_a_codec.py", ("48213", "k3v3,codec=uniform in 8 of 8 layers")),
-    ],
-)
+#: What each shows; openai_client.py has a test of its own.
+SHOWS = {
+    "generate_text.py": ("48213", "k3v3 in 8 of 8 layers", "4+1536+"),
+    "save_and_resume.py": ("48213", "tokens saved in"),
+    "long_document.py": ("tokens read: ", "in 8 of 8 layers", "lantern?48213"),
+    "evaluate_your_text.py": ("auto,quality=balanced", "k2v2", "affine:4"),
+    "plan_memory.py": ("context 8192", "uncompressed", "k3v3"),
+    "compare_codecs.py": ("3.125", "8.125"),
+    "add_a_codec.py": ("48213", "k3v3,codec=uniform in 8 of 8 layers"),
+}
+
+
+@pytest.mark.parametrize(("script", "shows"), SHOWS.items())
 def test_script(script, shows, tmp_path):
     shown = run(script, cwd=tmp_path)
     for text in shows:
@@ -74,6 +75,13 @@ def test_openais_client(tmp_path):
     answers = shown.strip().split("\n\n")
     assert len(answers) >= 2
     assert len(shown.split()) > 20
+
+
+def test_every_example_is_run_and_listed():
+    scripts = {path.name for path in EXAMPLES.glob("*.py")}
+    assert scripts == SHOWS.keys() | {"openai_client.py"}
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    assert all(f"(../examples/{name})" in page for name in [*scripts, "tour.ipynb"])
 
 
 def test_no_example_begins_with_ceremony():

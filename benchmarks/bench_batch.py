@@ -12,9 +12,10 @@ different steps.
         milliseconds and bytes of a fork; bytes of four conversations whose first
         tokens are the same
     python benchmarks/bench_batch.py --long STEPS [--tokens N]
-        milliseconds between the tokens of a long answer, one in flight and free buffers
-        let go every 256 as mlx-lm does: median, the slowest behind the first 16, how
-        many took over twice the median; what MLX's cache of free buffers held
+        milliseconds between the tokens of a long answer, stock's and ours, one in
+        flight and free buffers let go every 256 as mlx-lm does: median, the slowest
+        behind the first 16, how many took over twice the median; what MLX's cache of
+        free buffers held
 
 The last line is JSON.
 """
@@ -54,17 +55,21 @@ def batch_of(model: Any, make: Any, lengths: list[int]) -> list[Any]:
     return batch
 
 
+def makers(model: Any, spec: str) -> dict[str, Any]:
+    """What makes stock's prompt cache, and ours."""
+    return {
+        "uncompressed": lambda: make_prompt_cache(model),
+        spec: lambda: tq.make_prompt_cache(model, spec),
+    }
+
+
 def steps_of_batches(
     model: Any, rows: int, tokens: int, spec: str
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a step and bytes, stock's and ours."""
     lengths = [tokens - 128 * i // rows for i in range(rows)]
-    makers = {
-        "uncompressed": lambda: make_prompt_cache(model),
-        spec: lambda: tq.make_prompt_cache(model, spec),
-    }
     batches = {}
-    for name, make in makers.items():
+    for name, make in makers(model, spec).items():
         batches[name] = batch_of(model, make, lengths)
         mx.clear_cache()
     times: dict[str, list[float]] = {name: [] for name in batches}
@@ -106,9 +111,9 @@ def forks(model: Any, tokens: int, spec: str) -> dict[str, float]:
     }
 
 
-def long_answer(model: Any, tokens: int, steps: int, spec: str) -> dict[str, float]:
+def long_answer(model: Any, cache: list[Any], steps: int) -> dict[str, float]:
     """Milliseconds between tokens, and the most that MLX's cache held."""
-    cache = filled(model, tq.make_prompt_cache(model, spec), tokens)
+    mx.clear_cache()
     token = mx.ones((1, 1), mx.int32)
     times, free = [], []
     start = time.perf_counter()
@@ -153,9 +158,11 @@ def main() -> None:
         if options.forks:
             report["forks"] = forks(model, tokens, options.spec)
         if options.long:
-            report["long"] = long_answer(model, tokens, options.long, options.spec)
+            for name, make in makers(model, options.spec).items():
+                cache = filled(model, make(), tokens)
+                report[f"long, {name}"] = long_answer(model, cache, options.long)
         for name, row in report.items():
-            print(f"{name}, {tokens} tokens, {options.spec}")
+            print(f"{name}, {tokens} tokens")
             for key, value in row.items():
                 print(f"  {key:14} {value:10.3f}")
     else:

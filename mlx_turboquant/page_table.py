@@ -7,7 +7,6 @@ codes of both sides, equally many, and means of keys, which are there before cod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -211,10 +210,6 @@ class PageTable:
         other._layouts, other._runs = dict(self._layouts), self.runs
         self.pool.hold(self.runs)
         return other
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PageTable:
-        copied = memo[id(self)] = self.fork()
-        return copied
 
     def __del__(self) -> None:
         self.pool.leave(self.runs)

@@ -240,12 +240,15 @@ class PagePool:
         for group, arrays in self.groups.items():
             rows = capacity * self._rows_of_page[group]
             for name, buffer in arrays.items():
-                batch, heads, old, width = buffer.shape
-                shape = (batch, heads, max(0, rows - old), width)
-                parts = [buffer[:, :, :rows], mx.zeros(shape, buffer.dtype)]
-                arrays[name] = mx.concatenate(parts, axis=2)
-        kept = self._holders[:capacity]
-        self._holders = np.pad(kept, (0, capacity - len(kept)))
+                old = buffer.shape[2]
+                arrays[name] = (
+                    mx.pad(buffer, [(0, 0), (0, 0), (0, rows - old), (0, 0)])
+                    if rows >= old
+                    else mx.contiguous(buffer[:, :, :rows])
+                )
+        holders, kept = np.zeros(capacity, np.int32), self._holders[:capacity]
+        holders[: len(kept)] = kept
+        self._holders = holders
 
     def _poison(self, pages: Sequence[int]) -> None:
         for group, arrays in self.groups.items():

@@ -244,7 +244,7 @@ class TurboQuantCache(SequenceCache):
         other = memo[id(self)] = shallow(self)
         if self.spec.adaptive:  # its bits are still to be chosen
             other._slot = copy.deepcopy(self._slot, memo)
-        other._tokens = copy.deepcopy(self._tokens, memo)
+        other._tokens = self._tokens.fork()
         other._schedule = shallow(self._schedule)
         other._quantizers = self._quantizers.fork(
             other._slot, other._schedule, other._tokens.table

@@ -7,7 +7,6 @@ final. Which tokens are encoded when is `schedule`'s and `layer`'s.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Mapping
 from typing import cast
 
@@ -224,7 +223,7 @@ class LayerQuantizers:
         """The same for a copy of the cache, with ``table`` as its pages."""
         other = shallow(self)
         other._slot, other._schedule, other._table = slot, schedule, table
-        other._calibration = copy.deepcopy(self._calibration)
+        other._calibration = self._calibration and self._calibration.fork()
         other._gains = dict(self._gains)
         if self.sides is not None:
             other.sides = Sides(*(q.with_pages(table) for q in self.sides))

@@ -119,6 +119,18 @@ def test_files_are_short():
         assert len(path.read_text().splitlines()) <= 330, path
 
 
+def test_every_file_is_listed():
+    """And every row of the import order, where newcomers look for them."""
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    order, files = page.partition("## Import order")[2].split("## Files")
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "metal").glob("*.*")]:
+        name = path.stem if path.parent.name == "research" else path.name
+        assert path.name == "__init__.py" or name in files, path
+    for names in LAYERS:
+        for name in names:
+            assert name.removeprefix("proof.") in order, name
+
+
 def test_public_names():
     assert tq.__all__ == [
         "BatchTurboQuantCache",

@@ -3,11 +3,15 @@
 Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16; caches are filled with random
 keys and values. Without options, whole greedy steps of a batch, as mlx-lm's servers
 take them: stock is its `BatchKVCache`, ours `BatchTurboQuantCache`; rounds of both
-alternate. Rows of a batch differ in length by up to a page, so that they pack at
+alternate, the mean is given. Rows of a batch differ in length by up to a page, so that they pack at
 different steps.
 
     python benchmarks/bench_batch.py [--shape 8b|1b] [--rows N ...] [--tokens N ...]
         [--spec k3v3]
+    python benchmarks/bench_batch.py --attention [--spec k3v3]
+        attention alone, in calls that wait for each other: rows of equal length beside
+        MLX's on fp16, several query tokens, rows that differ, and 8 rows of 8,192 over
+        one of 65,536
     python benchmarks/bench_batch.py --forks [--tokens N]
         milliseconds and bytes of a fork; bytes of four conversations whose first
         tokens are the same
@@ -27,8 +31,10 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import bench_attention
 from bench_generate import decode, fill, made_up  # first: see there
 
 # isort: split
@@ -36,8 +42,13 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_turboquant as tq
+from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.kernels.kernel import MlxLauncher
 
-STEPS, ROUNDS = 16, 5
+#: Together a page of each row: every row turns one page.
+STEPS, ROUNDS = 16, 8
+#: Rows of a batch that differ much.
+RAGGED = (32768, 8192, 8192, 4096, 4096, 4096, 2048, 2048)
 
 
 def filled(model: Any, cache: list[Any], tokens: int) -> list[Any]:
@@ -78,11 +89,45 @@ def steps_of_batches(
             times[name].append(1e3 / decode(model, batch, STEPS, rows))
     return {
         name: {
-            "ms": statistics.median(times[name]),
+            "ms": statistics.mean(times[name]),
             "mb": sum(layer.nbytes for layer in batch) / 1e6,
         }
         for name, batch in batches.items()
     }
+
+
+def attention(spec: str) -> dict[str, float]:
+    """Microseconds of a layer's attention, both launches and the host included."""
+    launcher = MlxLauncher("metal" if mx.metal.is_available() else "cuda")
+    backend = Gpu(launcher)
+    base = bench_attention.LLAMA._replace(dtype="bfloat16")
+    report: dict[str, float] = {}
+
+    def line(lengths: int | Sequence[int], rows: int, steps: int = 1) -> float:
+        shape = base._replace(batch=rows, steps=steps)
+        call = bench_attention.packed(backend, spec, lengths, shape)
+        name = f"{rows} x {lengths}, {steps} queries"
+        ours = report[name] = bench_attention.dependent_us(call, shape)
+        print(f"{name:72} {ours:7.1f}", end="")
+        if isinstance(lengths, int):
+            plain = bench_attention.fp16(lengths, shape)
+            stock = bench_attention.dependent_us(plain, shape)
+            report[f"{name}, fp16"] = stock
+            print(f" {stock:7.1f}", end="")
+        print(flush=True)
+        return ours
+
+    print(f"{'rows x tokens, queries of a row':72} {'ours':>7} {'fp16':>7}")
+    for tokens in (4096, 16384):
+        for rows in (1, 4, 8, 16):
+            line(tokens, rows)
+    for steps in (4, 8, 16):
+        line(16384, 1, steps)
+        line(4096, 8, steps)
+    line(RAGGED, len(RAGGED))
+    ratio = line(8192, 8) / line(65536, 1)
+    print(f"8 rows of 8,192 over one of 65,536: {ratio:.2f}")
+    return report
 
 
 def forks(model: Any, tokens: int, spec: str) -> dict[str, float]:
@@ -147,13 +192,16 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--spec", default="k3v3")
+    parser.add_argument("--attention", action="store_true")
     parser.add_argument("--forks", action="store_true")
     parser.add_argument("--long", type=int, default=0)
     options = parser.parse_args()
     mx.random.seed(0)
-    model = made_up(options.shape)
     report: dict[str, Any] = {}
-    if options.forks or options.long:
+    if options.attention:
+        report = attention(options.spec)
+    elif options.forks or options.long:
+        model = made_up(options.shape)
         (tokens,) = options.tokens or [32768]
         if options.forks:
             report["forks"] = forks(model, tokens, options.spec)
@@ -166,6 +214,7 @@ def main() -> None:
             for key, value in row.items():
                 print(f"  {key:14} {value:10.3f}")
     else:
+        model = made_up(options.shape)
         print("rows x tokens    ms, uncompressed     ours  x plain   MB, un.    ours")
         for tokens in options.tokens or [4096, 16384]:
             for rows in options.rows:

@@ -3,8 +3,8 @@
 Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16; caches are filled with random
 keys and values. Without options, whole greedy steps of a batch, as mlx-lm's servers
 take them: stock is its `BatchKVCache`, ours `BatchTurboQuantCache`; rounds of both
-alternate, the mean is given. Rows of a batch differ in length by up to a page, so that they pack at
-different steps.
+alternate, the mean is given. Rows of a batch differ in length by up to a page, so that
+they pack at different steps.
 
     python benchmarks/bench_batch.py [--shape 8b|1b] [--rows N ...] [--tokens N ...]
         [--spec k3v3]

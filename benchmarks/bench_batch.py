@@ -1,13 +1,13 @@
 """Many conversations at once: whole batched steps, forks, prefixes, long decoding.
 
-Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16; caches are filled with random
-keys and values. Without options, whole greedy steps of a batch, as mlx-lm's servers
-take them: stock is its `BatchKVCache`, ours `BatchTurboQuantCache`; rounds of both
-alternate, the mean is given. Rows of a batch differ in length by up to a page, so that
-they pack at different steps.
+Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16, or for CPUs the bundled model
+in float32; caches are filled with random keys and values. Without options, whole greedy
+steps of a batch, as mlx-lm's servers take them: stock is its `BatchKVCache`, ours
+`BatchTurboQuantCache`; rounds of both alternate, the mean is given. Rows of a batch
+differ in length by up to a page, so that they pack at different steps.
 
-    python benchmarks/bench_batch.py [--shape 8b|1b] [--rows N ...] [--tokens N ...]
-        [--spec k3v3]
+    python benchmarks/bench_batch.py [--shape 8b|1b|books] [--rows N ...]
+        [--tokens N ...] [--spec k3v3]
     python benchmarks/bench_batch.py --attention [--spec k3v3]
         attention alone, in calls that wait for each other: rows of equal length beside
         MLX's on fp16, several query tokens, rows that differ, and 8 rows of 8,192 over
@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import bench_attention
-from bench_generate import decode, fill, made_up  # first: see there
+from bench_generate import BUNDLED, decode, fill, made_up  # first: see there
 
 # isort: split
 import mlx.core as mx
@@ -56,6 +56,15 @@ def filled(model: Any, cache: list[Any], tokens: int) -> list[Any]:
     fill(model, cache, tokens)
     mx.eval(model(mx.ones((1, 1), mx.int32), cache=cache))
     return cache
+
+
+def model_of(shape: str) -> Any:
+    """A made-up model, or the bundled one with its weights as a CPU likes them."""
+    if shape != "books":
+        return made_up(shape)
+    model, _ = tq.load(str(BUNDLED))
+    model.set_dtype(mx.float32)
+    return model
 
 
 def batch_of(model: Any, make: Any, lengths: list[int]) -> list[Any]:
@@ -188,7 +197,7 @@ def long_answer(model: Any, cache: list[Any], steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
+    parser.add_argument("--shape", choices=("8b", "1b", "books"), default="8b")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--spec", default="k3v3")
@@ -201,7 +210,7 @@ def main() -> None:
     if options.attention:
         report = attention(options.spec)
     elif options.forks or options.long:
-        model = made_up(options.shape)
+        model = model_of(options.shape)
         (tokens,) = options.tokens or [32768]
         if options.forks:
             report["forks"] = forks(model, tokens, options.spec)
@@ -214,7 +223,7 @@ def main() -> None:
             for key, value in row.items():
                 print(f"  {key:14} {value:10.3f}")
     else:
-        model = made_up(options.shape)
+        model = model_of(options.shape)
         print("rows x tokens    ms, uncompressed     ours  x plain   MB, un.    ours")
         for tokens in options.tokens or [4096, 16384]:
             for rows in options.rows:

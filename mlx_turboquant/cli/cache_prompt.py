@@ -29,8 +29,11 @@ def cache_prompt(
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
+    group_size: opt.GroupSize = None,
+    quantized_kv_start: opt.QuantizedKvStart = None,
 ) -> None:
     """Write the KV cache of a prompt to a file, for mlx_tq.generate."""
+    opt.refuse_replaced(group_size, quantized_kv_start)
     spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
     text = opt.prompt_text(prompt)
 

@@ -52,7 +52,10 @@ def chat(
 ) -> None:
     """Chat with a model, its KV cache compressed."""
     spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
-    template_options = opt.json_object("--chat-template-config", chat_template_config)
+    template_options = opt.template_options(
+        "--chat-template-config", chat_template_config
+    )
+    opt.checked_text("--system-prompt", system_prompt or "")
 
     from rich.console import Console
 
@@ -83,7 +86,8 @@ def chat(
         session.warn_if_tight(conversation.context, spec, conversation.cache)
     wait_for_proofs()
     console = Console(highlight=False)
-    console.print(f"[bold]{session.name}[/]  /help says what else you can type.")
+    console.print(session.name, style="bold", end="  ", markup=False)
+    console.print("/help says what else you can type.")
     sampler = session.sampler(
         temp=temp,
         top_p=top_p,
@@ -103,15 +107,16 @@ def chat(
                 break
             if line.startswith("/"):
                 _run_command(console, conversation, line)
-            elif line:
+            elif opt.checked_text("what you typed", line):
                 _answer(console, conversation, line, answer_options)
         except TurboQuantError as error:
-            console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+            line = " ".join(str(error).splitlines())
+            console.print(f"error: {line}", style="red", soft_wrap=True, markup=False)
 
 
 def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
     """What the user types, until there is no more; asks only at a terminal."""
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         import contextlib
 
         with contextlib.suppress(ImportError):
@@ -123,7 +128,7 @@ def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
             yield input().strip()
         except KeyboardInterrupt:
             continue
-        except EOFError:
+        except (EOFError, RuntimeError):  # of a closed stdin
             console.print()
             return
 

@@ -18,8 +18,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..errors import FormatError
 from ..explanation import Explanation, explain
+from .chat_template import render
 from .compiled_step import compiled
 from .loading import check_context, context_length
+from .model_folder import check_tokens
 from .prompt_files import load_prompt_cache, save_prompt_cache
 from .stock import length_of
 
@@ -89,12 +91,17 @@ class Conversation:
         Raises:
             UnsupportedError: if the chat would be longer than the model's context; the
                 turn is not kept then.
+            SpecError: if the chat template cannot write it; likewise.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self._encode(messages, text)
         check_context(
             self.network, len(tokens), "the chat would have", "/reset starts over"
         )
+        check_tokens(self.network, tokens, "the chat")
+        if self.context is not None and "max_tokens" in options:
+            room = max(1, self.context - len(tokens))
+            options["max_tokens"] = min(options["max_tokens"], room)
         rest = tokens[self._rewind_to(tokens) :]
         answer, generated = "", []
         try:
@@ -112,12 +119,8 @@ class Conversation:
 
     def _encode(self, messages: list[dict[str, str]], text: str) -> list[int]:
         if self.tokenizer.has_chat_template:
-            options = {"add_generation_prompt": True, "tokenize": True}
-            return list(
-                self.tokenizer.apply_chat_template(
-                    messages, **{**options, **self._template}
-                )
-            )
+            written = render(self.tokenizer, messages, self._template)
+            return list(self.tokenizer.encode(written, add_special_tokens=False))
         if not self._text_tokens and len(messages) > 1:
             text = f"{messages[0]['content']}\n{text}"
         first = not self._text_tokens

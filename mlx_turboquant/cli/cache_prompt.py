@@ -42,9 +42,11 @@ def cache_prompt(
 
     from ..explanation import explain
     from ..integrations.factory import caches_for
-    from ..integrations.prompt_files import save_prompt_cache
+    from ..integrations.model_identity import metadata_of
+    from ..integrations.prompt_files import checked_target, save_prompt_cache
     from .session import Session
 
+    checked_target(prompt_cache_file)  # now, not when the prompt was read
     session = Session(
         model,
         adapter_path,
@@ -71,7 +73,7 @@ def cache_prompt(
         ):
             pass
     metadata = {
-        "model": session.name,
+        **metadata_of(session.name, session.adapter_path),
         "tokenizer_config": json.dumps(session.tokenizer_options),
     }
     save_prompt_cache(prompt_cache_file, cache, metadata)

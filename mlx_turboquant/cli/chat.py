@@ -81,6 +81,7 @@ def chat(
         system_prompt,
         session.name,
         session.template_options,
+        session.adapter_path,
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec, conversation.cache)

@@ -5,7 +5,6 @@ Owns the order of things the user sees: text as it comes, then speed and bytes.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -91,7 +90,7 @@ def generate(
     stored_cache: list[Any] | None = None
     if prompt_cache_file is not None:
         model, tokenizer_options, stored_cache = _read_cache_file(
-            prompt_cache_file, model
+            prompt_cache_file, model, adapter_path
         )
     session = (PictureSession if is_pictured else Session)(
         model,
@@ -174,7 +173,7 @@ def generate(
 
 
 def _read_cache_file(
-    path: str, model: str | None
+    path: str, model: str | None, adapter_path: str | None
 ) -> tuple[str | None, dict[str, Any], list[Any]]:
     """Model name, tokenizer options and layer caches of a saved prompt.
 
@@ -182,16 +181,22 @@ def _read_cache_file(
         FormatError: if the file cannot be read.
         SpecError: if another model made it.
     """
+    from ..integrations.model_identity import is_same
     from ..integrations.prompt_files import load_prompt_cache
 
     cache, metadata = load_prompt_cache(path, return_metadata=True)
     made_by = metadata.get("model")
-    if model is not None and made_by is not None and model != made_by:
+    named = model or made_by or opt.DEFAULT_MODEL
+    if not is_same(metadata, named, adapter_path):
         raise SpecError(
-            f"{path} was made with model {made_by!r}, not {model!r}; "
-            "leave --model out, or make the cache again"
+            f"{path} was made with model {made_by!r}, not {named!r} as it is here; "
+            "name that model (and its --adapter-path), or make the cache again"
         )
-    return made_by or model, json.loads(metadata.get("tokenizer_config", "{}")), cache
+    options = opt.json_object(
+        f"the tokenizer_config in {path}", metadata.get("tokenizer_config")
+    )
+    # All that is ever written there; the rest could load anything.
+    return named, {k: v for k, v in options.items() if k == "eos_token"}, cache
 
 
 def _encode_chat(

@@ -28,6 +28,7 @@ class Session:
 
     Attributes:
         name: The model's folder or hub id.
+        adapter_path: Its adapters' folder, or None.
         network: The model.
         tokenizer: Its tokenizer, of mlx-lm's wrapper class.
         tokenizer_options: What the tokenizer was loaded with.
@@ -54,6 +55,7 @@ class Session:
         if seed is not None:
             mx.random.seed(seed)
         self.name = model or options.DEFAULT_MODEL
+        self.adapter_path = adapter_path
         self.template_options = template_options or {}
         self.is_verbose = is_verbose
         self.tokenizer_options = {

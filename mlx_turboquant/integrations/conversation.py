@@ -22,6 +22,7 @@ from .chat_template import render
 from .compiled_step import compiled
 from .loading import check_context, context_length
 from .model_folder import check_tokens
+from .model_identity import is_same, metadata_of
 from .prompt_files import load_prompt_cache, save_prompt_cache
 from .stock import length_of
 
@@ -38,6 +39,7 @@ class Conversation:
         system: A system prompt, or None.
         name: The model's, kept in saved chats.
         template: Options of the chat template.
+        adapter: The folder of adapters that the model was loaded with, or None.
     """
 
     def __init__(
@@ -48,8 +50,10 @@ class Conversation:
         system: str | None = None,
         name: str = "",
         template: dict[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.network, self.tokenizer, self.name = network, tokenizer, name
+        self._adapter = adapter
         self._stepping = compiled(network)
         self._make_cache, self._template = make_cache, template or {}
         self._system = system
@@ -151,7 +155,7 @@ class Conversation:
             self.cache,
             {
                 "kind": _KIND,
-                "model": self.name,
+                **metadata_of(self.name, self._adapter),
                 "messages": json.dumps(self.messages),
                 "held": json.dumps(self._cached_tokens),
                 "tokens": json.dumps(self._text_tokens),
@@ -171,12 +175,47 @@ class Conversation:
                 f"{path} is a prompt cache but no chat; use --prompt-cache-file of "
                 "mlx_tq.generate"
             )
-        if metadata["model"] != self.name:
+        if not is_same(metadata, self.name, self._adapter):
             raise FormatError(
-                f"{path} is a chat with {metadata['model']!r}, not {self.name!r}; "
-                "start mlx_tq.chat with that model"
+                f"{path} is a chat with {metadata.get('model')!r}, not {self.name!r} "
+                "as it is here; start mlx_tq.chat with that model"
             )
-        self.messages = json.loads(metadata["messages"])
-        self._cached_tokens = json.loads(metadata["held"])
-        self._text_tokens = json.loads(metadata["tokens"])
+        seen = length_of(cache)
+        messages, held, tokens = _said(metadata, str(path))
+        if held != tokens[: len(held)] or seen not in (None, len(held)):
+            raise FormatError(
+                f"{path} is damaged: {len(held)} tokens are said to be in a cache of "
+                f"{seen}; its chat cannot go on"
+            )
+        check_tokens(self.network, tokens, str(path))
+        self.messages, self._cached_tokens, self._text_tokens = messages, held, tokens
         self.cache = cache
+
+
+def _said(
+    metadata: dict[str, str], path: str
+) -> tuple[list[dict[str, str]], list[int], list[int]]:
+    """Messages, tokens that the cache has seen and all tokens, of a saved chat.
+
+    Raises:
+        FormatError: if they are something else.
+    """
+    try:
+        messages, held, tokens = (
+            json.loads(metadata[name]) for name in ("messages", "held", "tokens")
+        )
+        are_tokens = all(
+            isinstance(ids, list) and all(type(token) is int for token in ids)
+            for ids in (held, tokens)
+        )
+        are_messages = isinstance(messages, list) and all(
+            isinstance(message, dict)
+            and set(message) == {"role", "content"}
+            and all(isinstance(text, str) for text in message.values())
+            for message in messages
+        )
+    except (KeyError, ValueError, RecursionError):
+        are_tokens = are_messages = False
+    if not (are_tokens and are_messages):
+        raise FormatError(f"{path} is damaged: its messages or tokens are none")
+    return messages, held, tokens

@@ -153,7 +153,7 @@ def _existing(path: str | Path) -> Path:
 def _with_suffix(path: str | Path) -> Path:
     """With the suffix that MLX knows the format by."""
     named = Path(path)
-    if not named.name:
+    if named.name in ("", "..") or "\0" in named.name:
         raise ValueError("it names no file")
     if named.suffix == ".safetensors":
         return named

@@ -256,7 +256,7 @@ def _made(codec: Codec, side: Side, in_tiles: bool, like: mx.Dtype) -> Made:
     return {name: (a.dtype, a.shape[3]) for name, a in codes.arrays.items()}
 
 
-def _demand(is_so: bool, otherwise: str) -> None:
+def _demand(is_so: object, otherwise: str) -> None:
     if not is_so:
         raise _damaged(otherwise)
 

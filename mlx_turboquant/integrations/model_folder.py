@@ -84,7 +84,7 @@ def _read_object(path: Path, model: str) -> dict[str, Any]:
 def _check_values(config: Mapping[str, Any], model: str) -> None:
     for names, least in ((_COUNTS, 1), (_COUNTS_OR_NONE, 0)):
         for name in names:
-            value = config.get(name)
+            value: Any = config.get(name)
             is_count = type(value) is int and least <= value <= _MOST
             # Some types have a number for each layer.
             if value is not None and not is_count and not isinstance(value, list):
@@ -168,7 +168,7 @@ def embedding_rows(network: nn.Module) -> int | None:
     rows = [m.weight.shape[0] for m in network.modules() if isinstance(m, kinds)]
     args = getattr(network, "args", None) or getattr(network, "config", None)
     for holder in (args, getattr(args, "text_config", None)):
-        said = (
+        said: Any = (
             holder.get("vocab_size")
             if isinstance(holder, dict)
             else getattr(holder, "vocab_size", None)

@@ -104,8 +104,8 @@ def _shape(leaf: Any) -> tuple[int, int, int, int] | None:
     if isinstance(leaf, TurboQuantCache):
         if leaf.empty():
             return None
-        keys, values = leaf.compressed()
-        return keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3]
+        sides = [side.shape for side in leaf.compressed()]
+        return sides[0][0], sides[0][1], sides[0][3], sides[1][3]
     keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
     if not isinstance(keys, mx.array) and not isinstance(values, mx.array):
         return None

@@ -104,7 +104,8 @@ def _check_container(path: Path) -> None:
 def _is_array(entry: Any, data: int) -> bool:
     if not isinstance(entry, dict) or entry.get("dtype") not in _SIZES:
         return False
-    shape, place = entry.get("shape"), entry.get("data_offsets")
+    shape: Any = entry.get("shape")
+    place: Any = entry.get("data_offsets")
     if not (_are_counts(shape, _MOST_AXIS) and _are_counts(place, data)):
         return False
     size: int = math.prod(shape) * _SIZES[entry["dtype"]]
@@ -158,9 +159,9 @@ def _value(name: str, array: mx.array, kind: str | None) -> Any:
     if kind == "scalar" and array.size == 1:
         return array.item()
     if kind == "string" and is_whole and array.ndim == 1 and array.size <= _MOST_TEXT:
-        codes = array.tolist()
-        if all(0 <= code < 0x110000 for code in codes):  # type: ignore[union-attr]
-            return "".join(map(chr, codes))  # type: ignore[arg-type]
+        codes: Any = array.tolist()
+        if all(0 <= code < 0x110000 for code in codes):
+            return "".join(map(chr, codes))
     raise FormatError(f"array {name!r} {array.dtype} {array.shape} is no {kind}")
 
 

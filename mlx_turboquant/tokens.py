@@ -23,12 +23,14 @@ Places = npt.NDArray[np.int32]
 
 #: Tokens of a tile, which a simdgroup takes at once: ``TILE_TOKENS`` of tiles.h.
 TILE = 32
+#: Rows of a buffer that begins: texts may end before they fill a growth.
+FIRST = 32
 #: A buffer's spare rows are fewer than one in so many.
 _SPARE = 32
 
 
 def capacity_of(rows: int, growth: int) -> int:
-    """Rows of a buffer that has room for ``rows``, of at least one growth.
+    """Rows of a buffer that has room for ``rows``: `FIRST`, or at least one growth.
 
     It grows by ``growth`` rows, or by 1/32 of what it has, as a power of two,
     whichever is more. So a long text copies it seldom, in few different sizes, which
@@ -36,7 +38,11 @@ def capacity_of(rows: int, growth: int) -> int:
 
     >>> [capacity_of(rows, 4) for rows in (1, 5, 127, 129, 260, 2001)]
     [4, 8, 128, 132, 264, 2016]
+    >>> [capacity_of(rows, 180) for rows in (1, 32, 33, 181)]
+    [32, 32, 180, 360]
     """
+    if rows <= FIRST < growth:
+        return FIRST
     step = max(growth, 1 << max(0, (rows // _SPARE).bit_length() - 1))
     return max(1, -(-rows // step)) * step
 
@@ -80,7 +86,7 @@ class TokenArrays:
         arrays: Name to array, taken as they are: all of their tokens are in use unless
             ``length`` says less.
         length: Tokens in use.
-        growth: Capacity is a multiple of this many tokens, from the first growth on.
+        growth: Capacity is `FIRST`, then a multiple of this many tokens.
         layout: Of codes in tile order, whose rows are tiles; None for a row per token.
 
     Attributes:
@@ -125,7 +131,7 @@ class TokenArrays:
         """
         count = next((a.shape[2] for a in new.values()), 0)
         start, stop = self.length, self.length + count
-        # At least one growth: kernels do not take arrays of under 8 elements.
+        # Never few rows: kernels do not take arrays of under 8 elements.
         capacity = capacity_of(stop, self.growth) if spare else stop
         for name, rows in new.items():
             buffer = self.arrays.get(name)

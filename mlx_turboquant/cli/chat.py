@@ -141,7 +141,7 @@ def _meter(conversation: Conversation) -> str:
     summary = conversation.explain()
     limit = "" if conversation.context is None else f" / {conversation.context}"
     meter = f"{conversation.tokens}{limit} tokens, {decimal(summary.nbytes)}"
-    if summary.packed_layers and conversation.tokens:
+    if summary.has_codes:
         meter += f" ({decimal(summary.fp16_nbytes)} in fp16)"
     return meter
 

@@ -88,8 +88,9 @@ def _open_streams() -> None:
 
 def _drop_output() -> None:
     """Have nothing more to write, or the interpreter would try again as it ends."""
-    if sys.stdout is not sys.__stdout__:  # a caller's own stream
+    output = sys.__stdout__
+    if output is None or sys.stdout is not output:  # a caller's own stream
         return
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
+    os.dup2(nothing, output.fileno())
     os.close(nothing)

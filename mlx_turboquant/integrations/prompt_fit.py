@@ -106,7 +106,8 @@ def _shape(leaf: Any) -> tuple[int, int, int, int] | None:
             return None
         sides = [side.shape for side in leaf.compressed()]
         return sides[0][0], sides[0][1], sides[0][3], sides[1][3]
-    keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
+    keys: Any = getattr(leaf, "keys", None)
+    values: Any = getattr(leaf, "values", None)
     if not isinstance(keys, mx.array) and not isinstance(values, mx.array):
         return None
     for array in (keys, values):

@@ -60,7 +60,8 @@ def read(path: Path) -> Contents:
         RuntimeError: by MLX, likewise.
     """
     _check_container(path)
-    arrays, texts = mx.load(str(path), format="safetensors", return_metadata=True)
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    arrays, texts = loaded
     metadata, classes, kinds = _texts(texts)
     trees: list[dict[str, Any]] = [{} for _ in classes]
     for name, array in arrays.items():

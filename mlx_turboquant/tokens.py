@@ -23,14 +23,12 @@ Places = npt.NDArray[np.int32]
 
 #: Tokens of a tile, which a simdgroup takes at once: ``TILE_TOKENS`` of tiles.h.
 TILE = 32
-#: Rows of a buffer that begins: texts may end before they fill a growth.
-FIRST = 32
 #: A buffer's spare rows are fewer than one in so many.
 _SPARE = 32
 
 
 def capacity_of(rows: int, growth: int) -> int:
-    """Rows of a buffer that has room for ``rows``: `FIRST`, or at least one growth.
+    """Rows of a buffer that has room for ``rows``, of at least one growth.
 
     It grows by ``growth`` rows, or by 1/32 of what it has, as a power of two,
     whichever is more. So a long text copies it seldom, in few different sizes, which
@@ -38,11 +36,7 @@ def capacity_of(rows: int, growth: int) -> int:
 
     >>> [capacity_of(rows, 4) for rows in (1, 5, 127, 129, 260, 2001)]
     [4, 8, 128, 132, 264, 2016]
-    >>> [capacity_of(rows, 180) for rows in (1, 32, 33, 181)]
-    [32, 32, 180, 360]
     """
-    if rows <= FIRST < growth:
-        return FIRST
     step = max(growth, 1 << max(0, (rows // _SPARE).bit_length() - 1))
     return max(1, -(-rows // step)) * step
 
@@ -86,7 +80,8 @@ class TokenArrays:
         arrays: Name to array, taken as they are: all of their tokens are in use unless
             ``length`` says less.
         length: Tokens in use.
-        growth: Capacity is `FIRST`, then a multiple of this many tokens.
+        growth: Capacity is a multiple of this many tokens, from the first growth on.
+        first: Capacity before that, while it is enough: a text may be short.
         layout: Of codes in tile order, whose rows are tiles; None for a row per token.
 
     Attributes:
@@ -94,7 +89,7 @@ class TokenArrays:
             copy. A new dict whenever a buffer is new.
     """
 
-    __slots__ = ("arrays", "growth", "layout", "length")
+    __slots__ = ("arrays", "first", "growth", "layout", "length")
 
     def __init__(
         self,
@@ -102,9 +97,10 @@ class TokenArrays:
         length: int | None = None,
         growth: int = 1,
         layout: TileLayout | None = None,
+        first: int = 0,
     ) -> None:
         self.arrays: dict[str, mx.array] = dict(arrays or {})
-        self.growth, self.layout = growth, layout
+        self.growth, self.first, self.layout = growth, first, layout
         if length is None:
             rows = next((a.shape[2] for a in self.arrays.values()), 0)
             length = rows * self._row_tokens
@@ -133,6 +129,8 @@ class TokenArrays:
         start, stop = self.length, self.length + count
         # Never few rows: kernels do not take arrays of under 8 elements.
         capacity = capacity_of(stop, self.growth) if spare else stop
+        if spare and stop <= self.first:
+            capacity = self.first
         for name, rows in new.items():
             buffer = self.arrays.get(name)
             if buffer is None or stop > buffer.shape[2]:
@@ -174,11 +172,11 @@ class TokenArrays:
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenArrays:
         """The same arrays, until one of the two is written to."""
         arrays = {name: a.reshape(a.shape) for name, a in self.arrays.items()}
-        return TokenArrays(arrays, self.length, self.growth, self.layout)
+        return TokenArrays(arrays, self.length, self.growth, self.layout, self.first)
 
     def replace(self, tokens: Mapping[str, mx.array]) -> None:
         """Start over in new buffers holding just ``tokens``, which may be empty."""
-        self.arrays, self.length = {}, 0
+        self.arrays, self.length, self.first = {}, 0, 0
         self.append(tokens)
 
     @property

@@ -200,7 +200,12 @@ def test_buffers_grow_seldom_and_in_few_sizes():
     assert len(sizes) == len(set(sizes)) < 200
     assert copied < 50 * tokens.length  # growing by 128 alone: 400 times
     assert capacity_of(0, 8) == capacity_of(8, 8) == 8
-    assert [capacity_of(rows, 180) for rows in (1, 32, 33, 180)] == [32, 32, 180, 180]
+    begun = TokenArrays(growth=180, first=32)
+    for count, capacity in ((5, 32), (27, 32), (1, 180)):
+        begun.append({"x": mx.zeros((1, 1, count, 4))})
+        assert begun.arrays["x"].shape[2] == capacity
+    begun.replace({"x": mx.zeros((1, 1, 3, 4))})  # no beginning any more
+    assert begun.arrays["x"].shape[2] == 180
 
 
 def test_a_short_text_takes_little_and_is_described_in_words():

@@ -1,17 +1,17 @@
 """A tiny quantized llama on disk with a tokenizer of a few words, for commands."""
 
+import importlib
 import json
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama
 
 WORDS = ("<end>", "<pad>", "hello", "there", "world", "A", "B", "a", "b", "I", "say")
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -46,15 +46,20 @@ def tokenizer(words=WORDS, first=0):
     }
 
 
-def write(folder, **contents):
+def write(folder, kind="llama", **contents):
     """The folder, with other contents where they are named: JSON, text or bytes."""
     mx.random.seed(0)
-    model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
+    module = importlib.import_module(f"mlx_lm.models.{kind}")
+    config = {**CONFIG, "model_type": kind}
+    model = module.Model(module.ModelArgs.from_dict(config))
     nn.quantize(model, group_size=32, bits=4)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     files = {
-        "config": CONFIG,
+        "config": config,
+        "model.safetensors.index": {
+            "weight_map": dict.fromkeys(weights, "model.safetensors")
+        },
         "tokenizer": tokenizer(),
         "tokenizer_config": {
             "tokenizer_class": "PreTrainedTokenizerFast",

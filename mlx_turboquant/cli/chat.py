@@ -48,6 +48,7 @@ def chat(
     max_tokens: opt.MaxTokens = 256,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
+    pipeline: opt.Pipeline = False,
     kv_quality: opt.KvQuality = None,
 ) -> None:
     """Chat with a model, its KV cache compressed."""
@@ -59,6 +60,7 @@ def chat(
 
     from rich.console import Console
 
+    from ..integrations import ranks
     from ..integrations.conversation import Conversation
     from ..integrations.factory import caches_for
     from .session import Session
@@ -68,7 +70,9 @@ def chat(
         adapter_path,
         trust_remote_code,
         template_options=template_options,
-        seed=seed,
+        pipeline=pipeline,
+        seed=seed if seed is not None or ranks.count() == 1 else 0,
+        is_verbose=ranks.is_first(),
     )
 
     def make_cache() -> list[Any]:
@@ -85,8 +89,8 @@ def chat(
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec, conversation.cache)
-    wait_for_proofs()
-    console = Console(highlight=False)
+    wait_for_proofs(ranks.is_first())
+    console = Console(highlight=False, quiet=not ranks.is_first())
     console.print(session.name, style="bold", end="  ", markup=False)
     console.print("/help says what else you can type.")
     sampler = session.sampler(
@@ -117,6 +121,8 @@ def chat(
 
 def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
     """What the user types, until there is no more; asks only at a terminal."""
+    from ..integrations import ranks
+
     if sys.stdin is not None and sys.stdin.isatty():
         import contextlib
 
@@ -126,12 +132,21 @@ def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
         try:
             meter = f"\n[dim]{_meter(conversation)}[/]\n[bold green]>>>[/] "
             console.print(meter, end="")
-            yield input().strip()
+            line = ranks.shared(_typed() if ranks.is_first() else None)
         except KeyboardInterrupt:
             continue
-        except (EOFError, RuntimeError):  # of a closed stdin
+        if line is None:
             console.print()
             return
+        yield line
+
+
+def _typed() -> str | None:
+    """A line, or None if there is no more."""
+    try:
+        return input().strip()
+    except (EOFError, RuntimeError):  # of a closed stdin
+        return None
 
 
 def _meter(conversation: Conversation) -> str:

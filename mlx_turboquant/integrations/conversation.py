@@ -16,8 +16,9 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..errors import FormatError
+from ..errors import FormatError, SpecError, UnsupportedError
 from ..explanation import Explanation, explain
+from . import ranks
 from .chat_template import render
 from .compiled_step import compiled
 from .loading import check_context, context_length
@@ -54,7 +55,8 @@ class Conversation:
     ) -> None:
         self.network, self.tokenizer, self.name = network, tokenizer, name
         self._adapter = adapter
-        self._stepping = compiled(network)
+        # A step that waits for other machines is not replayed.
+        self._stepping = compiled(network) if ranks.count() == 1 else network
         self._make_cache, self._template = make_cache, template or {}
         self._system = system
         self.reset()
@@ -95,10 +97,13 @@ class Conversation:
         Raises:
             UnsupportedError: if the chat would be longer than the model's context; the
                 turn is not kept then.
-            SpecError: if the chat template cannot write it; likewise.
+            SpecError: if it has no tokens, or the chat template cannot write it;
+                likewise.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self._encode(messages, text)
+        if not tokens:
+            raise SpecError("the text has no tokens; type some other")
         check_context(
             self.network, len(tokens), "the chat would have", "/reset starts over"
         )
@@ -148,7 +153,13 @@ class Conversation:
         return shared
 
     def save(self, path: str | Path) -> None:
-        """Write messages and cache to a prompt-cache file."""
+        """Write messages and cache to a prompt-cache file.
+
+        Raises:
+            SpecError: if there can be no such file.
+            UnsupportedError: if this is one machine of several: its cache is a part.
+        """
+        _check_alone()
         mx.eval([cache.state for cache in self.cache])
         save_prompt_cache(
             path,
@@ -167,8 +178,10 @@ class Conversation:
 
         Raises:
             FormatError: if it is none, or of another model.
-            UnsupportedModelError: if the model has another number of caches.
+            UnsupportedModelError: if the cache is another model's.
+            UnsupportedError: if this is one machine of several.
         """
+        _check_alone()
         cache, metadata = load_prompt_cache(path, self.network, return_metadata=True)
         if metadata.get("kind") != _KIND:
             raise FormatError(
@@ -190,6 +203,14 @@ class Conversation:
         check_tokens(self.network, tokens, str(path))
         self.messages, self._cached_tokens, self._text_tokens = messages, held, tokens
         self.cache = cache
+
+
+def _check_alone() -> None:
+    if ranks.count() > 1:
+        raise UnsupportedError(
+            "each of several machines holds a part of the chat's cache",
+            "save and load chats of a model that is on one",
+        )
 
 
 def _said(

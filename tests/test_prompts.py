@@ -282,4 +282,4 @@ def test_long_steps_that_are_not_packed_yet_leave_room():
     for _ in range(40):
         chunk(cache, text_of(20))
         sizes.add(cache._tokens.recent.arrays["keys"].shape[2])
-    assert len(sizes) == 1
+    assert len(sizes - {32}) == 1  # behind the small one that a text begins with

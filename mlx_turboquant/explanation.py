@@ -19,6 +19,7 @@ from .backends import proved, select
 from .cache import BatchTurboQuantCache, TurboQuantCache
 from .entries import CacheEntry, PromptCache, kind_reason, nbytes_of
 from .proof import ledger
+from .spec import CacheSpec
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class LayerReport:
     elements: int = 0
     reason: str = ""
     returns_arrays: bool = False
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any of its tokens are codes."""
+        return len(self.tokens) == 3 and self.tokens[1] > 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,11 @@ class Explanation:
         """Bytes the compressed entries' tokens would take in fp16, plus the rest."""
         return sum(2 * r.elements if r.spec else r.nbytes for r in self.layers)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether any layer's text is long enough for codes."""
+        return any(row.has_codes for row in self.layers)
+
     def summary(self) -> str:
         """One line: bytes, bits per element, how many layers."""
         rows = [row for row in self.layers if row.spec]
@@ -93,6 +104,12 @@ class Explanation:
         specs = _specs_text([row.spec for row in rows])
         if not elements:
             return f"{specs} in {count}, empty"
+        if not self.has_codes:
+            begin = min(_first_code(row.spec) for row in rows)
+            return (
+                f"{decimal(self.nbytes)}, no codes yet: they begin behind {begin} "
+                f"tokens; {specs} in {count}"
+            )
         bits = 8 * sum(row.nbytes for row in rows) / elements
         return (
             f"{decimal(self.nbytes)} against {decimal(self.fp16_nbytes)} in fp16 "
@@ -113,7 +130,8 @@ class Explanation:
         table.add_column("bits/el", justify="right")
         table.add_column("left alone because")
         for row in self.layers:
-            bits = f"{8 * row.nbytes / row.elements:.2f}" if row.elements else ""
+            # Of a text that is shorter than its buffers it would say nothing.
+            bits = f"{8 * row.nbytes / row.elements:.2f}" if row.has_codes else ""
             table.add_row(
                 row.layer,
                 row.cache,
@@ -193,6 +211,12 @@ def _backend(cache: TurboQuantCache) -> str:
     elif verdict is not None:
         reason = f"proved {verdict.history}"
     return f"{name}: {reason}" if reason else name
+
+
+def _first_code(spec: str) -> int:
+    """Tokens behind which a layer's first page is codes."""
+    read = CacheSpec.parse(spec)
+    return read.sink + read.window + read.page
 
 
 def _specs_text(specs: list[str]) -> str:

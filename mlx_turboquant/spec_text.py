@@ -20,7 +20,7 @@ from .errors import SpecError
 
 DEFAULT_CODEC = "turboquant"
 ADVICE = "use 1..8, a mean such as 3.25, sides such as 'k4v3' or 'k16v3', or 'auto'"
-_SIDES = re.compile(r"k(\d+(?:\.\d+)?)v(\d+(?:\.\d+)?)")
+_SIDES = re.compile(r"k(\d{1,9}(?:\.\d{1,9})?)v(\d{1,9}(?:\.\d{1,9})?)")
 _WHOLE_NUMBERS = ("sink", "window", "page", "seed")
 #: Bits of sides that are still to be chosen: any that adaptive codecs have.
 _UNCHOSEN = (3.0, 3.0)

@@ -81,6 +81,7 @@ class TokenArrays:
             ``length`` says less.
         length: Tokens in use.
         growth: Capacity is a multiple of this many tokens, from the first growth on.
+        first: Capacity before that, while it is enough: a text may be short.
         layout: Of codes in tile order, whose rows are tiles; None for a row per token.
 
     Attributes:
@@ -88,7 +89,7 @@ class TokenArrays:
             copy. A new dict whenever a buffer is new.
     """
 
-    __slots__ = ("arrays", "growth", "layout", "length")
+    __slots__ = ("arrays", "first", "growth", "layout", "length")
 
     def __init__(
         self,
@@ -96,9 +97,10 @@ class TokenArrays:
         length: int | None = None,
         growth: int = 1,
         layout: TileLayout | None = None,
+        first: int = 0,
     ) -> None:
         self.arrays: dict[str, mx.array] = dict(arrays or {})
-        self.growth, self.layout = growth, layout
+        self.growth, self.first, self.layout = growth, first, layout
         if length is None:
             rows = next((a.shape[2] for a in self.arrays.values()), 0)
             length = rows * self._row_tokens
@@ -125,8 +127,10 @@ class TokenArrays:
         """
         count = next((a.shape[2] for a in new.values()), 0)
         start, stop = self.length, self.length + count
-        # At least one growth: kernels do not take arrays of under 8 elements.
+        # Never few rows: kernels do not take arrays of under 8 elements.
         capacity = capacity_of(stop, self.growth) if spare else stop
+        if spare and stop <= self.first:
+            capacity = self.first
         for name, rows in new.items():
             buffer = self.arrays.get(name)
             if buffer is None or stop > buffer.shape[2]:
@@ -166,11 +170,11 @@ class TokenArrays:
     def fork(self) -> TokenArrays:
         """The same arrays, until one of the two is written to."""
         arrays = {name: a.reshape(a.shape) for name, a in self.arrays.items()}
-        return TokenArrays(arrays, self.length, self.growth, self.layout)
+        return TokenArrays(arrays, self.length, self.growth, self.layout, self.first)
 
     def replace(self, tokens: Mapping[str, mx.array]) -> None:
         """Start over in new buffers holding just ``tokens``, which may be empty."""
-        self.arrays, self.length = {}, 0
+        self.arrays, self.length, self.first = {}, 0, 0
         self.append(tokens)
 
     @property

@@ -18,6 +18,7 @@ from helpers import MODEL, backend
 
 import mlx_turboquant as tq
 from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.backends.reference import Reference
 from mlx_turboquant.cache import traced
 from mlx_turboquant.cli.generate import generate
 from mlx_turboquant.errors import UnsupportedModelError
@@ -81,6 +82,8 @@ class FoldingGpu(Gpu):
 
     def arranged(self, quantizer, codes):
         return in_tiles(codes, quantizer.layout)
+
+    channel_gains = Reference.channel_gains
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from helpers import MODEL
 from mlx_lm.models.cache import ArraysCache
 
 import mlx_turboquant as tq
-from mlx_turboquant.errors import FormatError, UnsupportedError
+from mlx_turboquant.errors import FormatError, SpecError, UnsupportedError
 from mlx_turboquant.integrations.conversation import Conversation
 from mlx_turboquant.integrations.stock import length_of, stock_caches
 
@@ -146,6 +146,13 @@ def test_a_turn_beyond_the_context_is_refused_and_not_kept(make):
         answer(talk, "word " * 8300)
     assert json.dumps(talk.messages) == before
     assert answer(talk, "Still there?")[1] > 0
+
+
+def test_a_text_without_tokens_is_refused_and_not_kept(make):
+    talk = make()
+    with pytest.raises(SpecError, match="has no tokens"):
+        answer(talk, "")
+    assert talk.messages == []
 
 
 def test_reset_forgets_all_but_the_system_prompt(make):

@@ -52,6 +52,52 @@ def test_the_table_has_every_type_once():
         assert paragraph in support_table.FILE.read_text()
 
 
+def noisy(leaf, size, seed):
+    """mlx-lm's cache, with noise of this size on all vectors, relative to each."""
+    kind = type(leaf)
+
+    class Noisy(kind):
+        def update_and_fetch(self, *sides):
+            keys = mx.random.split(mx.random.key(seed + 97 * self.offset), 2)
+            added = []
+            for x, key in zip(sides, keys, strict=True):
+                norm = mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True))
+                added.append(x + size * norm * mx.random.normal(x.shape, key=key))
+            return kind.update_and_fetch(self, *added)
+
+    copied = Noisy.__new__(Noisy)
+    copied.__dict__.update(leaf.__dict__)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("afm7", {"rounding": 0.5}),
+        ("laguna", {"num_experts_per_tok": 1}),
+        ("phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("step3p5", {"moe_top_k": 1}),
+    ],
+)
+def test_what_a_rounding_moves_is_no_fault_of_the_codes(name, changes, hooked):
+    """Noise of the codes' size on mlx-lm's own caches moves such a model as far."""
+    model = tiny_models.build(name, **changes)
+    want = tiny_models.logits(model, stock_caches(model))
+
+    def error(caches):
+        got = tiny_models.logits(model, caches)
+        return (mx.sqrt(mx.mean((got - want) ** 2)) / mx.std(want)).item()
+
+    codes = error(tq.make_prompt_cache(model, support_table.SPEC))
+    noise = [
+        error([noisy(leaf, 0.005, seed) for leaf in stock_caches(model)])
+        for seed in range(4)
+    ]
+    assert max(noise) > 0.01
+    assert codes < 1.2 * max(noise)
+    assert name in support_table.NOTES
+
+
 @pytest.mark.parametrize(
     "name",
     [

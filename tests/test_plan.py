@@ -176,7 +176,7 @@ def test_a_text_that_does_not_fit_is_told_with_a_way_out():
 
 
 def test_no_such_model_is_one_clear_error(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="cannot read the config"):
+    with pytest.raises(UnsupportedModelError, match="cannot load model"):
         footprint(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(UnsupportedModelError, match="no_such_type not supported"):

@@ -233,7 +233,7 @@ def test_kinds_of_a_model(tmp_path):
     assert tuning.kinds_of("examples/books-20m") == [
         tuning.Kind((128, 128), "bfloat16", Heads(2, 2))
     ]
-    with pytest.raises(UnsupportedModelError, match="cannot read the config"):
+    with pytest.raises(UnsupportedModelError, match="cannot load model"):
         tuning.kinds_of(str(tmp_path))
     with pytest.raises(SpecError, match="chosen from the text"):
         list(tuning.tune(Metal(), CacheSpec.parse("auto"), []))

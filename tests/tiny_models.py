@@ -6,6 +6,7 @@ declares.
 """
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 
@@ -327,16 +328,20 @@ def calm(path, module):
         module.weight = module.weight / 4
 
 
-def _fine(path, module):
+def _round_to(step, path, module):
     if "quant_key_scale" in module:
-        module.quant_key_scale = module.quant_value_scale = mx.array(1e-3)
+        module.quant_key_scale = module.quant_value_scale = mx.array(step)
 
 
-def build(name):
-    """A random model of one type, its weights drawn anew."""
+def build(name, **changes):
+    """A random model of one type, its weights drawn anew.
+
+    ``changes`` win over the fields of its config; ``rounding`` is afm7's own.
+    """
     module = importlib.import_module(f"mlx_lm.models.{name}")
+    rounding = changes.pop("rounding", 1e-3)
     mx.random.seed(1)
-    model = module.Model(module.ModelArgs.from_dict(config(name)))
+    model = module.Model(module.ModelArgs.from_dict({**config(name), **changes}))
     # Zeros, such as learned sinks and biases start with, would hide what they do.
     drawn = tree_map(
         lambda p: p if mx.any(p).item() else 0.3 * mx.random.normal(p.shape, p.dtype),
@@ -346,7 +351,7 @@ def build(name):
     if name.startswith("gemma4"):  # attention without a scale
         model.apply_to_modules(calm)
     if name == "afm7":  # rounds keys and values
-        model.apply_to_modules(_fine)
+        model.apply_to_modules(functools.partial(_round_to, rounding))
     mx.eval(model.parameters())
     return model
 

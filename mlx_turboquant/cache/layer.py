@@ -55,6 +55,7 @@ class TurboQuantCache(SequenceCache):
     merge: ClassVar[Callable[..., Any]]
     #: Where other caches of its layer have their codes, if they do.
     _shelf: PoolShelf | None = None
+    _is_sliding: ClassVar[bool] = False
     to_batch: ClassVar[Callable[..., Any]]
 
     def __init__(
@@ -285,7 +286,7 @@ class TurboQuantCache(SequenceCache):
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        self._restore(*saved.from_state(state))
+        self._restore(*saved.from_state(state, self._is_sliding))
 
     def _numbers(self) -> saved.Numbers:
         """What a file says of the cache besides spec and arrays."""
@@ -297,8 +298,7 @@ class TurboQuantCache(SequenceCache):
     ) -> None:
         self.returns_arrays = bool(numbers["returns_arrays"])
         self._start(spec)
-        recent = groups["recent"]
-        if recent:
+        if groups["recent"]:
             calibrated = bool(groups["packed"] or groups["gains"])
             self._quantizers.load(groups, calibrated)
         tokens, quantizers = self._tokens, self._quantizers

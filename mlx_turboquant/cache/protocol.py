@@ -156,10 +156,12 @@ class SequenceCache(Forks):
         if self.empty():
             return f"{type(self).__name__}({self.spec}, empty)"
         parts = f"{self.sink_length}+{self.packed_length}+{self.recent_length}"
-        bits = 8 * self.nbytes / self.elements
+        bits = "no codes yet"
+        if self.packed_length:
+            bits = f"{8 * self.nbytes / self.elements:.2f} bits per element"
         return (
             f"{type(self).__name__}({self.spec}, {self.offset} tokens = {parts} "
-            f"sink+packed+recent, {self.nbytes} bytes, {bits:.2f} bits per element)"
+            f"sink+packed+recent, {self.nbytes} bytes, {bits})"
         )
 
 

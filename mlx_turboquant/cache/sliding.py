@@ -47,6 +47,8 @@ class RotatingTurboQuantCache(TurboQuantCache):
     RotatingTurboQuantCache(k3v3, empty)
     """
 
+    _is_sliding = True
+
     def __init__(
         self,
         spec: CacheSpec | str | float = "k3v3",

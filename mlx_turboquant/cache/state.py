@@ -1,7 +1,7 @@
 """The saved form of a cache: a header line and named arrays (``docs/format.md``).
 
-Owns the format version and the checks on foreign state. Reading and writing of the
-file itself is mlx-lm's (see ``integrations``).
+Owns the format version and the header; what arrays must be is `state_checks`'s. Reading
+and writing of the file itself is mlx-lm's (see ``integrations``).
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..codecs import codec_for
-from ..codecs.base import Codec, Side
 from ..codecs.registry import RESEARCH
 from ..errors import FormatError
 from ..packed_codes import PackedCodes
 from ..quantizer import Sides
-from ..spec import CacheSpec, CodecSpec
-from ..tiles import tile_layout
+from ..spec import CacheSpec
 from ..version import __version__
+from .state_checks import check
 
 #: Raised by any change to bit layout, levels, signs or array names.
 FORMAT_VERSION = 5
@@ -67,8 +65,14 @@ def to_state(
     return state
 
 
-def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
+def from_state(
+    state: Mapping[str, Any], is_sliding: bool = False
+) -> tuple[CacheSpec, Groups, Numbers]:
     """The inverse of `to_state`.
+
+    Args:
+        state: What it made.
+        is_sliding: Whether a window's numbers must be in it, or must not.
 
     Raises:
         FormatError: saying what is foreign, damaged or newer.
@@ -93,16 +97,24 @@ def from_state(state: Mapping[str, Any]) -> tuple[CacheSpec, Groups, Numbers]:
         for name in ("returns_arrays", "tiles"):
             if name not in numbers:
                 raise ValueError(f"it does not say {name}=")
-        if numbers["tiles"] not in (0, 1):
-            raise ValueError(f"tiles={numbers['tiles']} is neither 0 nor 1")
+        if len(numbers) != len(pairs):
+            raise ValueError(f"{header!r} says something twice")
+        if ("max_size" in numbers) != is_sliding:
+            raise ValueError(f"max_size= goes with a sliding window: {header!r}")
     except ValueError as error:  # as is SpecError
         raise FormatError(f"the cache's header is damaged: {error}") from error
     groups: Groups = {group: {} for group in _GROUPS}
     for key, array in state.items():
         group, _, name = key.partition(":")
-        if group in groups:
-            groups[group][name] = array
-    _check(spec, groups, bool(numbers["tiles"]))
+        if key == "header":
+            continue
+        if group not in groups or not isinstance(array, mx.array):
+            raise FormatError(
+                f"the cache's state has {key!r}, which no version writes; the file is "
+                "damaged, make the cache again"
+            )
+        groups[group][name] = array
+    check(spec, groups, numbers)
     return spec, groups, numbers
 
 
@@ -114,39 +126,3 @@ def _version_of(spec: str) -> str:
     return (
         f"{FORMAT_VERSION}+{__version__}" if RESEARCH in spec else f"{FORMAT_VERSION}"
     )
-
-
-def _check(spec: CacheSpec, groups: Groups, in_tiles: bool) -> None:
-    recent = groups["recent"]
-    if not recent and not groups["packed"]:
-        return
-    packed = set(groups["packed"])
-    whole = set(recent) == {"keys", "values"} and set(groups["sink"]) <= set(recent)
-    sides: tuple[tuple[Side, CodecSpec], ...]
-    sides = (("keys", spec.keys), ("values", spec.values))
-    for side, codec in sides:
-        held = recent.get(side, groups["sink"].get(side))
-        made = None if held is None else codec_for(codec, held.shape[3], side)
-        wanted = {f"{side}_{name}" for name in made.arrays} if made else set()
-        whole = whole and (not packed or wanted <= packed)
-        if whole and packed and made:
-            whole = _has_widths(made, side, groups["packed"], in_tiles)
-    lengths = {array.shape[2] for array in groups["packed"].values()}
-    if not whole or len(lengths) > 1:
-        raise FormatError(
-            "the cache's arrays do not fit its header; the file is damaged, "
-            "make the cache again"
-        )
-
-
-def _has_widths(
-    codec: Codec, side: Side, packed: Mapping[str, mx.array], in_tiles: bool
-) -> bool:
-    """Whether words lie in the order they are said to: kernels go by their widths."""
-    if codec.kernel_format is None:
-        return not in_tiles
-    layout = tile_layout(codec, side)
-    words, scales = (packed[f"{side}_{name}"].shape[3] for name in ("words", "scales"))
-    if in_tiles:
-        return (words, scales) == (layout.tile_words, layout.tile_scales)
-    return words == layout.vector_words

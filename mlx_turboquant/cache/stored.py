@@ -25,6 +25,8 @@ from . import state as saved
 from .shallow import shallow
 
 Arrays = dict[str, mx.array]
+#: Recent tokens that there is room for at first.
+_SHORT = 32
 
 
 class StoredTokens:
@@ -45,7 +47,7 @@ class StoredTokens:
     def __init__(self, recent_growth: int, page: int) -> None:
         self.sink: Arrays = {}
         self.table = PageTable(PagePool(page))
-        self.recent = TokenArrays(growth=recent_growth)
+        self.recent = TokenArrays(growth=recent_growth, first=_SHORT)
         self._codes_changed()
 
     def move_to(self, pool: PagePool, moved: Moved) -> None:

@@ -29,8 +29,11 @@ def cache_prompt(
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
+    group_size: opt.GroupSize = None,
+    quantized_kv_start: opt.QuantizedKvStart = None,
 ) -> None:
     """Write the KV cache of a prompt to a file, for mlx_tq.generate."""
+    opt.refuse_replaced(group_size, quantized_kv_start)
     spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
     text = opt.prompt_text(prompt)
 
@@ -39,9 +42,11 @@ def cache_prompt(
 
     from ..explanation import explain
     from ..integrations.factory import caches_for
-    from ..integrations.prompt_files import save_prompt_cache
+    from ..integrations.model_identity import metadata_of
+    from ..integrations.prompt_files import checked_target, save_prompt_cache
     from .session import Session
 
+    checked_target(prompt_cache_file)  # now, not when the prompt was read
     session = Session(
         model,
         adapter_path,
@@ -68,7 +73,7 @@ def cache_prompt(
         ):
             pass
     metadata = {
-        "model": session.name,
+        **metadata_of(session.name, session.adapter_path),
         "tokenizer_config": json.dumps(session.tokenizer_options),
     }
     save_prompt_cache(prompt_cache_file, cache, metadata)

@@ -48,14 +48,19 @@ def chat(
     max_tokens: opt.MaxTokens = 256,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
+    pipeline: opt.Pipeline = False,
     kv_quality: opt.KvQuality = None,
 ) -> None:
     """Chat with a model, its KV cache compressed."""
     spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
-    template_options = opt.json_object("--chat-template-config", chat_template_config)
+    template_options = opt.template_options(
+        "--chat-template-config", chat_template_config
+    )
+    opt.checked_text("--system-prompt", system_prompt or "")
 
     from rich.console import Console
 
+    from ..integrations import ranks
     from ..integrations.conversation import Conversation
     from ..integrations.factory import caches_for
     from .session import Session
@@ -65,7 +70,9 @@ def chat(
         adapter_path,
         trust_remote_code,
         template_options=template_options,
-        seed=seed,
+        pipeline=pipeline,
+        seed=seed if seed is not None or ranks.count() == 1 else 0,
+        is_verbose=ranks.is_first(),
     )
 
     def make_cache() -> list[Any]:
@@ -78,12 +85,14 @@ def chat(
         system_prompt,
         session.name,
         session.template_options,
+        session.adapter_path,
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec, conversation.cache)
-    wait_for_proofs()
-    console = Console(highlight=False)
-    console.print(f"[bold]{session.name}[/]  /help says what else you can type.")
+    wait_for_proofs(ranks.is_first())
+    console = Console(highlight=False, quiet=not ranks.is_first())
+    console.print(session.name, style="bold", end="  ", markup=False)
+    console.print("/help says what else you can type.")
     sampler = session.sampler(
         temp=temp,
         top_p=top_p,
@@ -103,15 +112,18 @@ def chat(
                 break
             if line.startswith("/"):
                 _run_command(console, conversation, line)
-            elif line:
+            elif opt.checked_text("what you typed", line):
                 _answer(console, conversation, line, answer_options)
         except TurboQuantError as error:
-            console.print(f"error: {error}", style="red", soft_wrap=True, markup=False)
+            line = " ".join(str(error).splitlines())
+            console.print(f"error: {line}", style="red", soft_wrap=True, markup=False)
 
 
 def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
     """What the user types, until there is no more; asks only at a terminal."""
-    if sys.stdin.isatty():
+    from ..integrations import ranks
+
+    if sys.stdin is not None and sys.stdin.isatty():
         import contextlib
 
         with contextlib.suppress(ImportError):
@@ -120,12 +132,21 @@ def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
         try:
             meter = f"\n[dim]{_meter(conversation)}[/]\n[bold green]>>>[/] "
             console.print(meter, end="")
-            yield input().strip()
+            line = ranks.shared(_typed() if ranks.is_first() else None)
         except KeyboardInterrupt:
             continue
-        except EOFError:
+        if line is None:
             console.print()
             return
+        yield line
+
+
+def _typed() -> str | None:
+    """A line, or None if there is no more."""
+    try:
+        return input().strip()
+    except (EOFError, RuntimeError):  # of a closed stdin
+        return None
 
 
 def _meter(conversation: Conversation) -> str:
@@ -135,7 +156,7 @@ def _meter(conversation: Conversation) -> str:
     summary = conversation.explain()
     limit = "" if conversation.context is None else f" / {conversation.context}"
     meter = f"{conversation.tokens}{limit} tokens, {decimal(summary.nbytes)}"
-    if summary.packed_layers and conversation.tokens:
+    if summary.has_codes:
         meter += f" ({decimal(summary.fp16_nbytes)} in fp16)"
     return meter
 

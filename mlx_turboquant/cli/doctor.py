@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def doctor(
     tokens: Annotated[
-        int, typer.Option(min=512, help="Tokens in the timed attention.")
+        int, typer.Option(min=512, max=2**20, help="Tokens in the timed attention.")
     ] = 16384,
     retry: Annotated[
         bool,

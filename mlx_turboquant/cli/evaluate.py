@@ -91,9 +91,9 @@ def evaluate(
     )
     session = Session(model, adapter_path, trust_remote_code)
     session.check_context(
-        max((*plan.lengths, *plan.needles)),
+        max((*plan.lengths, *plan.needles, plan.lengths[0] + plan.greedy)),
         subject="the longest text has",
-        remedy="lower --lengths or --needles",
+        remedy="lower --lengths, --needles or --greedy",
     )
     if select.awaits_proof():
         # Begun before the first job, so that every job is measured on one backend.

@@ -5,7 +5,6 @@ Owns the order of things the user sees: text as it comes, then speed and bytes.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -40,6 +39,7 @@ def generate(
     min_tokens_to_keep: opt.MinTokensToKeep = 1,
     seed: opt.Seed = None,
     ignore_chat_template: opt.IgnoreChatTemplate = False,
+    use_default_chat_template: opt.UseDefaultChatTemplate = False,
     chat_template_config: opt.ChatTemplateConfig = None,
     verbose: opt.Verbose = "True",
     max_kv_size: opt.MaxKvSize = None,
@@ -51,15 +51,22 @@ def generate(
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
+    group_size: opt.GroupSize = None,
+    quantized_kv_start: opt.QuantizedKvStart = None,
 ) -> None:
     """Generate text with a compressed KV cache."""
+    opt.refuse_replaced(group_size, quantized_kv_start)
     spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
     draft_spec = opt.draft_spec(draft_kv_bits, draft_model)
-    template_options = opt.json_object("--chat-template-config", chat_template_config)
+    template_options = opt.template_options(
+        "--chat-template-config", chat_template_config
+    )
     text = opt.prompt_text(
         prompt.replace("\\n", "\n").replace("\\t", "\t"),
         may_be_empty=prefill_response is not None,
     )
+    opt.checked_text("--system-prompt", system_prompt or "")
+    opt.checked_text("--prefill-response", prefill_response or "")
 
     from mlx_lm import stream_generate
 
@@ -83,7 +90,7 @@ def generate(
     stored_cache: list[Any] | None = None
     if prompt_cache_file is not None:
         model, tokenizer_options, stored_cache = _read_cache_file(
-            prompt_cache_file, model
+            prompt_cache_file, model, adapter_path
         )
     session = (PictureSession if is_pictured else Session)(
         model,
@@ -92,6 +99,7 @@ def generate(
         tokenizer_options=tokenizer_options,
         extra_eos_tokens=extra_eos_token or (),
         template_options=template_options,
+        use_default_template=use_default_chat_template,
         seed=seed,
         is_verbose=verbose.lower() not in ("false", "f"),
     )
@@ -105,9 +113,11 @@ def generate(
     else:
         tokens = session.encode(text)
     cache = _make_cache(session, spec, max_kv_size, stored_cache)
+    seen = (length_of(cache) or 0) + len(tokens)
+    session.check_context(seen)
+    wanted, max_tokens = max_tokens, session.tokens_left(seen, max_tokens)
     if max_kv_size is None:
         session.warn_if_tight(len(tokens) + max_tokens, spec, cache)
-    session.check_context((length_of(cache) or 0) + len(tokens))
     draft, all_caches = None, cache
     if draft_model is not None:
         draft, all_caches = _add_draft(
@@ -153,6 +163,8 @@ def generate(
             typer.echo(response.text, nl=False)
             drafted_tokens += getattr(response, "from_draft", False)
     typer.echo()
+    if response.generation_tokens == max_tokens < wanted and session.is_verbose:
+        typer.echo(f"stopped at the end of the context, {seen + max_tokens}", err=True)
     if session.is_verbose:
         _print_statistics(response, explain(cache))
         if draft is not None:
@@ -161,7 +173,7 @@ def generate(
 
 
 def _read_cache_file(
-    path: str, model: str | None
+    path: str, model: str | None, adapter_path: str | None
 ) -> tuple[str | None, dict[str, Any], list[Any]]:
     """Model name, tokenizer options and layer caches of a saved prompt.
 
@@ -169,16 +181,22 @@ def _read_cache_file(
         FormatError: if the file cannot be read.
         SpecError: if another model made it.
     """
+    from ..integrations.model_identity import is_same
     from ..integrations.prompt_files import load_prompt_cache
 
     cache, metadata = load_prompt_cache(path, return_metadata=True)
     made_by = metadata.get("model")
-    if model is not None and made_by is not None and model != made_by:
+    named = model or made_by or opt.DEFAULT_MODEL
+    if not is_same(metadata, named, adapter_path):
         raise SpecError(
-            f"{path} was made with model {made_by!r}, not {model!r}; "
-            "leave --model out, or make the cache again"
+            f"{path} was made with model {made_by!r}, not {named!r} as it is here; "
+            "name that model (and its --adapter-path), or make the cache again"
         )
-    return made_by or model, json.loads(metadata.get("tokenizer_config", "{}")), cache
+    options = opt.json_object(
+        f"the tokenizer_config in {path}", metadata.get("tokenizer_config")
+    )
+    # All that is ever written there; the rest could load anything.
+    return named, {k: v for k, v in options.items() if k == "eos_token"}, cache
 
 
 def _encode_chat(
@@ -194,9 +212,11 @@ def _encode_chat(
         messages.insert(0, {"role": "system", "content": system_prompt})
     if prefill_response is not None:
         messages.append({"role": "assistant", "content": prefill_response})
-    rendered = session.render(messages, is_open=prefill_response is not None)
+    is_open = prefill_response is not None
     if follows_stored_prompt:  # the opening of this turn is in the stored cache
-        rendered = rendered[rendered.index(text) :]
+        rendered = session.render_turn(messages, is_open)
+    else:
+        rendered = session.render(messages, is_open)
     return session.encode(rendered, is_rendered=True)
 
 

@@ -16,6 +16,9 @@ from ..spec import QUALITIES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
+#: MLX counts an axis in 32 bits; texts are shorter.
+MOST_TOKENS = 2**31 - 1
+
 Model = Annotated[
     str | None,
     typer.Option(help=f"A model folder or hub id. Default: {DEFAULT_MODEL}."),
@@ -44,22 +47,36 @@ PrefillResponse = Annotated[
     str | None, typer.Option(help="Start of the answer, for the chat template.")
 ]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", min=1, help="Tokens to generate at most.")
+    int,
+    typer.Option(
+        "--max-tokens",
+        "-m",
+        min=1,
+        max=MOST_TOKENS,
+        help="Tokens to generate at most; the model's context ends it, too.",
+    ),
 ]
 Temp = Annotated[float, typer.Option(min=0, help="Sampling temperature.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sampling top-p.")]
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Sampling min-p.")]
-TopK = Annotated[int, typer.Option(min=0, help="Sampling top-k.")]
+TopK = Annotated[int, typer.Option(min=0, max=MOST_TOKENS, help="Sampling top-k.")]
 XtcProbability = Annotated[
     float, typer.Option(min=0, max=1, help="Chance of XTC sampling per token.")
 ]
 XtcThreshold = Annotated[
     float, typer.Option(min=0, max=0.5, help="Probability XTC cuts above.")
 ]
-MinTokensToKeep = Annotated[int, typer.Option(min=1, help="Kept by min-p sampling.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the sampler.")]
+MinTokensToKeep = Annotated[
+    int, typer.Option(min=1, max=MOST_TOKENS, help="Kept by min-p sampling.")
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampler.")
+]
 IgnoreChatTemplate = Annotated[
     bool, typer.Option(help="Use the prompt as it is, without a chat template.")
+]
+UseDefaultChatTemplate = Annotated[
+    bool, typer.Option(help="Use the tokenizer class's template if it has none.")
 ]
 ChatTemplateConfig = Annotated[
     str | None, typer.Option(help="JSON options for the chat template.")
@@ -69,10 +86,15 @@ Verbose = Annotated[
 ]
 MaxKvSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Keep only so many tokens, the first 4 among them."),
+    typer.Option(
+        min=1,
+        max=MOST_TOKENS,
+        help="Keep only so many tokens, the first 4 among them.",
+    ),
 ]
 PrefillStepSize = Annotated[
-    int, typer.Option(min=1, help="Prompt tokens processed at a time.")
+    int,
+    typer.Option(min=1, max=MOST_TOKENS, help="Prompt tokens processed at a time."),
 ]
 PromptCacheFile = Annotated[
     str | None, typer.Option(help="Go on from a cache saved by save_prompt_cache.")
@@ -80,7 +102,9 @@ PromptCacheFile = Annotated[
 DraftModel = Annotated[
     str | None, typer.Option(help="A smaller model for speculative decoding.")
 ]
-NumDraftTokens = Annotated[int, typer.Option(min=1, help="Tokens drafted at a time.")]
+NumDraftTokens = Annotated[
+    int, typer.Option(min=1, max=1024, help="Tokens drafted at a time.")
+]
 
 Pipeline = Annotated[
     bool,
@@ -117,6 +141,21 @@ KvQuality = Annotated[
     ),
 ]
 
+#: Of mlx-lm's own quantization, for an error that says what takes their place.
+GroupSize = Annotated[
+    str | None, typer.Option("--kv-group-size", hidden=True, help="mlx-lm's.")
+]
+QuantizedKvStart = Annotated[
+    str | None, typer.Option("--quantized-kv-start", hidden=True, help="mlx-lm's.")
+]
+
+#: What `template_options` may not change: commands read what a template makes.
+_SET_BY_COMMANDS = (
+    *("tokenize", "add_generation_prompt", "continue_final_message", "messages"),
+    *("conversation", "return_dict", "return_tensors"),
+)
+#: Bytes that no machine has; above it numbers are typing errors.
+_MOST_BYTES = 10**18
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -137,6 +176,25 @@ def cache_spec(
     return None
 
 
+def refuse_replaced(group_size: str | None, quantized_kv_start: str | None) -> None:
+    """Refuse options of mlx-lm's quantization that have no place in this one.
+
+    Raises:
+        SpecError: saying what takes the place of the first that was given.
+    """
+    if group_size is not None:
+        raise SpecError(
+            "--kv-group-size has no place here: a vector is rotated and has one "
+            "scale, not one for each group; leave it out (bits are --kv-bits')"
+        )
+    if quantized_kv_start is not None:
+        raise SpecError(
+            "--quantized-kv-start has no place here: codes are made page by page from "
+            "the start, and sink= and window= in --kv-bits say which tokens stay as "
+            "they are; leave it out, or write --kv-bits 3,window=1024"
+        )
+
+
 def draft_spec(bits: str | None, draft_model: str | None) -> CacheSpec | None:
     """The spec of ``--draft-kv-bits``, or None without it.
 
@@ -154,12 +212,59 @@ def prompt_text(prompt: str, may_be_empty: bool = False) -> str:
     """The prompt itself, or all of stdin for ``-``.
 
     Raises:
-        SpecError: if there is no text and ``may_be_empty`` is False.
+        SpecError: if it is not UTF-8, stdin is closed, or there is no text and
+            ``may_be_empty`` is False.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = checked_text("--prompt", prompt)
+    if prompt == "-":
+        if sys.stdin is None:
+            raise SpecError("stdin is closed; give --prompt some text")
+        # Some editors and shells begin UTF-8 with a mark of the byte order.
+        text = checked_text("stdin", sys.stdin.read()).removeprefix("\ufeff")
     if not text and not may_be_empty:
         raise SpecError("the prompt is empty; give --prompt some text, or - for stdin")
     return text
+
+
+def checked_text(source: str, text: str) -> str:
+    """The text, if it was UTF-8: tokenizers take nothing else.
+
+    Args:
+        source: What it came from, for the error.
+        text: As Python decodes what is not UTF-8: bytes as lone surrogates.
+
+    Raises:
+        SpecError: naming the first byte that is not, and what may be meant.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # In this range it stands for a byte (PEP 383).
+        found = f"byte {code - 0xDC00:#x}" if 0xDC80 <= code <= 0xDCFF else f"{code:#x}"
+        encoding = (
+            "utf-16" if text[:2] in ("\udcff\udcfe", "\udcfe\udcff") else "latin1"
+        )
+        raise SpecError(
+            f"{source} is not UTF-8 ({found} at character {error.start}); convert it, "
+            f"as with iconv -f {encoding} -t utf-8"
+        ) from None
+    return text
+
+
+def template_options(option: str, text: str | None) -> dict[str, Any]:
+    """Options of the chat template; empty without any.
+
+    Raises:
+        SpecError: as `json_object`, or for one that the command itself sets.
+    """
+    options = json_object(option, text)
+    for name in _SET_BY_COMMANDS:
+        if name in options:
+            raise SpecError(
+                f"{option} sets {name}, which the command decides; leave it out"
+            )
+    return options
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any]:
@@ -170,27 +275,42 @@ def json_object(option: str, text: str | None) -> dict[str, Any]:
     """
     try:
         value = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(
-            f"{option} {text!r} is not JSON ({error}); "
+            f"{option} {shown(text)} is not JSON ({error}); "
             """give an object such as '{"enable_thinking": false}'"""
         ) from None
     if not isinstance(value, dict):
-        raise SpecError(f"{option} {text!r} is not a JSON object")
+        raise SpecError(f"{option} {shown(text)} is not a JSON object")
     return value
 
 
-def size(option: str, text: str | None) -> int | None:
+def size(option: str, text: str | None, least: int = 0) -> int | None:
     """Bytes in an option's text such as ``16GB`` (1e9 bytes each); None without one.
 
     Raises:
-        SpecError: if the text is not a number with a unit or none.
+        SpecError: if the text is not a number with a unit or none, or is below
+            ``least`` or above what any machine has.
     """
     if text is None:
         return None
     digits = text.upper().rstrip("KMGTB ")
     unit = text.upper()[len(digits) :].strip().removesuffix("B")
     try:
-        return int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError):
-        raise SpecError(f"{option} {text!r} is no size; write one as 16GB") from None
+        count = float(digits) * _UNITS[unit]
+        number = int(count) if count <= _MOST_BYTES else _MOST_BYTES + 1
+    except (ValueError, KeyError, OverflowError):
+        raise SpecError(
+            f"{option} {shown(text)} is no size; write one as 16GB"
+        ) from None
+    if not least <= number <= _MOST_BYTES:
+        raise SpecError(
+            f"{option} {shown(text)} is outside {least}..1e18 bytes; write it as 16GB"
+        )
+    return number
+
+
+def shown(text: str | None) -> str:
+    """A text in quotes for an error, its middle left out if it is long."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 100 else f"{quoted[:60]}...{quoted[-20:]}"

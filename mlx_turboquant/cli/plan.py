@@ -29,7 +29,10 @@ def plan(
         typer.Option(help="As 16GB (1e9 bytes). Default: what MLX may use here."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Also say the bytes of so many tokens.")
+        int | None,
+        typer.Option(
+            min=1, max=opt.MOST_TOKENS, help="Also say the bytes of so many tokens."
+        ),
     ] = None,
 ) -> None:
     """Say how long a context fits in memory, from a model's config alone."""
@@ -40,7 +43,7 @@ def plan(
                 f"the bits of {spec} are chosen from the text; plan with those it may "
                 "choose, such as 3 or 2"
             )
-    memory_bytes = opt.size("--memory", memory)
+    memory_bytes = opt.size("--memory", memory, least=1)
 
     from rich.filesize import decimal
 

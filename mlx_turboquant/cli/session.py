@@ -16,11 +16,11 @@ import typer
 from mlx_lm.sample_utils import make_sampler
 
 from ..errors import SpecError
-from ..integrations import loading
+from ..integrations import chat_template, loading, model_folder, ranks
 from ..integrations.footprint import of_network
 from ..memory import machine_memory, tight_memory_warning
 from ..spec import CacheSpec
-from .options import DEFAULT_MODEL
+from . import options
 
 
 class Session:
@@ -28,6 +28,7 @@ class Session:
 
     Attributes:
         name: The model's folder or hub id.
+        adapter_path: Its adapters' folder, or None.
         network: The model.
         tokenizer: Its tokenizer, of mlx-lm's wrapper class.
         tokenizer_options: What the tokenizer was loaded with.
@@ -47,27 +48,40 @@ class Session:
         tokenizer_options: dict[str, Any] | None = None,
         extra_eos_tokens: Sequence[str] = (),
         template_options: dict[str, Any] | None = None,
+        use_default_template: bool = False,
+        pipeline: bool = False,
         seed: int | None = None,
         is_verbose: bool = True,
     ) -> None:
         if seed is not None:
             mx.random.seed(seed)
-        self.name = model or DEFAULT_MODEL
+        self.name = model or options.DEFAULT_MODEL
+        self.adapter_path = adapter_path
         self.template_options = template_options or {}
         self.is_verbose = is_verbose
         self.tokenizer_options = {
             **(tokenizer_options or {}),
             "trust_remote_code": trust_remote_code,
         }
+        self._pipeline = pipeline
         self.network, self.tokenizer = self._load(adapter_path, trust_remote_code)
+        eos_token = self.tokenizer_options.get("eos_token")
+        self._add_ends([] if eos_token is None else [eos_token])
+        self._add_ends(extra_eos_tokens)
+        if use_default_template:
+            self._use_default_template()
         if is_verbose and mx.default_device().type == mx.DeviceType.cpu:
             typer.echo("On the CPU: weights are loaded as float32.", err=True)
-        for token in extra_eos_tokens:
-            self.tokenizer.add_eos_token(token)
 
     def _load(
         self, adapter_path: str | None, trust_remote_code: bool
     ) -> tuple[nn.Module, Any]:
+        if ranks.count() > 1:
+            if adapter_path is not None:
+                raise SpecError("--adapter-path does not go with several machines")
+            return loading.load_part(
+                self.name, self._pipeline, self.tokenizer_options, trust_remote_code
+            )
         return loading.load(
             self.name,
             adapter_path=adapter_path,
@@ -75,35 +89,92 @@ class Session:
             trust_remote_code=trust_remote_code,
         )
 
-    def sampler(self, **options: Any) -> Callable[[mx.array], mx.array]:
+    def _add_ends(self, tokens: Sequence[str]) -> None:
+        """Let these tokens, or numbers of tokens, end a text.
+
+        Raises:
+            SpecError: for one that the model cannot write.
+        """
+        rows = model_folder.embedding_rows(self.network)
+        vocabulary = self.tokenizer.get_vocab() if tokens else {}
+        for token in tokens:
+            options.checked_text("a token", token)
+            is_number = token.isdecimal() and len(token) < 20
+            number = int(token) if is_number else vocabulary.get(token)
+            if number is None or (rows is not None and number >= rows):
+                raise SpecError(
+                    f"{options.shown(token)} is no token of this model; give one that "
+                    f"is, or its number, 0..{(rows or len(vocabulary)) - 1}"
+                )
+            self.tokenizer.add_eos_token(str(number))
+
+    def _use_default_template(self) -> None:
+        """Give a tokenizer that has no chat template its class's.
+
+        Raises:
+            SpecError: if that has none either.
+        """
+        if self.tokenizer.has_chat_template:
+            return
+        template = getattr(self.tokenizer, "default_chat_template", None)
+        if template is None:
+            raise SpecError(
+                "neither this tokenizer nor its class has a chat template; leave "
+                "--use-default-chat-template out"
+            )
+        self.tokenizer.chat_template = template
+        self.tokenizer.has_chat_template = True
+
+    def sampler(self, **choices: Any) -> Callable[[mx.array], mx.array]:
         """mlx-lm's sampler; XTC never cuts the ends of lines and texts.
 
         Args:
-            options: Those of ``mlx_lm.sample_utils.make_sampler``.
+            choices: Those of ``mlx_lm.sample_utils.make_sampler``.
+
+        Raises:
+            SpecError: if it is to choose from more tokens than there are.
         """
+        tokens = model_folder.embedding_rows(self.network) or 0
+        for name, most in (("top_k", tokens - 1), ("min_tokens_to_keep", tokens)):
+            if tokens and choices.get(name, 0) > most:
+                option = name.replace("_", "-")
+                raise SpecError(
+                    f"--{option} {choices[name]} is above {most}: the model has "
+                    f"{tokens} tokens"
+                )
         kept_by_xtc = [*self.tokenizer.encode("\n"), *self.tokenizer.eos_token_ids]
         made: Callable[[mx.array], mx.array] = make_sampler(
-            **options, xtc_special_tokens=kept_by_xtc
+            **choices, xtc_special_tokens=kept_by_xtc
         )
         return made
 
-    def render(self, messages: list[dict[str, str]], is_open: bool = False) -> str:
+    def render(self, messages: chat_template.Messages, is_open: bool = False) -> str:
         """The chat template's text of ``messages``.
 
         Args:
             messages: Roles and contents, in the order of the chat.
             is_open: The last message goes on, so no answer is asked for.
+
+        Raises:
+            SpecError: if the template cannot.
         """
-        text: str = self.tokenizer.apply_chat_template(
-            messages,
-            **{
-                "tokenize": False,
-                "continue_final_message": is_open,
-                "add_generation_prompt": not is_open,
-                **self.template_options,
-            },
+        write = chat_template.render_open if is_open else chat_template.render
+        return write(self.tokenizer, messages, self.template_options)
+
+    def render_turn(self, messages: list[dict[str, str]], is_open: bool) -> str:
+        """The chat template's text from what the user says last on.
+
+        Args:
+            messages: As for `render`.
+            is_open: As for `render`.
+
+        Raises:
+            SpecError: if the template cannot.
+        """
+        turn = max(i for i, said in enumerate(messages) if said["role"] == "user")
+        return chat_template.render_from(
+            self.tokenizer, messages, turn, self.template_options, is_open
         )
-        return text
 
     def encode(self, text: str, is_rendered: bool = False) -> list[int]:
         """Tokens of a prompt.
@@ -114,11 +185,24 @@ class Session:
 
         Raises:
             SpecError: if the text has no tokens.
+            UnsupportedModelError: if the model has no embedding for one.
         """
+        options.checked_text("the prompt", text)
         tokens = list(self.tokenizer.encode(text, add_special_tokens=not is_rendered))
         if not tokens:
             raise SpecError("the prompt has no tokens; give --prompt some text")
+        model_folder.check_tokens(self.network, tokens, "the prompt")
         return tokens
+
+    def tokens_left(self, seen: int, wanted: int) -> int:
+        """Tokens that may be generated: as many as ``wanted``, within the context.
+
+        Args:
+            seen: Tokens of the text so far.
+            wanted: Tokens to generate at most.
+        """
+        limit = loading.context_length(self.network)
+        return wanted if limit is None else max(1, min(wanted, limit - seen))
 
     def check_context(self, tokens: int, **wording: str) -> None:
         """Make sure that a text is no longer than the model was made for.

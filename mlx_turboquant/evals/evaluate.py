@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import SpecError
 from ..spec import CacheSpec
 from . import text
 from .grid import BASELINES, SPECS, EvalPlan
@@ -73,7 +74,13 @@ def evaluate(
     path = None if folder is None else Path(folder) / "results.json"
     results = Evaluation(about, {})
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SpecError(
+                f"cannot make the folder {folder} ({reason}); name another"
+            ) from error
         if path.exists():
             results = Evaluation.load(path)
             results.check_same(about, path)

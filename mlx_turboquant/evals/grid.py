@@ -22,6 +22,12 @@ BASELINES = (
     *(f"affine:{bits}" for bits in (8, 4, 3, 2)),
     "rotated-affine:4",
 )
+#: Least and most of each number: jobs are listed before the first is done.
+_LIMITS = {
+    **dict.fromkeys(("windows", "seeds", "depths"), (1, 10_000)),
+    **dict.fromkeys(("prefill", "chunk", "scored"), (1, 2**20)),
+    **dict.fromkeys(("stepped", "greedy"), (0, 2**20)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,12 @@ class EvalPlan:
     layers: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("windows", "seeds", "prefill", "chunk", "scored", "depths"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"{name} {getattr(self, name)} is below 1")
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise SpecError(f"{name} {value} is outside {least}..{most}")
+        if any(length < 1 for length in self.needles):
+            raise SpecError(f"needles {list(self.needles)} are not all above 0")
         gaps = zip((0, *self.lengths), self.lengths, strict=False)
         if not self.lengths or any(b - a <= self.tail for a, b in gaps):
             raise SpecError(

@@ -25,14 +25,22 @@ def books() -> list[str]:
 
 
 def read_texts(path: str | Path | None) -> list[str]:
-    """The texts of a UTF-8 file (form feeds between them), or the bundled books."""
+    """The texts of a UTF-8 file (form feeds between them), or the bundled books.
+
+    Raises:
+        SpecError: if it cannot be read, or is empty.
+    """
     if path is None:
         return books()
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot read text from {path} ({error})") from error
-    return [part for part in text.split("\n\x0c\n") if part.strip()]
+    except (OSError, ValueError) as error:  # no file, no path, no UTF-8
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(f"cannot read text from {path} ({reason})") from error
+    texts = [part for part in text.split("\n\x0c\n") if part.strip()]
+    if not texts:
+        raise SpecError(f"there is no text in {path}; give another file")
+    return texts
 
 
 def windows(

@@ -16,10 +16,14 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..errors import FormatError
+from ..errors import FormatError, SpecError, UnsupportedError
 from ..explanation import Explanation, explain
+from . import ranks
+from .chat_template import render
 from .compiled_step import compiled
 from .loading import check_context, context_length
+from .model_folder import check_tokens
+from .model_identity import is_same, metadata_of
 from .prompt_files import load_prompt_cache, save_prompt_cache
 from .stock import length_of
 
@@ -36,6 +40,7 @@ class Conversation:
         system: A system prompt, or None.
         name: The model's, kept in saved chats.
         template: Options of the chat template.
+        adapter: The folder of adapters that the model was loaded with, or None.
     """
 
     def __init__(
@@ -46,9 +51,12 @@ class Conversation:
         system: str | None = None,
         name: str = "",
         template: dict[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.network, self.tokenizer, self.name = network, tokenizer, name
-        self._stepping = compiled(network)
+        self._adapter = adapter
+        # A step that waits for other machines is not replayed.
+        self._stepping = compiled(network) if ranks.count() == 1 else network
         self._make_cache, self._template = make_cache, template or {}
         self._system = system
         self.reset()
@@ -89,12 +97,20 @@ class Conversation:
         Raises:
             UnsupportedError: if the chat would be longer than the model's context; the
                 turn is not kept then.
+            SpecError: if it has no tokens, or the chat template cannot write it;
+                likewise.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self._encode(messages, text)
+        if not tokens:
+            raise SpecError("the text has no tokens; type some other")
         check_context(
             self.network, len(tokens), "the chat would have", "/reset starts over"
         )
+        check_tokens(self.network, tokens, "the chat")
+        if self.context is not None and "max_tokens" in options:
+            room = max(1, self.context - len(tokens))
+            options["max_tokens"] = min(options["max_tokens"], room)
         rest = tokens[self._rewind_to(tokens) :]
         answer, generated = "", []
         try:
@@ -112,12 +128,8 @@ class Conversation:
 
     def _encode(self, messages: list[dict[str, str]], text: str) -> list[int]:
         if self.tokenizer.has_chat_template:
-            options = {"add_generation_prompt": True, "tokenize": True}
-            return list(
-                self.tokenizer.apply_chat_template(
-                    messages, **{**options, **self._template}
-                )
-            )
+            written = render(self.tokenizer, messages, self._template)
+            return list(self.tokenizer.encode(written, add_special_tokens=False))
         if not self._text_tokens and len(messages) > 1:
             text = f"{messages[0]['content']}\n{text}"
         first = not self._text_tokens
@@ -141,14 +153,20 @@ class Conversation:
         return shared
 
     def save(self, path: str | Path) -> None:
-        """Write messages and cache to a prompt-cache file."""
+        """Write messages and cache to a prompt-cache file.
+
+        Raises:
+            SpecError: if there can be no such file.
+            UnsupportedError: if this is one machine of several: its cache is a part.
+        """
+        _check_alone()
         mx.eval([cache.state for cache in self.cache])
         save_prompt_cache(
             path,
             self.cache,
             {
                 "kind": _KIND,
-                "model": self.name,
+                **metadata_of(self.name, self._adapter),
                 "messages": json.dumps(self.messages),
                 "held": json.dumps(self._cached_tokens),
                 "tokens": json.dumps(self._text_tokens),
@@ -160,20 +178,65 @@ class Conversation:
 
         Raises:
             FormatError: if it is none, or of another model.
-            UnsupportedModelError: if the model has another number of caches.
+            UnsupportedModelError: if the cache is another model's.
+            UnsupportedError: if this is one machine of several.
         """
+        _check_alone()
         cache, metadata = load_prompt_cache(path, self.network, return_metadata=True)
         if metadata.get("kind") != _KIND:
             raise FormatError(
                 f"{path} is a prompt cache but no chat; use --prompt-cache-file of "
                 "mlx_tq.generate"
             )
-        if metadata["model"] != self.name:
+        if not is_same(metadata, self.name, self._adapter):
             raise FormatError(
-                f"{path} is a chat with {metadata['model']!r}, not {self.name!r}; "
-                "start mlx_tq.chat with that model"
+                f"{path} is a chat with {metadata.get('model')!r}, not {self.name!r} "
+                "as it is here; start mlx_tq.chat with that model"
             )
-        self.messages = json.loads(metadata["messages"])
-        self._cached_tokens = json.loads(metadata["held"])
-        self._text_tokens = json.loads(metadata["tokens"])
+        seen = length_of(cache)
+        messages, held, tokens = _said(metadata, str(path))
+        if held != tokens[: len(held)] or seen not in (None, len(held)):
+            raise FormatError(
+                f"{path} is damaged: {len(held)} tokens are said to be in a cache of "
+                f"{seen}; its chat cannot go on"
+            )
+        check_tokens(self.network, tokens, str(path))
+        self.messages, self._cached_tokens, self._text_tokens = messages, held, tokens
         self.cache = cache
+
+
+def _check_alone() -> None:
+    if ranks.count() > 1:
+        raise UnsupportedError(
+            "each of several machines holds a part of the chat's cache",
+            "save and load chats of a model that is on one",
+        )
+
+
+def _said(
+    metadata: dict[str, str], path: str
+) -> tuple[list[dict[str, str]], list[int], list[int]]:
+    """Messages, tokens that the cache has seen and all tokens, of a saved chat.
+
+    Raises:
+        FormatError: if they are something else.
+    """
+    try:
+        messages, held, tokens = (
+            json.loads(metadata[name]) for name in ("messages", "held", "tokens")
+        )
+        are_tokens = all(
+            isinstance(ids, list) and all(type(token) is int for token in ids)
+            for ids in (held, tokens)
+        )
+        are_messages = isinstance(messages, list) and all(
+            isinstance(message, dict)
+            and set(message) == {"role", "content"}
+            and all(isinstance(text, str) for text in message.values())
+            for message in messages
+        )
+    except (KeyError, ValueError, RecursionError):
+        are_tokens = are_messages = False
+    if not (are_tokens and are_messages):
+        raise FormatError(f"{path} is damaged: its messages or tokens are none")
+    return messages, held, tokens

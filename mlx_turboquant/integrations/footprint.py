@@ -15,19 +15,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-)
+from huggingface_hub.errors import EntryNotFoundError
 from mlx_lm.utils import _get_classes as classes_of
 from mlx_lm.utils import load_config
 
 from ..entries import CacheEntry
-from ..errors import UnsupportedModelError
+from ..errors import TurboQuantError, UnsupportedModelError
 from ..memory import CHUNK, IN_FLIGHT, Footprint
 from . import probe
 from .loading import context_length
+from .model_folder import cannot_load, first_line, read_config
 from .stock import stock_caches
 
 _INDEX = "model.safetensors.index.json"
@@ -51,16 +48,14 @@ def footprint(model: str) -> Footprint:
     """
     try:
         folder = folder_of(model)
+        read_config(folder)
         config = load_config(folder)
         model_class, args_class = classes_of(config)
         network = model_class(args_class.from_dict(config))
-    except (OSError, ValueError, KeyError, HFValidationError, HfHubHTTPError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UnsupportedModelError(
-            f"cannot read the config of model {model!r} ({first})",
-            "give a folder with config.json, or a hub id such as "
-            "'mlx-community/Llama-3.2-3B-Instruct-4bit'",
-        ) from error
+    except TurboQuantError:
+        raise
+    except Exception as error:  # whatever is made of a stranger's config
+        raise cannot_load(model, first_line(error)) from error
     weights, active = _weight_bytes(network, config)
     on_disk = _bytes_on_disk(folder)
     if on_disk:
@@ -136,8 +131,11 @@ def _bytes_on_disk(folder: Path) -> int:
     files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if files or not (folder / _INDEX).exists():
         return files
-    index = json.loads((folder / _INDEX).read_text())
-    return int(index.get("metadata", {}).get("total_size", 0))
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return int(index["metadata"]["total_size"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 def _weight_bytes(network: nn.Module, config: dict[str, Any]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,11 +21,17 @@ import mlx_lm.models.cache as host_cache
 
 from ..attention import attend
 from ..cache import BatchTurboQuantCache, RotatingTurboQuantCache, TurboQuantCache
+from ..errors import FormatError
 from ..segments import CompressedKV
 from . import vision
 
 _HOOKED = "scaled_dot_product_attention"
 _CLASSES = (TurboQuantCache, RotatingTurboQuantCache, BatchTurboQuantCache)
+#: What files call our classes: mlx-lm, which does not know them, fails with this text.
+_LABEL = (
+    "{}, which mlx_turboquant reads (pip install mlx-tq): mlx_tq.generate, or "
+    "tq.load_prompt_cache in Python"
+)
 
 #: Globals that look up a hook, and what they looked up before, by id of the globals.
 _hooked: dict[int, tuple[dict[str, Any], Callable[..., mx.array]]] = {}
@@ -74,6 +80,38 @@ def register() -> None:
     """Put our cache classes where mlx-lm's ``load_prompt_cache`` looks names up."""
     for cls in _CLASSES:
         setattr(host_cache, cls.__name__, cls)
+        setattr(host_cache, _LABEL.format(cls.__name__), cls)
+
+
+def labelled(caches: Sequence[Any]) -> list[Any]:
+    """Caches as mlx-lm's ``save_prompt_cache`` takes them, ours under their labels."""
+    return [
+        type(_LABEL.format(type(cache).__name__), (), {"state": cache.state})()
+        if isinstance(cache, TurboQuantCache)
+        else cache
+        for cache in caches
+    ]
+
+
+def class_name(label: str) -> str:
+    """The name of a class, in what a file calls it."""
+    return label.partition(",")[0]
+
+
+def cache_class(name: str) -> Any:
+    """The class of one sequence's caches with this name, ours or mlx-lm's.
+
+    Raises:
+        FormatError: if there is none.
+    """
+    for cls in _CLASSES[:2]:
+        if cls.__name__ == name:
+            return cls
+    found = getattr(host_cache, name, None)
+    is_cache = isinstance(found, type) and issubclass(found, host_cache._BaseCache)
+    if not is_cache or name.startswith(("_", "Batch")):
+        raise FormatError(f"{name!r} is no class of caches")
+    return found
 
 
 def install(model: nn.Module) -> None:
@@ -96,5 +134,6 @@ def remove() -> None:
         scope[_HOOKED] = stock
     _hooked.clear()
     for cls in _CLASSES:
-        if getattr(host_cache, cls.__name__, None) is cls:
-            delattr(host_cache, cls.__name__)
+        for name in (cls.__name__, _LABEL.format(cls.__name__)):
+            if getattr(host_cache, name, None) is cls:
+                delattr(host_cache, name)

@@ -9,35 +9,99 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from mlx_lm import load as host_load
-from mlx_lm.utils import dequantize_model
+from mlx_lm import utils as host
 
-from ..errors import UnsupportedError, UnsupportedModelError
+from ..errors import TurboQuantError, UnsupportedError
+from . import model_folder
 
 
-def load(model: str, **options: Any) -> tuple[nn.Module, Any]:
-    """Load ``(model, tokenizer)`` from a folder or a hub id.
+def load(
+    model: str,
+    *,
+    adapter_path: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    revision: str | None = None,
+    lazy: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Load ``(model, tokenizer)`` from a folder or a hub id, as ``mlx_lm.load`` does.
 
     On MLX's CPU device the weights become float32: products of fp16, bf16 and
     quantized matrices run 10-50 times slower there.
 
     Args:
         model: A folder or a hub id.
-        options: Passed on to ``mlx_lm.load``.
+        adapter_path: A folder of trained adapters.
+        tokenizer_config: Options of the tokenizer.
+        model_config: Values that win over those of ``config.json``.
+        revision: Of a hub id.
+        lazy: Leave weights on disk until they are used.
+        trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UnsupportedModelError: if there is no such model or mlx-lm cannot load it.
+        UnsupportedModelError: if there is no such model, mlx-lm cannot load it, or its
+            tokenizer is another model's.
     """
     try:
-        network, tokenizer = host_load(model, **options)[:2]
-    except (OSError, ValueError, RuntimeError, HFValidationError, HfHubHTTPError) as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UnsupportedModelError(
-            f"cannot load model {model!r} ({first})",
-            "give a folder with config.json and safetensors, or a hub id such as "
-            "'mlx-community/Llama-3.2-3B-Instruct-4bit'",
-        ) from e
+        folder = host._download(model, revision=revision)
+        model_folder.read_config(folder)
+        network, config = host.load_model(
+            folder,
+            lazy,
+            model_config=model_config,
+            get_model_classes=model_folder.checked_model(host._get_classes),
+            trust_remote_code=trust_remote_code,
+        )
+        if adapter_path is not None:
+            network = host.load_adapters(network, adapter_path)
+            network.eval()
+        tokenizer = host.load_tokenizer(
+            folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
+        )
+        tokenizer.encode("a")  # some are built and fail at the first text
+        model_folder.check_vocabulary(network, tokenizer, model)
+    except TurboQuantError:
+        raise
+    except Exception as error:  # whatever is made of a stranger's files
+        reason = model_folder.first_line(error)
+        raise model_folder.cannot_load(model, reason) from error
+    cast_for_device(network)
+    return network, tokenizer
+
+
+def load_part(
+    model: str,
+    pipeline: bool,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Load this rank's part of a model, under ``mlx.launch``, and its tokenizer.
+
+    Args:
+        model: A folder or a hub id.
+        pipeline: Split by layers, not by heads.
+        tokenizer_config: Options of the tokenizer.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UnsupportedModelError: as `load`, or if mlx-lm cannot split it so.
+    """
+    group = mx.distributed.init()
+    try:
+        network, tokenizer = host.sharded_load(
+            model,
+            group if pipeline else None,
+            None if pipeline else group,
+            tokenizer_config=tokenizer_config,
+            trust_remote_code=trust_remote_code,
+        )
+        model_folder.check_vocabulary(network, tokenizer, model)
+    except TurboQuantError:
+        raise
+    except Exception as error:  # whatever is made of a stranger's files
+        reason = model_folder.first_line(error)
+        raise model_folder.cannot_load(model, reason) from error
     cast_for_device(network)
     return network, tokenizer
 
@@ -45,7 +109,7 @@ def load(model: str, **options: Any) -> tuple[nn.Module, Any]:
 def cast_for_device(network: nn.Module) -> None:
     """On MLX's CPU device, make the weights float32."""
     if mx.default_device().type == mx.DeviceType.cpu:
-        dequantize_model(network)
+        host.dequantize_model(network)
         network.set_dtype(mx.float32)
 
 
@@ -59,8 +123,8 @@ def context_length(network: nn.Module) -> int | None:
             if isinstance(holder, dict)
             else getattr(holder, "max_position_embeddings", None)
         )
-        if limit:
-            return int(limit)
+        if isinstance(limit, int) and limit > 0:
+            return limit
     return None
 
 

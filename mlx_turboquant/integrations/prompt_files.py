@@ -1,11 +1,13 @@
 """Prompt-cache files: mlx-lm's format, whole or absent, and checked.
 
-What a layer's state holds is its cache's own (``cache/state.py``).
+What a layer's state holds is its cache's own (``cache/state.py``), what a file says of
+itself `prompt_headers`'s, and whether it is a model's `prompt_fit`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from mlx.utils import tree_flatten
 
 from ..atomic import replacing
 from ..entries import PromptCache
-from ..errors import FormatError, UnsupportedError, UnsupportedModelError
-from ..explanation import explain
-from . import hook
-from .stock import stock_caches
+from ..errors import FormatError, SpecError, TurboQuantError, UnsupportedError
+from . import hook, prompt_fit, prompt_headers
+from .model_folder import first_line
 
 #: Where the checksum stands among the file's metadata.
 _CHECKSUM = "mlx_turboquant_checksum"
+#: What else is there that is ours and not the user's.
+_OURS = (_CHECKSUM, prompt_fit.SAMPLE)
 
 
 def save_prompt_cache(
@@ -37,15 +40,43 @@ def save_prompt_cache(
 
     Raises:
         UnsupportedError: if the file would not hold all that a prompt left behind.
+        SpecError: if there can be no such file.
     """
     if isinstance(cache, PromptCache) and cache.unsaved:
         raise UnsupportedError(
             f"this prompt cache cannot be saved: {cache.unsaved}",
             "keep it in memory, beside its model",
         )
-    checked = {**(metadata or {}), _CHECKSUM: _checksum(cache)}
-    with replacing(_with_suffix(path)) as file:
-        host_cache.save_prompt_cache(str(file), cache, checked)
+    file = checked_target(path)
+    names = [type(layer).__name__ for layer in cache]
+    checked = {
+        **(metadata or {}),
+        _CHECKSUM: _checksum(names, [layer.state for layer in cache]),
+        prompt_fit.SAMPLE: prompt_fit.sample(cache),
+    }
+    try:
+        with replacing(file) as beside:
+            host_cache.save_prompt_cache(str(beside), hook.labelled(cache), checked)
+    except (OSError, RuntimeError) as error:
+        raise _cannot_write(path, error) from error
+
+
+def checked_target(path: str | Path) -> Path:
+    """The file that `save_prompt_cache` writes for ``path``.
+
+    Raises:
+        SpecError: if there can be no such file; whether it can be written is not known
+            before it is.
+    """
+    try:
+        file = _with_suffix(path)
+        if file.is_dir():
+            raise IsADirectoryError(21, "Is a directory", str(file))
+        if not file.parent.is_dir():
+            raise FileNotFoundError(2, f"there is no folder {file.parent}", str(file))
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from error
+    return file
 
 
 def load_prompt_cache(
@@ -56,80 +87,99 @@ def load_prompt_cache(
     Args:
         path: The file.
         model: The model that will read it; hooks its attention. Without it, call
-            `apply` or `make_prompt_cache` on the model before generating.
+            `check_cache` before generating.
         return_metadata: Also return the metadata, as in mlx-lm.
 
     Raises:
         FormatError: if the file is missing, unreadable, foreign, damaged or newer.
-        UnsupportedModelError: if the model has another number of caches.
+        UnsupportedModelError: if it is another model's.
     """
     hook.register()
-    path = path if Path(path).is_file() else _with_suffix(path)
     try:
-        if not Path(path).is_file():
-            raise FileNotFoundError("there is no such file")
-        cache, metadata = host_cache.load_prompt_cache(str(path), return_metadata=True)
-        checksum = metadata.pop(_CHECKSUM, None)  # mlx-lm's own files have none
-        is_damaged = checksum is not None and checksum != _checksum(cache)
-    except FormatError:
-        raise
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-    ) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        file = _existing(path)
+        contents = prompt_headers.read(file)
+        metadata = dict(contents.metadata)
+        checksum, sample = (metadata.pop(name, None) for name in _OURS)
+        names = [hook.class_name(label) for label in contents.classes]
+        # mlx-lm's own files have none.
+        if checksum is not None and checksum != _checksum(names, contents.states):
+            raise FormatError(
+                "it is damaged: its checksum is not that of what it holds"
+            )
+        cache = [
+            hook.cache_class(name).from_state(state)
+            for name, state in zip(names, contents.states, strict=True)
+        ]
+        if sample is not None:
+            prompt_fit.check_sample(cache, sample)
+    except Exception as error:  # whatever a stranger's file makes of it
         raise FormatError(
-            f"cannot read a prompt cache from {path} ({first}); "
+            f"cannot read a prompt cache from {path} ({_reason(error)}); "
             "make it again with tq.save_prompt_cache"
         ) from error
-    if is_damaged:
-        raise FormatError(
-            f"{path} is damaged: its checksum is not that of what it holds; "
-            "make it again with tq.save_prompt_cache"
-        )
     if model is not None:
-        check_cache(model, cache, str(path))
+        prompt_fit.check(model, cache, str(path))
     cache = PromptCache(cache, entries=())
     return (cache, metadata) if return_metadata else cache
 
 
-def check_cache(model: nn.Module, cache: list[Any], name: str) -> None:
-    """Make sure ``model`` can read ``cache``, and hook it if that is needed.
+def check_cache(model: nn.Module, cache: Sequence[Any], name: str) -> None:
+    """Make sure ``model`` can read ``cache``, and hook its attention.
+
+    Args:
+        model: The model.
+        cache: What `load_prompt_cache` returned.
+        name: Of the file, for the error.
 
     Raises:
-        UnsupportedModelError: if the model has another number of caches.
+        UnsupportedModelError: if it is another model's.
+        FormatError: if its layers are not of one text.
     """
-    count = len(stock_caches(model))
-    if count != len(cache):
-        raise UnsupportedModelError(
-            f"{name} holds {len(cache)} layer caches, the model has {count}",
-            "use the model that made it",
-        )
-    if explain(cache).packed_layers:
-        hook.install(model)
+    prompt_fit.check(model, cache, name)
+
+
+def _existing(path: str | Path) -> Path:
+    """The file that is there, with the suffix or without it."""
+    file = Path(path)
+    if not file.is_file():
+        file = _with_suffix(path)
+    if file.is_dir():
+        raise IsADirectoryError(21, "Is a directory", str(path))
+    if not file.is_file():
+        raise FileNotFoundError(2, "there is no such file", str(path))
+    return file
 
 
 def _with_suffix(path: str | Path) -> Path:
     """With the suffix that MLX knows the format by."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return path
-    return path.with_name(f"{path.name}.safetensors")
+    named = Path(path)
+    if named.name in ("", "..") or "\0" in named.name:
+        raise ValueError("it names no file")
+    if named.suffix == ".safetensors":
+        return named
+    return named.with_name(f"{named.name}.safetensors")
 
 
-def _checksum(cache: list[Any]) -> str:
+def _cannot_write(path: str | Path, error: Exception) -> SpecError:
+    return SpecError(
+        f"cannot write a prompt cache to {path} ({_reason(error)}); name another file"
+    )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TurboQuantError):
+        return str(error)
+    return str(getattr(error, "strerror", None) or first_line(error))
+
+
+def _checksum(names: Sequence[str], states: Sequence[Any]) -> str:
     """BLAKE2b of every layer's class and state, arrays with names and shapes."""
     digest = hashlib.blake2b(digest_size=16)
-    for layer in cache:
-        digest.update(type(layer).__name__.encode())
-        leaves: list[tuple[str, Any]] = tree_flatten(layer.state)  # type: ignore[assignment]
-        for name, leaf in sorted(leaves, key=lambda leaf: leaf[0]):
-            digest.update(name.encode())
+    for name, state in zip(names, states, strict=True):
+        digest.update(name.encode())
+        leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
+        for place, leaf in sorted(leaves, key=lambda leaf: leaf[0]):
+            digest.update(place.encode())
             if isinstance(leaf, mx.array):
                 digest.update(f"{leaf.dtype}{leaf.shape}".encode())
                 flat = mx.contiguous(leaf).reshape(-1)

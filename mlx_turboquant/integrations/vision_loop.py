@@ -6,7 +6,6 @@ What the commands call for ``--image``. What mlx-vlm's models are inside is `vis
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..errors import SpecError, UnsupportedError, UnsupportedModelError
 from .loading import cast_for_device
+from .model_folder import first_line, read_config
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,22 @@ def has_no_other(model: str) -> bool:
     """
     try:
         folder = Path(model)
-        file = folder / "config.json" if folder.is_dir() else None
-        config = json.loads(
-            Path(file or hf_hub_download(model, "config.json")).read_text()
-        )
-        kind = config["model_type"]
-        if "model_file" in config or _knows("mlx_lm", MODEL_REMAPPING.get(kind, kind)):
-            return False
-        return is_installed() and _knows("mlx_vlm", kind)
-    except (OSError, ValueError, TypeError, KeyError, HFValidationError):
+        if not folder.is_dir():
+            folder = Path(hf_hub_download(model, "config.json")).parent
+        config = read_config(folder)
+    except (OSError, ValueError, HFValidationError, UnsupportedModelError):
         return False  # loading says what is wrong with it
+    kind = config["model_type"]
+    if "model_file" in config or _knows("mlx_lm", MODEL_REMAPPING.get(kind, kind)):
+        return False
+    return is_installed() and _knows("mlx_vlm", kind)
 
 
 def _knows(package: str, kind: str) -> bool:
-    return importlib.util.find_spec(f"{package}.models.{kind}") is not None
+    try:
+        return importlib.util.find_spec(f"{package}.models.{kind}") is not None
+    except ImportError:  # of the part before a dot
+        return False
 
 
 def load(
@@ -96,17 +98,9 @@ def load(
         network, processor = host_load(
             model, adapter_path, trust_remote_code=trust_remote_code
         )
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        HFValidationError,
-        HfHubHTTPError,
-    ) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # whatever is made of a stranger's files
         raise UnsupportedModelError(
-            f"mlx-vlm cannot load model {model!r} ({first})",
+            f"mlx-vlm cannot load model {model!r} ({first_line(error)})",
             "give a folder or a hub id of a vision model, such as "
             "'mlx-community/Qwen2.5-VL-3B-Instruct-4bit'",
         ) from error

@@ -1,0 +1,253 @@
+"""Model folders that are none: each ends in one line, and none in a crash."""
+
+import json
+import types
+
+import mlx.nn as nn
+import pytest
+import tiny_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_folder import CONFIG, WORDS
+from typer.testing import CliRunner
+
+import mlx_turboquant as tq
+from mlx_turboquant.cli import app
+from mlx_turboquant.errors import UnsupportedModelError
+from mlx_turboquant.integrations import model_folder
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The bytes of the files of a folder as it should be."""
+    folder = tiny_folder.write(tmp_path_factory.mktemp("base"))
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    for name, content in base.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def run(*args, stdin=""):
+    """(exit code, output) of a command; nothing but an exit leaves it."""
+    result = CliRunner().invoke(app.main, list(args), input=stdin)
+    if not isinstance(result.exception, SystemExit | None):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def generate(folder, *args):
+    return run("generate", "--model", str(folder), "-m", "3", "-p", "hello", *args)
+
+
+def refused(folder):
+    """That both commands refuse it in one line, the same one."""
+    lines = set()
+    for code, out in (generate(folder), run("plan", "--model", str(folder), "3")):
+        assert code == 2
+        (line,) = (line for line in out.splitlines() if line.startswith("error: "))
+        lines.add(line)
+    assert len(lines) == 1
+    return lines.pop()
+
+
+def test_the_folder_is_one(folder):
+    code, out = generate(folder, "--kv-bits", "3")
+    assert code == 0, out
+    assert "Generation: " in out
+    assert run("plan", "--model", str(folder), "3")[0] == 0
+
+
+CONFIGS = {
+    "list": (b"[]", "config.json is a list, no object"),
+    "null": (b"null", "config.json is a NoneType"),
+    "number": (b"3", "no object"),
+    "text": (b'"llama"', "no object"),
+    "empty": (b"", "is not JSON"),
+    "half": (b"{", "is not JSON"),
+    "binary": (bytes(range(256)), "is not JSON"),
+    "deep": (b"[" * 100_000, "is not JSON"),
+    "no type": (b"{}", "has no model_type"),
+    "unknown type": (b'{"model_type": "none.such"}', "not supported"),
+    "no model": (b'{"model_type": "base"}', "has no attribute"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_what_is_no_config_is_refused(case, folder):
+    content, says = CONFIGS[case]
+    (folder / "config.json").write_bytes(content)
+    assert says in refused(folder)
+
+
+VALUES = {
+    "hidden_size": "many",
+    "num_attention_heads": 0,
+    "num_key_value_heads": -1,
+    "num_hidden_layers": 10**12,
+    "max_position_embeddings": float("nan"),
+    "head_dim": True,
+    "vocab_size": 3.5,
+    "rms_norm_eps": 0,
+    "rope_theta": "x",
+    "quantization": [4],
+    "intermediate_size": [],
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_value_of_another_kind_is_named(name, folder):
+    config = {**CONFIG, name: VALUES[name]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert name in refused(folder)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "text_config": config}))
+    assert name in refused(folder)
+
+
+def test_sizes_that_crash_mlx_are_refused(folder):
+    """A layer of one element, and weights of two groups: MLX divides by zero."""
+    for name in ("hidden_size", "intermediate_size"):
+        (folder / "config.json").write_text(json.dumps({**CONFIG, name: 1}))
+        with pytest.raises(UnsupportedModelError, match="groups of weights are not"):
+            tq.load(str(folder))
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, -1, 1, 2, 3, 7, 64, 10**6, 10**12, 1.5, 1e-300, float("inf")]),
+    st.text(max_size=3),
+    st.lists(st.integers(-1, 3), max_size=2),
+    st.dictionaries(st.sampled_from(["type", "factor", "bits"]), st.integers(-1, 9)),
+)
+
+
+@settings(max_examples=60)
+@given(name=st.sampled_from([*CONFIG, "rope_scaling", "layer_types"]), value=ODD)
+def test_any_value_runs_or_is_refused(name, value, base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    for file, content in base.items():
+        (folder / file).write_bytes(content)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, name: value}))
+    for code, out in (generate(folder), run("plan", "--model", str(folder), "3")):
+        assert (code, "error: " in out) in ((0, False), (2, True)), out
+
+
+TOKENIZERS = {
+    "empty": b"",
+    "half": b"{",
+    "list": b"[]",
+    "null": b"null",
+    "object": b"{}",
+    "binary": bytes(range(256)),
+    "no model": json.dumps({**tiny_folder.tokenizer(), "model": None}).encode(),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer_is_refused(case, name, folder):
+    if (case, name) in (("object", "tokenizer_config.json"), ("no model", name)):
+        return
+    (folder / name).write_bytes(TOKENIZERS[case])
+    code, out = generate(folder)
+    assert code == 2
+    assert "error: cannot load model" in out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eos_token": ["x"]},
+        {"model_max_length": "x"},
+        {"chat_template_type": "nosuch"},
+        {"tool_parser_type": "nosuch"},
+    ],
+)
+def test_options_of_a_tokenizer_that_fail_are_refused(change, folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **change}))
+    code, out = generate(folder)
+    assert (code, "error: cannot load model" in out) == (2, True)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    """Its ids are read from memory that is not the embedding's."""
+    tokenizer = tiny_folder.tokenizer(first=10_000)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    code, out = generate(folder)
+    assert code == 2
+    assert "has ids up to 10010, its embedding is for 0..31" in out
+
+
+def test_an_added_token_is_refused_where_it_is_used(folder):
+    """Models are used whose tokenizer has padding that they have no row for."""
+    more = [f"word{number}" for number in range(CONFIG["vocab_size"] - len(WORDS))]
+    tokenizer = tiny_folder.tokenizer([*WORDS, *more])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"] = [
+        {"id": 32, "content": "<more>", "special": True, **flags}
+    ]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert generate(folder)[0] == 0
+    code, out = generate(folder, "-p", "hello <more>")
+    assert code == 2
+    assert "the prompt has token 32, the model's are 0..31" in out
+
+
+def test_rows_of_the_embedding():
+    network = nn.Module()
+    network.args = types.SimpleNamespace(vocab_size=96)
+    network.positions, network.tokens = (nn.Embedding(n, 4) for n in (512, 96))
+    assert model_folder.embedding_rows(network) == 96
+    network.args.vocab_size = 90  # the embedding was made larger
+    assert model_folder.embedding_rows(network) == 512
+    with pytest.raises(UnsupportedModelError, match=r"token -1, the model's are 0\.\."):
+        model_folder.check_tokens(network, [3, -1], "it")
+
+
+TEMPLATES = {
+    "syntax": "{% if %}",
+    "raises": "{{ raise_exception('no system role') }}",
+    "undefined": "{{ messages.nothing.at.all }}",
+    "long": "{% for i in range(10**9) %}x{% endfor %}",
+    "number": 3,
+    "named": [{"name": "a", "template": "x"}],
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_template_that_fails_is_one_line(case, folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = TEMPLATES[case]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    for command in ("generate", "cache_prompt"):
+        args = ["--prompt-cache-file", str(folder / "c")]
+        args = args if command == "cache_prompt" else ["-m", "2"]
+        code, out = run(command, "--model", str(folder), "-p", "hello", *args)
+        assert code == 2
+        assert out.count("error: the chat template") == 1
+
+
+BROKEN_WEIGHTS = {
+    "missing": None,
+    "empty": b"",
+    "text": b"hello",
+    "huge header": (2**60).to_bytes(8, "little") + b"{}",
+    "no weights": (2).to_bytes(8, "little") + b"{}",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_broken_weights_are_refused(case, folder):
+    weights = folder / "model.safetensors"
+    weights.unlink()
+    if BROKEN_WEIGHTS[case] is not None:
+        weights.write_bytes(BROKEN_WEIGHTS[case])
+    code, out = generate(folder)
+    assert (code, "error: cannot load model" in out) == (2, True)

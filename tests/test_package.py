@@ -18,6 +18,7 @@ LAYERS = (
     (
         "version",
         "errors",
+        "extras",
         "atomic",
         "blas",
         "namesake",
@@ -48,7 +49,7 @@ LAYERS = (
     ("entries",),
     ("explanation", "diagnosis", "bug_report", "memory"),
     ("integrations",),
-    ("evals",),
+    ("evals", "serving"),
     ("cli",),
 )
 

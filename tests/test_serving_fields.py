@@ -1,0 +1,323 @@
+"""No request ends the server: what each wrong value gets, in OpenAI's error form."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx.core as mx
+import openai
+import pytest
+from serving_tools import STORY, Running
+
+from mlx_turboquant.integrations import supervision
+from mlx_turboquant.integrations.rows import GuardedBatch
+
+# ruff: noqa: E501
+USER = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def running():
+    made = Running()
+    yield made
+    made.close()
+
+
+#: Body, what the answer says, and the field that it names.
+MALFORMED = {
+    "json": (b'{"prompt": "a", ', "not JSON", None),
+    "list": (b"[1, 2]", "should be an object", None),
+    "utf8": (b'{"prompt": "\xff\xfe"}', "not JSON in UTF-8", None),
+    "surrogate": (b'{"prompt": "\\ud800"}', "not JSON in UTF-8", None),
+    "deep": (b"[" * 100_000, "recursion limit", None),
+    "nothing": (b"", "not JSON", None),
+    "no prompt": (b"{}", "has no prompt", "prompt"),
+    "empty": (b'{"prompt": ""}', "no tokens", None),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_bodies_are_refused_in_words(running, case):
+    body, says, param = MALFORMED[case]
+    status, answer = running.raw(body)
+    assert status == 400
+    assert says in answer["error"]["message"]
+    assert answer["error"]["param"] == param
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+#: The twelve that end mlx-lm's server, and others; each with what it says.
+REFUSED = {
+    "top_k": [(1 << 14, "16384 tokens"), (16384, "16384 tokens"), (-1, "greater"), ("5", "integer")],
+    "stop": [(5, "valid string"), ([5], "valid string"), ("", "at least 1"), ([["a"]], "string")],
+    "prompt": [
+        (["a", "b"], "at most 1 item"),
+        ([], "at least 1 item"),
+        ([99999], "16384 tokens"),
+        ([1, -1], "greater"),
+        ({"a": 1}, "valid string"),
+        (None, "valid string"),
+    ],
+    "logit_bias": [
+        ({"99999": 1}, "token 99999"),
+        ({"-1": 1}, "token -1"),
+        ({"a": 1}, "whole numbers"),
+        ({"1": 1e300}, "less than or equal to 100"),
+        ([1], "an object"),
+    ],
+    "repetition_context_size": [(1 << 62, "1048576"), (-1, "greater"), (1.5, "integer")],
+    "presence_context_size": [(1 << 62, "1048576")],
+    "frequency_context_size": [(1 << 62, "1048576")],
+    "xtc_threshold": [(0.9, "0.5")],
+    "xtc_probability": [(1.5, "less than or equal to 1"), (True, "valid number")],
+    "temperature": [(-1, "greater"), ("1", "valid number"), (True, "valid number")],
+    "top_p": [(2, "less than or equal to 1")],
+    "min_p": [(-0.1, "greater")],
+    "max_tokens": [("many", "integer"), (0, "greater"), (1 << 70, "less than"), (1.0, "integer")],
+    "max_completion_tokens": [(0, "greater")],
+    "seed": [("a", "integer"), (1 << 70, "less than"), (0.5, "integer")],
+    "top_logprobs": [(5000, "20"), (-2, "-1")],
+    "logprobs": [("yes", "boolean"), (21, "20")],
+    "num_draft_tokens": [(0, "greater"), (1 << 40, "64")],
+    "repetition_penalty": [(-1, "greater"), (1e9, "100")],
+    "presence_penalty": [(1e300, "100")],
+    "stream": [("yes", "boolean")],
+    "stream_options": [(5, "object"), ({"include_usage": 5}, "boolean")],
+    "n": [(2, "less than or equal to 1")],
+    "best_of": [(2, "less than or equal to 1")],
+    "echo": [(True, "False")],
+    "suffix": [("x", "at most 0")],
+}  # fmt: skip
+CASES = [
+    (name, value, says) for name, cases in REFUSED.items() for value, says in cases
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), CASES)
+def test_a_wrong_value_is_refused_by_name(running, name, value, says):
+    fields = {"prompt": "a", "temperature": 1, "max_tokens": 2, name: value}
+    status, answer = running.ask(**fields)
+    assert status == 400, answer
+    error = answer["error"]
+    assert says in error["message"]
+    assert error["param"].split(".")[0] == name
+    assert running.is_well()
+
+
+#: Values at the limits, that mlx-lm's server answers wrongly or dies of.
+ACCEPTED = [
+    {"top_k": 16383},
+    {"xtc_probability": 1.0},
+    {"xtc_probability": 1, "xtc_threshold": 0},
+    {"temperature": 1e-300},
+    {"temperature": 1e300},
+    {"top_p": 0},
+    {"min_p": 1},
+    {"min_p": 1e-300},
+    {"prompt": ["a"]},
+    {"prompt": [5, 6, 7]},
+    {"seed": -1},
+    {"seed": 2**64 - 1},
+    {"max_tokens": 2**31 - 1, "stop": ["e", "t", "a", "o", "h", "i", "n", "s"]},
+    {"repetition_penalty": 1e-300, "repetition_context_size": 0},
+    {"repetition_penalty": 100, "repetition_context_size": 1 << 20},
+    {"logit_bias": {"0": -100, "16383": 100}},
+    {"logprobs": 20},
+    {"top_logprobs": -1, "logprobs": False},
+    {"temperature": None, "stop": None, "seed": None, "logit_bias": None},
+    {"user": "me", "store": False, "unknown": [1, 2]},
+]
+
+
+@pytest.mark.parametrize("fields", ACCEPTED, ids=str)
+def test_values_at_the_limits_are_served(running, fields):
+    given = {"prompt": "The sea", "temperature": 1, "max_tokens": 3, **fields}
+    status, answer = running.ask(**given)
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] >= 1
+    assert json.dumps(answer, allow_nan=False)
+    assert running.is_well()
+
+
+CHATS = {
+    "no messages": ({"messages": []}, "at least 1"),
+    "a text": ({"messages": "hi"}, "valid array"),
+    "no role": ({"messages": [{"content": "a"}]}, "no messages.0.role"),
+    "a number": ({"messages": [{"role": "user", "content": 5}]}, "string"),
+    "a part": (
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
+        "messages.0.content",
+    ),
+    "a part without text": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "chat template",
+    ),
+    "an image": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}],
+                }
+            ]
+        },
+        "takes no images",
+    ),
+    "broken arguments": (
+        {
+            "messages": [
+                *USER,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
+                },
+            ]
+        },
+        "chat template",
+    ),
+    "tools": ({"messages": USER, "tools": [{"type": "function"}]}, "no tools.0.function"),
+    "forced tools": ({"messages": USER, "tool_choice": "required"}, "'auto' or 'none'"),
+    "a template": (
+        {"messages": USER, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        "the server's to set",
+    ),
+    "no tokens": (
+        {"messages": USER, "chat_template_kwargs": {"tokenize": False}},
+        "the server's to set",
+    ),
+    "json": ({"messages": USER, "response_format": {"type": "json_object"}}, "'text'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_chats_that_cannot_be_read_are_refused(running, case):
+    fields, says = CHATS[case]
+    status, answer = running.ask("/v1/chat/completions", max_tokens=2, **fields)
+    assert status == 400
+    assert says in answer["error"]["message"]
+    assert running.is_well()
+
+
+def test_an_answer_ends_at_the_context(running):
+    """However many tokens are asked for."""
+    answer = running.complete("word " * 8100, max_tokens=1 << 30)
+    usage = answer.usage
+    assert usage.prompt_tokens + usage.completion_tokens == 8192
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_words(running):
+    with pytest.raises(openai.BadRequestError, match=r"context is 8192; shorten it"):
+        running.complete("word " * 8500)
+    assert running.is_well()
+
+
+class Planted(Exception):
+    """A fault of a sampler that no check foresees."""
+
+
+def test_a_fault_of_one_row_ends_that_row_only(running, monkeypatch):
+    """A sampler that fails in the middle of a batch; the others write on."""
+    prompts = [STORY[:200], STORY[:260]]
+    expected = [running.complete(p, max_tokens=40).choices[0].text for p in prompts]
+    insert = GuardedBatch._guarded_sampler
+
+    def guarded(self, row, sampler):
+        steps = iter(range(5))
+
+        def failing(logprobs):
+            if next(steps, None) is None:
+                raise Planted("not today")
+            return sampler(logprobs)
+
+        is_victim = "greedy" not in getattr(sampler, "__name__", "")
+        return insert(self, row, failing if is_victim else sampler)
+
+    monkeypatch.setattr(GuardedBatch, "_guarded_sampler", guarded)
+    with ThreadPoolExecutor(3) as pool:
+        victim = pool.submit(
+            running.ask, prompt=STORY[:300], temperature=1, max_tokens=400
+        )
+        others = [pool.submit(running.complete, p, max_tokens=40) for p in prompts]
+        status, answer = victim.result()
+        texts = [other.result().choices[0].text for other in others]
+    assert status == 500
+    assert "Planted: not today" in answer["error"]["message"]
+    assert answer["error"]["type"] == "server_error"
+    assert texts == expected
+    assert running.is_well()
+
+
+def test_a_fault_of_the_thread_fails_its_requests_and_it_goes_on(monkeypatch):
+    made = Running()
+    monkeypatch.setattr(supervision, "_PAUSE", 0.0)
+    try:
+        expected = made.complete(STORY[:200]).choices[0].text
+        step, left = GuardedBatch._next, [3]
+
+        def failing(self):
+            left[0] -= 1
+            if left[0] == 0:
+                raise mx_error("out of memory")
+            return step(self)
+
+        mx_error = RuntimeError
+        monkeypatch.setattr(GuardedBatch, "_next", failing)
+        with ThreadPoolExecutor(2) as pool:
+            prompts = [STORY[:150], STORY[:250]]
+            answers = [pool.submit(made.ask, prompt=p, max_tokens=50) for p in prompts]
+            answers = [answer.result() for answer in answers]
+        failed = [answer for status, answer in answers if status == 500]
+        assert failed
+        assert "out of memory" in failed[0]["error"]["message"]
+        assert made.generator.faults == 1
+        assert made.raw(None, method="GET", path="/health")[0] == 200
+        assert made.complete(STORY[:200]).choices[0].text == expected
+    finally:
+        made.close()
+
+
+def test_streams_end_with_the_error_that_they_meet(running, monkeypatch):
+    def fail(self, row, sampler):
+        def sample(logprobs):
+            self._faults[row] = Planted("in a stream")
+            return mx.argmax(logprobs, axis=-1)
+
+        return sample
+
+    monkeypatch.setattr(GuardedBatch, "_guarded_sampler", fail)
+    with pytest.raises(openai.APIError, match="in a stream"):
+        list(running.complete(STORY[:100], temperature=1, stream=True))
+    monkeypatch.undo()
+    assert running.is_well()
+
+
+def test_what_waits_is_bounded(running):
+    """Further requests are refused at once, and told when to ask again."""
+    before = running.service._limits
+    running.service._limits = type(before)(max_waiting=0)
+    try:
+        status, answer = running.ask(prompt="a")
+    finally:
+        running.service._limits = before
+    assert status == 503
+    assert answer["error"]["code"] == "queue_full"
+    assert running.is_well()
+
+
+def test_an_answer_may_take_so_long_and_no_longer():
+    from mlx_turboquant.serving.service import Limits
+
+    made = Running(limits=Limits(request_seconds=1.0))
+    try:
+        start = time.monotonic()
+        status, answer = made.ask(prompt=STORY, max_tokens=8000)
+        assert status == 504
+        assert "longer than 1 s" in answer["error"]["message"]
+        assert time.monotonic() - start < 5
+        deadline = time.monotonic() + 10
+        while made.generator.open_tickets():
+            assert time.monotonic() < deadline
+        assert made.is_well()
+    finally:
+        made.close()

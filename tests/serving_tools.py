@@ -1,6 +1,7 @@
 """A server in this process, on a free port, for the tests that ask one."""
 
 import argparse
+import contextlib
 import http.client
 import json
 import threading
@@ -105,10 +106,10 @@ class Running:
     def raw(self, body, headers=None, method="POST", path="/v1/completions"):
         """(status, parsed answer) of a request that no client would send."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body=body, headers=headers or {})
-        answer = connection.getresponse()
-        text = answer.read()
-        connection.close()
+        with contextlib.closing(connection):
+            connection.request(method, path, body=body, headers=headers or {})
+            with connection.getresponse() as answer:
+                text = answer.read()
         return answer.status, json.loads(text) if text.startswith(b"{") else text
 
     def ask(self, path="/v1/completions", **fields):

@@ -118,7 +118,6 @@ ACCEPTED = [
     {"prompt": [5, 6, 7]},
     {"seed": -1},
     {"seed": 2**64 - 1},
-    {"max_tokens": 2**31 - 1, "stop": ["e", "t", "a", "o", "h", "i", "n", "s"]},
     {"repetition_penalty": 1e-300, "repetition_context_size": 0},
     {"repetition_penalty": 100, "repetition_context_size": 1 << 20},
     {"logit_bias": {"0": -100, "16383": 100}},
@@ -198,11 +197,12 @@ def test_chats_that_cannot_be_read_are_refused(running, case):
     assert running.is_well()
 
 
-def test_an_answer_ends_at_the_context(running):
+def test_an_answer_ends_at_the_context(running, monkeypatch):
     """However many tokens are asked for."""
-    answer = running.complete("word " * 8100, max_tokens=1 << 30)
+    monkeypatch.setattr(supervision, "context_length", lambda model: 60)
+    answer = running.complete("word " * 20, max_tokens=2**31 - 1)
     usage = answer.usage
-    assert usage.prompt_tokens + usage.completion_tokens == 8192
+    assert usage.prompt_tokens + usage.completion_tokens == 60
     assert answer.choices[0].finish_reason == "length"
 
 

@@ -59,7 +59,8 @@ class GuardedBatch(BatchGenerator):  # type: ignore[misc]
     def _guarded_sampler(
         self, row: int, sampler: Callable[[mx.array], mx.array]
     ) -> Callable[[mx.array], mx.array]:
-        if sampler is greedy_sampler:
+        is_shared = sampler is greedy_sampler
+        if is_shared:
             return sampler  # cannot fail, and is called once for all rows
 
         def sample(logprobs: mx.array) -> mx.array:

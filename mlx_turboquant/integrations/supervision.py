@@ -109,8 +109,11 @@ class SupervisedGenerator(Generator):
         except TurboQuantError as error:
             self._start_error = error
         except Exception as error:
+            given = self.cli_args
+            extras = {"adapters": given.adapter_path, "draft model": given.draft_model}
+            named = "".join(f", {what} {of!r}" for what, of in extras.items() if of)
             self._start_error = UnsupportedModelError(
-                f"cannot load model {self.cli_args.model!r} ({_first_line(error)})",
+                f"cannot load model {given.model!r}{named} ({_first_line(error)})",
                 "give a folder with config.json and safetensors, or a hub id such as "
                 "'mlx-community/Llama-3.2-3B-Instruct-4bit'",
             )

@@ -50,7 +50,7 @@ class Settings:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, and does not accept yet.
+    """A socket that listens; who connects before the model is loaded waits.
 
     Raises:
         SpecError: if there is no such host, or the port is taken.
@@ -69,6 +69,7 @@ def listen(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
+        bound.listen(2048)
     except OSError as error:
         bound.close()
         raise SpecError(

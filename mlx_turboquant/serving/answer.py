@@ -154,6 +154,9 @@ class Answer:
             # mlx-lm expects a few kinds of errors; its parsers raise others as well.
             logging.debug("A call could not be read", exc_info=error)
             calls = []
+        calls = [
+            call for call in calls if isinstance(call["function"].get("name"), str)
+        ]
         piece.calls += calls
         if not calls:
             piece.text += text  # cut short, or no call at all: nothing is lost

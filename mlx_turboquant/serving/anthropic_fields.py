@@ -81,8 +81,14 @@ class ToolChoice(Fields):
 class Thinking(Fields):
     """Whether the model should think first, where its template lets one choose."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Count | None = None
+
+
+class OutputConfig(Fields):
+    """The answer's form; what a grammar would have to force is refused."""
+
+    format: None = None
 
 
 class CountFields(Fields):
@@ -97,6 +103,12 @@ class CountFields(Fields):
 
     def chat(self) -> list[dict[str, Any]]:
         """The messages, as OpenAI writes them."""
+        if self.messages[-1].role == "assistant":
+            raise RequestError(
+                "the last message is the assistant's, and answers cannot be begun here",
+                "end with a message of the user's",
+                param="messages",
+            )
         said: list[dict[str, Any]] = []
         if isinstance(self.system, str) and self.system:
             said.append({"role": "system", "content": self.system})
@@ -139,6 +151,7 @@ class MessagesFields(CountFields):
     top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     stop_sequences: Annotated[list[Word], Field(max_length=64)] | None = None
+    output_config: OutputConfig | None = None
 
 
 def _as_chat(message: AnthropicMessage, index: int) -> list[dict[str, Any]]:

@@ -167,7 +167,7 @@ class AnthropicForm:
 
 def _tool_use(call: dict[str, Any]) -> dict[str, Any]:
     given = json.loads(call["function"]["arguments"])
-    if isinstance(given, str):  # parsers leave what was no object as it is
+    if not isinstance(given, dict):  # parsers leave what was no object as it is
         given = {"value": given}
     return {
         "type": "tool_use",

@@ -83,7 +83,7 @@ class Running:
         made = app.application(self.service, access or guard.Access())
         bound = run.listen("127.0.0.1", 0)
         self.port = bound.getsockname()[1]
-        self.http = run.web_server(made, 1)
+        self.http = run.WebServer(made, self.generator, 1)
         self._thread = threading.Thread(target=self.http.run, args=([bound],))
         self._thread.start()
         self.url = f"http://127.0.0.1:{self.port}"

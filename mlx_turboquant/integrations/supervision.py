@@ -99,7 +99,7 @@ class SupervisedGenerator(Generator):
                         time.sleep(_PAUSE)
         finally:
             self._generation_failed = self._start_error is not None
-            self._fail_open("the server is shutting down", only_taken=False)
+            self.cut_off()
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _load_first(self) -> None:
@@ -133,10 +133,17 @@ class SupervisedGenerator(Generator):
         self.prompt_cache.trim_to(n_sequences=0)
         mx.clear_cache()
 
-    def _fail_open(self, reason: str, only_taken: bool = True) -> None:
+    def cut_off(self) -> None:
+        """End all requests, since the server does."""
+        self._fail_open("the server is shutting down", status=503, only_taken=False)
+
+    def _fail_open(
+        self, reason: str, status: int = 500, only_taken: bool = True
+    ) -> None:
         for ticket in self.open_tickets():
             if ticket.taken or not only_taken:
-                ticket.put(RequestError(reason, "send it again", status=500))
+                ticket.put(RequestError(reason, "send it again", status=status))
+                ticket.cancel()
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         self._ticket = request[0]

@@ -7,6 +7,7 @@ within a grace period.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import signal
@@ -25,6 +26,9 @@ from .app import application, fingerprint
 from .guard import Access
 from .names import Names
 from .service import Limits, Service
+
+#: Seconds for errors to be sent to who is cut off.
+_LAST_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -79,20 +83,40 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
-def web_server(app: Starlette, grace: float) -> uvicorn.Server:
-    """Uvicorn around the application: HTTP/1.1, no log of its own."""
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(grace)),
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    return uvicorn.Server(config)
+class WebServer(uvicorn.Server):
+    """Uvicorn around the application: HTTP/1.1, no log of its own.
+
+    Args:
+        app: The application.
+        generator: Has the requests that run.
+        grace: Seconds that they get when the server is told to end.
+    """
+
+    def __init__(
+        self, app: Starlette, generator: SupervisedGenerator, grace: float
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=round(grace) + _LAST_WORDS,
+        )
+        super().__init__(config)
+        self._generator, self._grace = generator, grace
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait for answers; those that take too long end with an error."""
+        loop = asyncio.get_running_loop()
+        cut = loop.call_later(self._grace, self._generator.cut_off)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cut.cancel()
 
 
 def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
@@ -131,7 +155,7 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
         logging.info("Listening on http://%s:%d", place, port)
         # Uvicorn ends running requests first, then raises the signal again.
         with contextlib.suppress(KeyboardInterrupt):
-            web_server(app, settings.grace).run(sockets=[bound])
+            WebServer(app, generator, settings.grace).run(sockets=[bound])
     finally:
         if bound is not None:
             bound.close()

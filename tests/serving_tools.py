@@ -10,7 +10,6 @@ import openai
 from helpers import MODEL
 
 from mlx_turboquant.integrations import server
-from mlx_turboquant.integrations.admission import Admission
 from mlx_turboquant.integrations.supervision import SupervisedGenerator
 from mlx_turboquant.serving import app, guard, names, run, service
 from mlx_turboquant.spec import CacheSpec
@@ -67,9 +66,8 @@ class Running:
         self.cache = server.PromptStore(
             given.prompt_cache_size, given.prompt_cache_bytes or 1 << 63
         )
-        admission = Admission(kv_memory) if kv_memory else None
         provider = server.Provider(given, spec, draft_spec)
-        self.generator = SupervisedGenerator(provider, self.cache, admission)
+        self.generator = SupervisedGenerator(provider, self.cache, kv_memory)
         self.generator.wait_until_loaded()
         known = names.Names(
             given.model,
@@ -78,7 +76,7 @@ class Running:
             names.parse_allowed(allowed),
         )
         self.service = service.Service(
-            self.generator, known, given, limits or service.Limits(), admission, "test"
+            self.generator, known, given, limits or service.Limits(), "test"
         )
         made = app.application(self.service, access or guard.Access())
         bound = run.listen("127.0.0.1", 0)

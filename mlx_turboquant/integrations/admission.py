@@ -7,7 +7,7 @@ run are never ended for it; texts that are only kept for reuse make way.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from rich.filesize import decimal
@@ -27,19 +27,23 @@ class Admission:
 
     Args:
         budget: Bytes that all caches may take: of requests that run, and of texts kept.
+        store: The latter.
+        running: Gives the former.
     """
 
-    def __init__(self, budget: int) -> None:
+    def __init__(
+        self, budget: int, store: PromptStore, running: Callable[[], list[Ticket]]
+    ) -> None:
         self.budget = budget
+        self._store, self._running = store, running
+        self._store_limit = store.max_bytes
         self._key: Any = None
         self._footprint: Footprint | None = None
 
     def admit(
         self,
-        ticket: Ticket | None,
-        running: Iterable[Ticket],
+        ticket: Ticket,
         provider: Provider,
-        store: PromptStore,
         prompt_tokens: int,
         max_tokens: int,
     ) -> None:
@@ -47,9 +51,7 @@ class Admission:
 
         Args:
             ticket: The request.
-            running: All requests, this one among them.
             provider: Has the model loaded.
-            store: Texts that are kept; as many are dropped as is needed.
             prompt_tokens: Tokens of its prompt.
             max_tokens: Tokens of its longest answer.
 
@@ -67,7 +69,11 @@ class Admission:
                 status=413,
                 code="kv_memory_exceeded",
             )
-        others = sum(one.reserved for one in running if one is not ticket)
+        others = sum(one.reserved for one in self._running() if one is not ticket)
+        if provider.spec is None and provider.is_batchable:
+            # mlx-lm pads the rows of a batch to the longest.
+            reserved = [one.reserved for one in self._running() if one.reserved]
+            others = max([needed, *reserved]) * (len(reserved) + 1) - needed
         if needed + others > self.budget:
             raise RequestError(
                 f"{prompt_tokens} tokens of prompt and {max_tokens} of answer need "
@@ -78,9 +84,18 @@ class Admission:
                 code="kv_memory_in_use",
                 retry_after=RETRY_AFTER,
             )
-        store.trim_to(n_bytes=self.budget - others - needed)
-        if ticket is not None:
-            ticket.reserved = needed
+        ticket.reserve(needed, self._share_out)
+        self._share_out()
+        self._store.trim_to(n_bytes=self._store.max_bytes)
+
+    def _share_out(self) -> None:
+        """Leave to kept texts what requests do not need.
+
+        A text that is finished is kept only after its request has ended, so it finds
+        its own room.
+        """
+        reserved = sum(one.reserved for one in self._running())
+        self._store.max_bytes = min(self._store_limit, self.budget - reserved)
 
     def bytes_of(self, provider: Provider, tokens: int) -> int:
         """Bytes of the caches of a text of so many tokens."""

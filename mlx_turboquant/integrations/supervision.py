@@ -42,9 +42,10 @@ class SupervisedGenerator(Generator):
     Args:
         provider: Loads the models.
         store: Caches of texts.
-        admission: Decides which requests fit; all without it.
+        kv_memory: Bytes that all caches may take; None for any.
 
     Attributes:
+        admission: Decides which requests fit, if memory is bounded.
         faults: How often the thread had to begin anew.
     """
 
@@ -52,10 +53,12 @@ class SupervisedGenerator(Generator):
         self,
         provider: Provider,
         store: PromptStore,
-        admission: Admission | None = None,
+        kv_memory: int | None = None,
     ) -> None:
         guard_batches()
-        self.admission = admission
+        self.admission = None
+        if kv_memory is not None:
+            self.admission = Admission(kv_memory, store, self.open_tickets)
         self.faults = 0
         self._vocabulary: tuple[Any, int] = (None, 0)
         self._loaded = threading.Event()
@@ -198,12 +201,7 @@ class SupervisedGenerator(Generator):
         host_server._make_logits_processors(args)
         if self.admission is not None:
             self.admission.admit(
-                self._ticket,
-                self.open_tickets(),
-                self.model_provider,
-                self.prompt_cache,
-                len(prompt),
-                args.max_tokens,
+                self._ticket, self.model_provider, len(prompt), args.max_tokens
             )
         return tokenized
 

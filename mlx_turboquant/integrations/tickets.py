@@ -39,6 +39,7 @@ class Ticket:
 
     def __init__(self, deliver: Callable[[Any], None]) -> None:
         self._deliver = deliver
+        self._ended: Callable[[], None] = lambda: None
         self._context: Any = None
         self.alone = self.taken = self.started = False
         self.is_done = self.is_cancelled = False
@@ -50,6 +51,10 @@ class Ticket:
         """Whether somebody still waits for something."""
         return not (self.is_done or self.is_cancelled)
 
+    def reserve(self, nbytes: int, ended: Callable[[], None]) -> None:
+        """Set memory aside; ``ended`` is called when it is free again."""
+        self.reserved, self._ended = nbytes, ended
+
     def put(self, item: Any) -> None:
         """Take what the generation thread has."""
         if isinstance(item, GenerationContext):
@@ -60,6 +65,7 @@ class Ticket:
             self.started = True
         if item is None or isinstance(item, Exception):
             self.is_done = True
+            self._ended()
         if not self.is_cancelled:
             self._deliver(item)
         elif self.alone and isinstance(item, tuple):
@@ -68,6 +74,7 @@ class Ticket:
     def cancel(self) -> None:
         """Nobody waits any more."""
         self.is_cancelled = True
+        self._ended()
         if self._context is not None:
             self._context.stop()
 

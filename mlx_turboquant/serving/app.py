@@ -52,7 +52,7 @@ def application(service: Service, access: Access) -> Starlette:
         )
 
     async def metrics(http: Request) -> Response:
-        text = service.metrics.text(service.generator, service.admission)
+        text = service.metrics.text(service.generator)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     routes = [

@@ -12,11 +12,11 @@ from prometheus_client import (
     generate_latest,
 )
 
-from ..integrations.admission import Admission
 from ..integrations.supervision import SupervisedGenerator
 from .answer import Usage
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_KINDS = ("prompt_read", "prompt_cached", "generated")
 
 
 class Metrics:
@@ -37,6 +37,8 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        for kind in _KINDS:
+            self._tokens.labels(kind)
         self.first_token = Histogram(
             "mlx_tq_first_token_seconds",
             "From a request to its first token.",
@@ -65,18 +67,13 @@ class Metrics:
 
     def count(self, usage: Usage) -> None:
         """Count the tokens of an answer, whole or broken off."""
-        kinds = {
-            "prompt_read": usage.prompt - usage.cached,
-            "prompt_cached": usage.cached,
-            "generated": usage.generated,
-        }
-        for kind, tokens in kinds.items():
+        counts = (usage.prompt - usage.cached, usage.cached, usage.generated)
+        for kind, tokens in zip(_KINDS, counts, strict=True):
             self._tokens.labels(kind).inc(tokens)
 
-    def text(
-        self, generator: SupervisedGenerator, admission: Admission | None
-    ) -> bytes:
+    def text(self, generator: SupervisedGenerator) -> bytes:
         """All of it, in Prometheus's text format."""
+        admission = generator.admission
         tickets = generator.open_tickets()
         running = sum(ticket.started for ticket in tickets)
         now = {

@@ -19,7 +19,6 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ..errors import SpecError
-from ..integrations.admission import Admission
 from ..integrations.server import PromptStore, Provider
 from ..integrations.supervision import SupervisedGenerator
 from .app import application, fingerprint
@@ -133,9 +132,8 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
         raise SpecError("--kv-memory is for one machine; leave it out with mlx.launch")
     is_front = group.rank() == 0
     bound = listen(settings.host, settings.port) if is_front else None
-    admission = None if settings.kv_memory is None else Admission(settings.kv_memory)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    generator = SupervisedGenerator(provider, store, admission)
+    generator = SupervisedGenerator(provider, store, settings.kv_memory)
     try:
         generator.wait_until_loaded()
         if bound is None:
@@ -146,7 +144,6 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
             settings.names,
             provider.cli_args,
             settings.limits,
-            admission,
             fingerprint(),
         )
         app = application(service, settings.access)

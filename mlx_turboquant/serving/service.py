@@ -26,7 +26,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import RequestError
-from ..integrations.admission import Admission
 from ..integrations.supervision import SupervisedGenerator, TokensCounted
 from . import images
 from .answer import Answer, Piece
@@ -74,7 +73,6 @@ class Service:
         names: What requests may name.
         options: The command's, for defaults of sampling.
         limits: How much one request may take.
-        admission: Which memory there is, if it is bounded.
         fingerprint: Which versions and machine answer.
     """
 
@@ -84,10 +82,9 @@ class Service:
         names: Names,
         options: argparse.Namespace,
         limits: Limits,
-        admission: Admission | None,
         fingerprint: str,
     ) -> None:
-        self.generator, self.names, self.admission = generator, names, admission
+        self.generator, self.names = generator, names
         self._options, self._limits = options, limits
         self._fingerprint = fingerprint
         self.metrics = Metrics()

@@ -118,6 +118,23 @@ class WebServer(uvicorn.Server):
             cut.cancel()
 
 
+class SaidOnce(logging.Filter):
+    """Lets every warning of mlx-lm's server through once; it warns at each request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is new."""
+        if "mlx_lm" not in record.pathname:
+            return True
+        is_new = record.getMessage() not in self._said
+        if len(self._said) < 1000:
+            self._said.add(record.getMessage())
+        return is_new
+
+
 def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
     """Answer requests until SIGTERM or Ctrl-C.
 
@@ -133,6 +150,7 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
     is_front = group.rank() == 0
     bound = listen(settings.host, settings.port) if is_front else None
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    logging.getLogger().addFilter(SaidOnce())
     generator = SupervisedGenerator(provider, store, settings.kv_memory)
     try:
         generator.wait_until_loaded()

@@ -212,6 +212,18 @@ def test_a_prompt_beyond_the_context_is_refused_in_words(running):
     assert running.is_well()
 
 
+@pytest.mark.parametrize("sampling", [{}, {"seed": 1}])
+def test_a_text_that_goes_on_exactly_where_one_ended(running, sampling):
+    """All of it is stored; mlx-lm's thread dies of having nothing to read."""
+    prompt = [5, 6, 7, 8, 9, 10]
+    first = running.complete(prompt, max_tokens=5, logprobs=1)
+    tokens = [one["id"] for one in first.choices[0].logprobs.content]
+    again = running.complete(prompt + tokens, max_tokens=5, **sampling)
+    assert again.usage.prompt_tokens == 11
+    assert again.usage.completion_tokens == 5
+    assert running.is_well()
+
+
 class Planted(Exception):
     """A fault of a sampler that no check foresees."""
 

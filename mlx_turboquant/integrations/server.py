@@ -18,6 +18,7 @@ from mlx_lm.models.cache import (
     PromptTrie,
     can_trim_prompt_cache,
     make_prompt_cache,
+    trim_prompt_cache,
 )
 from rich.filesize import decimal
 
@@ -138,6 +139,19 @@ class PromptStore(LRUPromptCache):  # type: ignore[misc]
     @_n_bytes.setter
     def _n_bytes(self, ignored: int) -> None:
         """mlx-lm adds and takes off what each text would hold alone."""
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        """What a text begins with, its last token always left to be read.
+
+        mlx-lm returns all of a text that it has, and fails for want of a token to read.
+        """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        if not can_trim_prompt_cache(cache):
+            return None, tokens
+        trim_prompt_cache(cache, 1)
+        return cache, tokens[-1:]
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any

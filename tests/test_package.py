@@ -18,7 +18,6 @@ LAYERS = (
     (
         "version",
         "errors",
-        "extras",
         "atomic",
         "blas",
         "namesake",
@@ -28,7 +27,7 @@ LAYERS = (
         "gains",
         "pacing",
     ),
-    ("codecs.registry",),
+    ("codecs.registry", "extras"),
     ("spec_text",),
     ("spec", "rotation", "codebook"),
     ("polynomial",),

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import openai
 import pytest
+from serving_faults import ACCEPTED, REFUSED
 from serving_tools import STORY, Running
 
 from mlx_turboquant.integrations import supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
 
-# ruff: noqa: E501
 USER = [{"role": "user", "content": "Hello"}]
 
 
@@ -46,48 +46,6 @@ def test_malformed_bodies_are_refused_in_words(running, case):
     assert answer["error"]["type"] == "invalid_request_error"
 
 
-#: The twelve that end mlx-lm's server, and others; each with what it says.
-REFUSED = {
-    "top_k": [(1 << 14, "16384 tokens"), (16384, "16384 tokens"), (-1, "greater"), ("5", "integer")],
-    "stop": [(5, "valid string"), ([5], "valid string"), ("", "at least 1"), ([["a"]], "string")],
-    "prompt": [
-        (["a", "b"], "at most 1 item"),
-        ([], "at least 1 item"),
-        ([99999], "16384 tokens"),
-        ([1, -1], "greater"),
-        ({"a": 1}, "valid string"),
-        (None, "valid string"),
-    ],
-    "logit_bias": [
-        ({"99999": 1}, "token 99999"),
-        ({"-1": 1}, "token -1"),
-        ({"a": 1}, "whole numbers"),
-        ({"1": 1e300}, "less than or equal to 100"),
-        ([1], "an object"),
-    ],
-    "repetition_context_size": [(1 << 62, "1048576"), (-1, "greater"), (1.5, "integer")],
-    "presence_context_size": [(1 << 62, "1048576")],
-    "frequency_context_size": [(1 << 62, "1048576")],
-    "xtc_threshold": [(0.9, "0.5")],
-    "xtc_probability": [(1.5, "less than or equal to 1"), (True, "valid number")],
-    "temperature": [(-1, "greater"), ("1", "valid number"), (True, "valid number")],
-    "top_p": [(2, "less than or equal to 1")],
-    "min_p": [(-0.1, "greater")],
-    "max_tokens": [("many", "integer"), (0, "greater"), (1 << 70, "less than"), (1.0, "integer")],
-    "max_completion_tokens": [(0, "greater")],
-    "seed": [("a", "integer"), (1 << 70, "less than"), (0.5, "integer")],
-    "top_logprobs": [(5000, "20"), (-2, "-1")],
-    "logprobs": [("yes", "boolean"), (21, "20")],
-    "num_draft_tokens": [(0, "greater"), (1 << 40, "64")],
-    "repetition_penalty": [(-1, "greater"), (1e9, "100")],
-    "presence_penalty": [(1e300, "100")],
-    "stream": [("yes", "boolean")],
-    "stream_options": [(5, "object"), ({"include_usage": 5}, "boolean")],
-    "n": [(2, "less than or equal to 1")],
-    "best_of": [(2, "less than or equal to 1")],
-    "echo": [(True, "False")],
-    "suffix": [("x", "at most 0")],
-}  # fmt: skip
 CASES = [
     (name, value, says) for name, cases in REFUSED.items() for value, says in cases
 ]
@@ -102,30 +60,6 @@ def test_a_wrong_value_is_refused_by_name(running, name, value, says):
     assert says in error["message"]
     assert error["param"].split(".")[0] == name
     assert running.is_well()
-
-
-#: Values at the limits, that mlx-lm's server answers wrongly or dies of.
-ACCEPTED = [
-    {"top_k": 16383},
-    {"xtc_probability": 1.0},
-    {"xtc_probability": 1, "xtc_threshold": 0},
-    {"temperature": 1e-300},
-    {"temperature": 1e300},
-    {"top_p": 0},
-    {"min_p": 1},
-    {"min_p": 1e-300},
-    {"prompt": ["a"]},
-    {"prompt": [5, 6, 7]},
-    {"seed": -1},
-    {"seed": 2**64 - 1},
-    {"repetition_penalty": 1e-300, "repetition_context_size": 0},
-    {"repetition_penalty": 100, "repetition_context_size": 1 << 20},
-    {"logit_bias": {"0": -100, "16383": 100}},
-    {"logprobs": 20},
-    {"top_logprobs": -1, "logprobs": False},
-    {"temperature": None, "stop": None, "seed": None, "logit_bias": None},
-    {"user": "me", "store": False, "unknown": [1, 2]},
-]
 
 
 @pytest.mark.parametrize("fields", ACCEPTED, ids=str)
@@ -156,7 +90,9 @@ CHATS = {
             "messages": [
                 {
                     "role": "user",
-                    "content": [{"type": "image_url", "image_url": "file:///etc/passwd"}],
+                    "content": [
+                        {"type": "image_url", "image_url": "file:///etc/passwd"}
+                    ],
                 }
             ]
         },
@@ -174,7 +110,10 @@ CHATS = {
         },
         "chat template",
     ),
-    "tools": ({"messages": USER, "tools": [{"type": "function"}]}, "no tools.0.function"),
+    "tools": (
+        {"messages": USER, "tools": [{"type": "function"}]},
+        "no tools.0.function",
+    ),
     "forced tools": ({"messages": USER, "tool_choice": "required"}, "'auto' or 'none'"),
     "a template": (
         {"messages": USER, "chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
@@ -185,7 +124,7 @@ CHATS = {
         "the server's to set",
     ),
     "json": ({"messages": USER, "response_format": {"type": "json_object"}}, "'text'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CHATS)

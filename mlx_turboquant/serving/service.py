@@ -15,13 +15,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    LogitsProcessorArguments,
-    ModelDescription,
-    SamplingArguments,
-)
+from mlx_lm.server import CompletionRequest, GenerationArguments
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -31,6 +25,7 @@ from . import images
 from .answer import Answer, Piece
 from .anthropic_fields import CountFields, MessagesFields
 from .anthropic_form import AnthropicForm
+from .arguments import arguments_of
 from .fields import (
     DEFAULT_MODEL,
     ChatFields,
@@ -99,7 +94,7 @@ class Service:
         model = self.names.resolve(fields.model, fields.adapters, fields.draft_model)
         await self._fetch_images(messages)
         asked = CompletionRequest("chat", "", messages, tools, fields.role_mapping)
-        arguments = self._arguments(fields, model, fields.logprobs)
+        arguments = arguments_of(fields, model, self._options, fields.logprobs)
         arguments.chat_template_kwargs = fields.chat_template_kwargs
         form = self._openai_form("chat", fields, arguments)
         return await self._answer(http, asked, arguments, form, fields.stream)
@@ -112,7 +107,7 @@ class Service:
         if isinstance(prompt, list) and isinstance(prompt[0], str):
             prompt = prompt[0]
         asked = CompletionRequest("text", prompt, [], None, None)
-        arguments = self._arguments(fields, model, fields.logprobs)
+        arguments = arguments_of(fields, model, self._options, fields.logprobs)
         form = self._openai_form("text", fields, arguments)
         return await self._answer(http, asked, arguments, form, fields.stream)
 
@@ -160,7 +155,7 @@ class Service:
                 top_k=fields.top_k,
                 stop=fields.stop_sequences,
             )
-        arguments = self._arguments(sampling, model)
+        arguments = arguments_of(sampling, model, self._options)
         arguments.chat_template_kwargs = fields.template_variables()
         return asked, arguments
 
@@ -198,46 +193,6 @@ class Service:
                 param="messages",
             )
         await asyncio.to_thread(images.inline, messages)
-
-    def _arguments(
-        self,
-        fields: SamplingFields,
-        model: ModelDescription,
-        logprobs: bool | int | None = None,
-    ) -> GenerationArguments:
-        default = self._options
-        top_logprobs = _or(fields.top_logprobs, -1)
-        if logprobs is not None and not isinstance(logprobs, bool):
-            top_logprobs = max(top_logprobs, logprobs)
-        seed = None if fields.seed is None else fields.seed % 2**64
-        max_tokens = fields.max_completion_tokens or fields.max_tokens
-        return GenerationArguments(
-            model=model,
-            sampling=SamplingArguments(
-                temperature=_or(fields.temperature, default.temp),
-                top_p=_or(fields.top_p, default.top_p),
-                top_k=_or(fields.top_k, default.top_k),
-                min_p=_or(fields.min_p, default.min_p),
-                xtc_probability=_or(fields.xtc_probability, 0.0),
-                xtc_threshold=_or(fields.xtc_threshold, 0.1),
-            ),
-            logits=LogitsProcessorArguments(
-                logit_bias=fields.logit_bias,
-                repetition_penalty=_or(fields.repetition_penalty, 0.0),
-                repetition_context_size=_or(fields.repetition_context_size, 20),
-                presence_penalty=_or(fields.presence_penalty, 0.0),
-                presence_context_size=_or(fields.presence_context_size, 20),
-                frequency_penalty=_or(fields.frequency_penalty, 0.0),
-                frequency_context_size=_or(fields.frequency_context_size, 20),
-            ),
-            stop_words=fields.stop_words(),
-            max_tokens=max_tokens or default.max_tokens,
-            num_draft_tokens=_or(fields.num_draft_tokens, default.num_draft_tokens),
-            logprobs=logprobs is not None and logprobs is not False,
-            top_logprobs=top_logprobs,
-            seed=seed,
-            chat_template_kwargs=None,
-        )
 
     def _openai_form(
         self, kind: Any, fields: SamplingFields, arguments: GenerationArguments
@@ -341,10 +296,6 @@ class Service:
                 seconds,
                 "" if relay.ticket.is_done else "; ended early",
             )
-
-
-def _or(given: Any, default: Any) -> Any:
-    return default if given is None else given
 
 
 def _add(whole: Piece, piece: Piece) -> None:

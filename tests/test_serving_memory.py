@@ -9,6 +9,7 @@ from helpers import MODEL
 from serving_tools import SPEC, STORY, Running
 
 from mlx_turboquant.integrations.footprint import footprint
+from mlx_turboquant.integrations.tickets import Ticket
 from mlx_turboquant.spec import CacheSpec
 
 BUDGET = 6_000_000
@@ -85,21 +86,26 @@ def test_a_request_that_does_not_fit_now_is_told_to_wait(running, fits):
     assert running.is_well()
 
 
-def test_idle_texts_make_way(running, fits):
+def test_idle_texts_make_way_until_the_answer_has_ended(running, fits):
+    """At once, before the prompt is read; what is finished finds its room again."""
     for i in range(4):
         running.complete(f"{i} {STORY}", max_tokens=1)
-    admission, provider = running.generator.admission, running.generator.model_provider
-    assert running.cache.nbytes > BUDGET // 4
-    most = fits - 60
-    needed = admission.bytes_of(provider, most + 30)
-    stream = running.complete([5] * 30, max_tokens=most, stream=True)
-    next(stream)
-    assert running.cache.nbytes + needed <= BUDGET
-    stream.close()
+    generator = running.generator
+    kept = running.cache.nbytes
+    assert kept > BUDGET // 4
+    ticket = Ticket(lambda item: None)
+    generator._open.add(ticket)
+    generator.admission.admit(ticket, generator.model_provider, 30, fits - 60)
+    assert ticket.reserved <= BUDGET
+    assert running.cache.max_bytes == BUDGET - ticket.reserved < kept
+    assert running.cache.nbytes <= BUDGET - ticket.reserved
+    # mlx-lm says that an answer has ended just before it stores the text.
+    ticket.put(None)
+    assert running.cache.max_bytes == BUDGET
 
 
-def test_a_finished_text_finds_its_own_room(running, fits):
-    """It is kept, although nothing was left while it was written."""
+def test_a_finished_text_is_kept(running, fits):
+    """Although nothing was left while it was written."""
     prompt = f"Once {STORY}"
     (end, *_) = running.generator.model_provider.tokenizer.eos_token_ids
     count = running.complete(prompt, max_tokens=1).usage.prompt_tokens

@@ -112,21 +112,19 @@ def test_a_streamed_message_is_the_whole_one(client):
 
 
 def test_a_tool_is_used_whole_and_streamed(running, client, writes):
-    for text in ("", "Let me see. "):
-        writes(text + CALL)
-        answer = ask(client, tools=[WEATHER], max_tokens=80)
-        kinds = [block.type for block in answer.content]
-        assert kinds == (["text", "tool_use"] if text else ["tool_use"])
-        assert answer.content[-1].name == "weather"
-        assert answer.content[-1].input == {"place": "Rome"}
-        assert answer.stop_reason == "tool_use"
-        with client.messages.stream(
-            model="default_model", max_tokens=80, messages=[USER], tools=[WEATHER]
-        ) as stream:
-            final = stream.get_final_message()
-        assert [block.type for block in final.content] == kinds
-        assert final.content[-1].input == {"place": "Rome"}
-        assert final.stop_reason == "tool_use"
+    writes("I see. " + CALL)
+    answer = ask(client, tools=[WEATHER], max_tokens=80)
+    with client.messages.stream(
+        model="default_model", max_tokens=80, messages=[USER], tools=[WEATHER]
+    ) as stream:
+        final = stream.get_final_message()
+    for got in (answer, final):
+        assert [block.type for block in got.content] == ["text", "tool_use"]
+        assert got.content[0].text == "I see. "
+        assert got.content[1].name == "weather"
+        assert got.content[1].input == {"place": "Rome"}
+        assert got.stop_reason == "tool_use"
+    writes(CALL)
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     plain = running.chat([USER], tools=[tool], max_tokens=80)
     assert plain.choices[0].finish_reason == "tool_calls"

@@ -1,6 +1,7 @@
 """A server as a process: starts that fail, the end, the log."""
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import MODEL
+
+from mlx_turboquant.serving.run import SaidOnce
 
 COMMAND = [sys.executable, "-m", "mlx_turboquant", "server", "--model", str(MODEL)]
 
@@ -33,9 +36,7 @@ FAILURES = {
     "template": (["--chat-template", "{% if"], "chat template cannot be used"),
     "render": (["--chat-template", "{{ a.b }}"], "'a' is undefined"),
     "keys": (["--api-key-file", "/no/such"], "--api-key-file /no/such"),
-    "key": (["--api-key", ""], "--api-key is empty"),
     "alias": (["--allow-model", "a="], "use NAME=MODEL"),
-    "size": (["--kv-memory", "4XB"], "--kv-memory '4XB' is no size"),
 }
 
 
@@ -50,6 +51,13 @@ def test_a_server_that_cannot_start_says_why_in_one_line(run_cli, taken, case):
     (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert says in line
+
+
+def test_warnings_of_mlx_lms_server_are_said_once():
+    said = SaidOnce()
+    for path, count in (("/lib/mlx_lm/server.py", 1), ("/lib/other.py", 3)):
+        record = logging.LogRecord("root", 30, path, 1, "no tools", (), None)
+        assert sum(said.filter(record) for _ in range(3)) == count
 
 
 class Process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import mlx.core as mx
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -58,6 +59,8 @@ class Metrics:
             "mlx_tq_cache_texts": "Texts kept for reuse.",
             "mlx_tq_reserved_bytes": "Bytes set aside for requests that run.",
             "mlx_tq_memory_bytes": "What --kv-memory allows; 0 without.",
+            "mlx_tq_mlx_active_bytes": "Bytes that MLX's arrays take.",
+            "mlx_tq_mlx_cache_bytes": "Bytes that MLX keeps for further arrays.",
             "mlx_tq_faults": "How often the generation thread had to begin anew.",
         }
         self._gauges = {
@@ -81,6 +84,8 @@ class Metrics:
             "mlx_tq_requests_waiting": len(tickets) - running,
             "mlx_tq_reserved_bytes": sum(ticket.reserved for ticket in tickets),
             "mlx_tq_memory_bytes": admission.budget if admission else 0,
+            "mlx_tq_mlx_active_bytes": mx.get_active_memory(),
+            "mlx_tq_mlx_cache_bytes": mx.get_cache_memory(),
             "mlx_tq_faults": generator.faults,
         }
         # The store is the generation thread's, and may change while it is counted.

@@ -25,6 +25,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 from serving_faults import ACCEPTED, REFUSED  # noqa: E402
 
 MODEL = ROOT / "examples" / "books-20m"
+#: Everything that samples is on, so that what is set wrongly is used.
+BASE = {
+    "temperature": 1,
+    "max_tokens": 2,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.1,
+    "frequency_penalty": 0.1,
+    "xtc_probability": 0.5,
+}
 COMMANDS = {
     "mlx-lm": ["-m", "mlx_lm", "server", "--decode-concurrency", "8"],
     "mlx-tq": ["-m", "mlx_turboquant", "server", "--kv-bits", "3"],
@@ -81,8 +90,16 @@ class Server:
 def requests() -> list[dict[str, object]]:
     """All of them: what is to be refused first."""
     wrong = [{name: value} for name, of in REFUSED.items() for value, _ in of]
-    base = {"prompt": "The sea", "temperature": 1, "max_tokens": 2}
+    base = {"prompt": "The sea", **BASE}
     return [{**base, **fields} for fields in [*wrong, *ACCEPTED]]
+
+
+def shown(fields: dict[str, object]) -> str:
+    """What a request has beside the base."""
+    own = {name: value for name, value in fields.items() if BASE.get(name) != value}
+    if len(own) > 1:
+        own.pop("prompt")
+    return json.dumps(own)
 
 
 def main() -> None:
@@ -90,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", choices=[*COMMANDS], action="append")
     names = parser.parse_args().server or [*COMMANDS]
-    rows = [[json.dumps(fields)] for fields in requests()]
+    rows = [[shown(fields)] for fields in requests()]
     for name in names:
         server, deaths = Server(name), 0
         for fields, row in zip(requests(), rows, strict=True):
@@ -105,7 +122,7 @@ def main() -> None:
     print("| request |", " | ".join(names), "|")
     print("|---" * (1 + len(names)), "|", sep="")
     for row in rows:
-        print("|", " | ".join(cell.replace("|", "\\|")[:100] for cell in row), "|")
+        print("|", " | ".join(cell.replace("|", "\\|")[:90] for cell in row), "|")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class Server:
         self.process.terminate()
         self.process.wait(60)
         self.rest.result()
+        self.process.stderr.close()
         self.log.shutdown()
 
 

@@ -112,7 +112,7 @@ def test_bodies_are_bounded_in_size_and_time(running):
     start = time.monotonic()
     status, answer = running.raw(b"{", {**KEY, "Content-Length": "100"})
     assert status == 408
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     for wrong in ("-5", "ten"):
         assert running.raw(None, {**KEY, "Content-Length": wrong})[0] == 400
 
@@ -277,12 +277,12 @@ def test_a_client_that_hangs_up_frees_its_row(running):
             )
             time.sleep(wait)
             connection.close()
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 20
             while running.generator.open_tickets():
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
     # The rows are gone, not only their readers.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while rows_of_batches():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -63,7 +63,7 @@ class Running:
         **changes,
     ):
         given = options(**changes)
-        self.cache = server.PromptStore(
+        self.cache = server.ServedStore(
             given.prompt_cache_size, given.prompt_cache_bytes or 1 << 63
         )
         provider = server.Provider(given, spec, draft_spec)

@@ -137,7 +137,7 @@ def serve(
 
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-    from ..integrations.server import PromptStore, Provider
+    from ..integrations.server import Provider, ServedStore
     from ..serving import guard, names, run, service
 
     allowed = names.parse_allowed(allow_model or ())
@@ -158,7 +158,7 @@ def serve(
         grace=grace,
     )
     _ = maybe_set_recommended_wired_limit()
-    store = PromptStore(prompt_cache_size, options.prompt_cache_bytes or _UNBOUNDED)
+    store = ServedStore(prompt_cache_size, options.prompt_cache_bytes or _UNBOUNDED)
     run.serve(Provider(options, spec, draft_spec, max_kv_size), store, settings)
 
 

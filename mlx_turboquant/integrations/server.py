@@ -140,19 +140,6 @@ class PromptStore(LRUPromptCache):  # type: ignore[misc]
     def _n_bytes(self, ignored: int) -> None:
         """mlx-lm adds and takes off what each text would hold alone."""
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        """What a text begins with, its last token always left to be read.
-
-        mlx-lm returns all of a text that it has, and fails for want of a token to read.
-        """
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        if not can_trim_prompt_cache(cache):
-            return None, tokens
-        trim_prompt_cache(cache, 1)
-        return cache, tokens[-1:]
-
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any
     ) -> None:
@@ -166,6 +153,23 @@ class PromptStore(LRUPromptCache):  # type: ignore[misc]
             for entry, length in zip(prompt_cache, lengths, strict=True):
                 entry.trim((length or seen) - seen)
         super().insert_cache(model, tokens[:seen], prompt_cache, **kind)
+
+
+class ServedStore(PromptStore):
+    """A store whose texts always leave a token to be read, as serving needs."""
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        """What a text begins with, its last token always left to be read.
+
+        mlx-lm returns all of a text that it has; its server then has nothing to read.
+        """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        if not can_trim_prompt_cache(cache):
+            return None, tokens
+        trim_prompt_cache(cache, 1)
+        return cache, tokens[-1:]
 
 
 class Generator(host_server.ResponseGenerator):  # type: ignore[misc]

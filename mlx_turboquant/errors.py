@@ -6,6 +6,7 @@ Owns the exception tree; raising is up to the module that notices.
     |- SpecError (also ValueError)     an option's text or value is wrong
     |- FormatError (also ValueError)   a saved cache is foreign, damaged or newer
     `- UnsupportedError                the request is fine, we cannot do it
+       |- RequestError                 a server's request, with its HTTP status
        |- UnsupportedModelError        this model's layers cannot take the cache
        `- BackendUnavailableError      the forced backend cannot take this call
 
@@ -47,3 +48,29 @@ class UnsupportedModelError(UnsupportedError):
 
 class BackendUnavailableError(UnsupportedError):
     """The backend named by ``MLX_TQ_BACKEND`` cannot take a call."""
+
+
+class RequestError(UnsupportedError):
+    """A request to the server that cannot be answered.
+
+    Args:
+        reason: What cannot be done, with the offending value and the limit.
+        remedy: What to do instead.
+        status: The HTTP status that says so.
+        param: The field of the request that is at fault, if it is one.
+        code: A word that programs may test, such as ``model_not_found``.
+        retry_after: Seconds after which it may be answered, if it may.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        remedy: str,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(reason, remedy)
+        self.status, self.param, self.code = status, param, code
+        self.retry_after = retry_after

@@ -13,7 +13,7 @@ work are not in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -82,13 +82,24 @@ class Footprint:
 
         Bounded by the context; 0 if the weights alone do not fit.
         """
-        room = memory - self.weights
+        return self._most_tokens(
+            lambda tokens: self.prompt_bytes(tokens, spec), memory - self.weights
+        )
+
+    def tokens_in_cache(self, memory: int, spec: CacheSpec | None = None) -> int:
+        """Tokens of one text whose caches take ``memory`` bytes at most.
+
+        Bounded by the context; 0 if not one does.
+        """
+        return self._most_tokens(lambda tokens: self.cache_bytes(tokens, spec), memory)
+
+    def _most_tokens(self, bytes_of: Callable[[int], int], room: int) -> int:
         low, high = 0, self.context or 1 << 40
-        if self.prompt_bytes(high, spec) <= room:
+        if bytes_of(high) <= room:
             return high
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.prompt_bytes(middle, spec) <= room
+            fits = bytes_of(middle) <= room
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
@@ -109,6 +120,13 @@ class Footprint:
         return read_fp16 / (read_always + plain_bytes + max(timed) * code_bytes)
 
 
+def plain_spec(spec: CacheSpec | None) -> CacheSpec | None:
+    """A spec to count with: where bits are chosen from the text, about as many."""
+    if spec is not None and spec.adaptive:
+        return CacheSpec.parse(round(spec.budget or 3))
+    return spec
+
+
 def tight_memory_warning(
     footprint: Footprint, tokens: int, spec: CacheSpec | None, memory_bytes: int
 ) -> str | None:
@@ -120,8 +138,7 @@ def tight_memory_warning(
         spec: What the caches store; None for mlx-lm's own.
         memory_bytes: What the machine has.
     """
-    if spec is not None and spec.adaptive:
-        spec = CacheSpec.parse(round(spec.budget or 3))
+    spec = plain_spec(spec)
     fitting = footprint.tokens_in(memory_bytes, spec)
     if fitting >= min(tokens, footprint.context or tokens):
         return None

@@ -27,7 +27,7 @@ LAYERS = (
         "gains",
         "pacing",
     ),
-    ("codecs.registry",),
+    ("codecs.registry", "extras"),
     ("spec_text",),
     ("spec", "rotation", "codebook"),
     ("polynomial",),
@@ -49,7 +49,7 @@ LAYERS = (
     ("entries",),
     ("explanation", "diagnosis", "bug_report", "memory"),
     ("integrations",),
-    ("evals",),
+    ("evals", "serving"),
     ("cli",),
 )
 

@@ -1,109 +1,18 @@
 """The server over loopback, asked by OpenAI's own client and by rude ones."""
 
-import argparse
-import functools
 import http.client
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from http.server import ThreadingHTTPServer
 
 import openai
 import pytest
 from helpers import MODEL
 from mlx_lm import generate
+from serving_tools import SPEC, STORY, Running
 
 import mlx_turboquant as tq
-from mlx_turboquant.integrations import server
 from mlx_turboquant.spec import CacheSpec
-
-SPEC = CacheSpec.parse("k8v8,page=32,window=8")
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-)
-STORY = "The old man looked at the sea and thought of the years that had gone. " * 8
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*not recommended for production")
-
-
-def options(**changes):
-    defaults = {
-        "model": str(MODEL),
-        "adapter_path": None,
-        "draft_model": None,
-        "num_draft_tokens": 3,
-        "allowed_origins": ["*"],
-        "trust_remote_code": False,
-        "chat_template": TEMPLATE,
-        "use_default_chat_template": False,
-        "chat_template_args": {},
-        "temp": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
-        "max_tokens": 64,
-        "decode_concurrency": 8,
-        "prompt_concurrency": 4,
-        "prefill_step_size": 256,
-        "prompt_cache_size": 10,
-        "prompt_cache_bytes": None,
-        "pipeline": False,
-        "kv_bits": None,
-        "kv_group_size": 64,
-        "quantized_kv_start": 0,
-    }
-    return argparse.Namespace(**{**defaults, **changes})
-
-
-class Running:
-    """A server in this process, on a free port."""
-
-    def __init__(self, spec=SPEC, draft_spec=None, **changes):
-        given = options(**changes)
-        budget = given.prompt_cache_bytes
-        provider = server.Provider(given, spec, draft_spec)
-        self.cache = server.PromptStore(given.prompt_cache_size, budget or 1 << 63)
-        self.generator = server.Generator(provider, self.cache)
-        handler = functools.partial(
-            server.Handler, self.generator, system_fingerprint="test"
-        )
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.port = self.http.server_address[1]
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1",
-            api_key="none",
-            max_retries=0,
-            timeout=120,
-        )
-
-    def complete(self, prompt, **changes):
-        request = {"max_tokens": 12, "temperature": 0, **changes}
-        return self.client.completions.create(
-            model="default_model", prompt=prompt, **request
-        )
-
-    def chat(self, messages, **changes):
-        request = {"max_tokens": 12, "temperature": 0, **changes}
-        return self.client.chat.completions.create(
-            model="default_model", messages=messages, **request
-        )
-
-    def raw(self, body, headers=None, method="POST", path="/v1/completions"):
-        """(status, parsed answer) of a request that no client would send."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body=body, headers=headers or {})
-        answer = connection.getresponse()
-        text = answer.read()
-        connection.close()
-        return answer.status, json.loads(text) if text.startswith(b"{") else text
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
-        # Hooks stay until the module's end: another server may be running.
-        self.generator.stop_and_join()
 
 
 @pytest.fixture(scope="module")
@@ -219,43 +128,10 @@ def test_a_client_that_leaves_while_its_prompt_is_read(running, alone):
     assert running.generator.is_healthy
 
 
-MALFORMED = {
-    "json": (b'{"prompt": "a", ', 400, "Invalid JSON"),
-    "list": (b"[1, 2]", 400, "JSON dictionary"),
-    "utf8": (b'{"prompt": "\xff\xfe"}', 400, "not UTF-8"),
-    "no prompt": (b"{}", 400, "did not contain a prompt"),
-    "type": (b'{"prompt": "a", "max_tokens": "many"}', 400, "max_tokens"),
-    "range": (b'{"prompt": "a", "temperature": -1}', 400, "temperature"),
-    "empty": (b'{"prompt": ""}', 400, "no tokens"),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_requests_are_refused_in_words(running, case):
-    body, status, says = MALFORMED[case]
-    got, answer = running.raw(body)
-    assert got == status
-    assert says in answer["error"]["message"]
-    assert running.generator.is_healthy
-
-
 def test_a_prompt_beyond_the_context_is_refused_in_words(running):
     with pytest.raises(openai.BadRequestError, match=r"context is 8192; shorten it"):
         running.complete("word " * 8500)
     assert running.generator.is_healthy
-
-
-def test_huge_and_lying_bodies_are_refused(running):
-    status, answer = running.raw(b"", {"Content-Length": str(1 << 40)})
-    assert status == 413
-    assert "at most 67108864" in answer["error"]["message"]
-    status, answer = running.raw(b"", {"Content-Length": "-5"})
-    assert status == 400
-    assert "negative" in answer["error"]["message"]
-    status, answer = running.raw(None, {"Content-Length": "ten"})
-    assert status == 400
-    assert "Invalid Content-Length" in answer["error"]["message"]
-    assert running.raw(None, method="GET", path="/health") == (200, {"status": "ok"})
 
 
 def test_the_byte_budget_is_enforced_in_every_path():
@@ -288,17 +164,6 @@ def test_compressed_texts_fit_where_uncompressed_do_not():
             made.close()
     assert kept.pop(None) < 6
     assert set(kept.values()) == {6}
-
-
-def test_a_model_that_is_not_there_and_back():
-    made = Running()
-    try:
-        with pytest.raises(openai.NotFoundError, match="no/such"):
-            made.client.completions.create(model="/no/such", prompt="a")
-        first = made.complete(STORY[:100]).choices[0].text
-        assert len(first) > 5
-    finally:
-        made.close()
 
 
 def test_speculative_serving_is_plain_serving():

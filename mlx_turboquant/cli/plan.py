@@ -28,6 +28,10 @@ def plan(
         str | None,
         typer.Option(help="As 16GB (1e9 bytes). Default: what MLX may use here."),
     ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(help="Also what mlx_tq.server --kv-memory takes, as 4GB."),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -44,6 +48,7 @@ def plan(
                 "choose, such as 3 or 2"
             )
     memory_bytes = opt.size("--memory", memory, least=1)
+    kv_bytes = opt.size("--kv-memory", kv_memory, least=1)
 
     from rich.filesize import decimal
 
@@ -65,6 +70,12 @@ def plan(
     fp16_tokens = footprint.tokens_in(memory_bytes)
     fitting_tokens = [footprint.tokens_in(memory_bytes, spec) for spec in presets]
     at_tokens = tokens or max(1, *fitting_tokens)
+
+    def served(stored: CacheSpec | None) -> list[str]:
+        if kv_bytes is None:
+            return []
+        return [str(footprint.tokens_in_cache(kv_bytes, stored))]
+
     rows = []
     fits = zip([None, *presets], [fp16_tokens, *fitting_tokens], strict=True)
     for stored, fitting in fits:
@@ -77,13 +88,17 @@ def plan(
                 decimal(footprint.cache_bytes(at_tokens, stored)),
                 decimal(peak),
                 "not timed" if speed is None else f"{speed:.2f}",
+                *served(stored),
             )
         )
     typer.echo(f"\nat {at_tokens} tokens:")
     print_table(
         rows,
-        head=("cache", "tokens that fit", "cache", "peak", "speed at best"),
-        right_aligned=(1, 2, 3, 4),
+        head=(
+            *("cache", "tokens that fit", "cache", "peak", "speed at best"),
+            *(() if kv_memory is None else (f"in {kv_memory} of cache",)),
+        ),
+        right_aligned=(1, 2, 3, 4, 5),
     )
     typer.echo(
         "\npeak: while the prompt is read in chunks of 2048, weights included\n"

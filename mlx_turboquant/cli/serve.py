@@ -1,12 +1,13 @@
-"""``mlx_tq.server``: mlx-lm's OpenAI-compatible server with compressed caches.
+"""``mlx_tq.server``: models over HTTP, as OpenAI's and Anthropic's APIs are.
 
-Owns the options, mlx-lm's and ours. The serving is ``integrations/server.py``'s.
+Owns the options, mlx-lm's and ours. The serving is ``serving/``'s.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ from ..errors import SpecError
 from . import options as opt
 from .entry import standalone
 
+_UNBOUNDED = 1 << 63
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -60,12 +62,47 @@ def serve(
     prompt_cache_bytes: Annotated[
         str | None, typer.Option(help="Bytes they may take, as 4GB.")
     ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(help="Bytes all caches may take, as 4GB; more is refused."),
+    ] = None,
+    allow_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model that requests may name, MODEL or NAME=MODEL; "
+            "default_model is --model. Repeat it for more."
+        ),
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Ask for this key, or one of several."),
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="The same from a file, one on each line.")
+    ] = None,
+    allowed_hosts: Annotated[
+        str,
+        typer.Option(
+            help="Names that the server may be called by, with commas, beside "
+            "localhost, --host and addresses; * for any."
+        ),
+    ] = "",
+    max_body: Annotated[str, typer.Option(help="Bytes a request may have.")] = "64MB",
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait for their turn.")
+    ] = 64,
+    request_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds an answer may take; 0 for any.")
+    ] = 0.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds running answers get at the end.")
+    ] = 30.0,
     pipeline: opt.Pipeline = False,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API does."""
+    """Serve a model over HTTP, as OpenAI's and Anthropic's APIs do."""
     if log_level.upper() not in _LEVELS:
         raise SpecError(f"--log-level {log_level} is unknown; use {', '.join(_LEVELS)}")
     spec = opt.cache_spec(kv_bits, kv_codec, kv_quality)
@@ -89,12 +126,57 @@ def serve(
         level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
 
+    keys = [*(api_key or ()), *_keys_in(api_key_file)]
+    if any(not key for key in keys):
+        raise SpecError("an --api-key is empty; give it some text")
+
+    from ..extras import need
+
+    packages = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+    need("server", "mlx_tq.server", *packages)
+
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-    from ..integrations import server
+    from ..integrations.server import Provider, ServedStore
+    from ..serving import guard, names, run, service
 
+    allowed = names.parse_allowed(allow_model or ())
+    options.model = model = model or opt.DEFAULT_MODEL
+    most = opt.size("--max-body", max_body) or 0
+    hosts = [host, *filter(None, allowed_hosts.split(","))]
+    settings = run.Settings(
+        names=names.Names(model, adapter_path, draft_model, allowed),
+        host=host,
+        port=port,
+        access=guard.Access(keys, hosts, options.allowed_origins, most),
+        limits=service.Limits(
+            max_body=most,
+            request_seconds=request_timeout or None,
+            max_waiting=max_queue,
+        ),
+        kv_memory=opt.size("--kv-memory", kv_memory),
+        grace=grace,
+    )
     _ = maybe_set_recommended_wired_limit()
-    server.serve(server.Provider(options, spec, draft_spec, max_kv_size))
+    store = ServedStore(prompt_cache_size, options.prompt_cache_bytes or _UNBOUNDED)
+    run.serve(Provider(options, spec, draft_spec, max_kv_size), store, settings)
+
+
+def _keys_in(file: str | None) -> list[str]:
+    """Keys of ``--api-key-file``.
+
+    Raises:
+        SpecError: if there is no such file, or nothing in it.
+    """
+    if file is None:
+        return []
+    try:
+        keys = Path(file).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--api-key-file {file} cannot be read ({error})") from None
+    if not keys:
+        raise SpecError(f"--api-key-file {file} is empty; write a key on each line")
+    return keys
 
 
 main = standalone(serve)

@@ -9,20 +9,16 @@ mlx-lm's.
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import logging
-import signal
-import sys
 from typing import Any
 
-import mlx.core as mx
 import mlx_lm.server as host_server
 from mlx_lm.models.cache import (
     LRUPromptCache,
     PromptTrie,
     can_trim_prompt_cache,
     make_prompt_cache,
+    trim_prompt_cache,
 )
 from rich.filesize import decimal
 
@@ -35,8 +31,6 @@ from .sharing import held_nbytes
 from .speculation import check_rewinds, check_split
 from .stock import labelled_leaves, length_of
 
-#: A request's body at most: some 16 million tokens of text.
-MAX_BODY_BYTES = 64 << 20
 _UNBOUNDED = 1 << 63
 
 
@@ -161,14 +155,25 @@ class PromptStore(LRUPromptCache):  # type: ignore[misc]
         super().insert_cache(model, tokens[:seen], prompt_cache, **kind)
 
 
+class ServedStore(PromptStore):
+    """A store whose texts always leave a token to be read, as serving needs."""
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
+        """What a text begins with, its last token always left to be read.
+
+        mlx-lm returns all of a text that it has; its server then has nothing to read.
+        """
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest:
+            return cache, rest
+        if not can_trim_prompt_cache(cache):
+            return None, tokens
+        trim_prompt_cache(cache, 1)
+        return cache, tokens[-1:]
+
+
 class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
     """Serves requests; refuses prompts that the model was not made for."""
-
-    def _generate(self) -> None:
-        try:
-            super()._generate()
-        finally:
-            mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         tokenized = super()._tokenize(tokenizer, request, args)
@@ -186,96 +191,4 @@ class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
         store = self.prompt_cache
         budget = store.max_bytes
         of = f" of {decimal(budget)}" if budget < _UNBOUNDED else ""
-        logging.info(f"Prompt cache: {len(store)} texts, {decimal(store.nbytes)}{of}")
-
-
-class _ErrorObjects:
-    """A handler's output, where mlx-lm's error texts become OpenAI's error objects.
-
-    OpenAI's clients show nothing of a text.
-    """
-
-    def __init__(self, handler: Handler, file: Any) -> None:
-        self._handler, self._file = handler, file
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def write(self, data: bytes) -> Any:
-        status = self._handler.status
-        if status >= 400 and data.startswith(b'{"error": "'):
-            kind = "invalid_request_error" if status < 500 else "server_error"
-            message = json.loads(data)["error"]
-            error = {"message": message, "type": kind, "code": status}
-            data = json.dumps({"error": error}).encode()
-        return self._file.write(data)
-
-
-class Handler(host_server.APIHandler):  # type: ignore[misc]
-    """Answers requests that mlx-lm's handler would drop or misname."""
-
-    status = 200
-
-    def setup(self) -> None:
-        """Reshape errors on their way out."""
-        super().setup()
-        self.wfile: Any = _ErrorObjects(self, self.wfile)
-
-    def do_POST(self) -> None:
-        """Check the body before it is read and decoded."""
-        length = self.headers.get("Content-Length", "")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            self.close_connection = True
-            self._refuse(
-                413, f"the body has {length} bytes, at most {MAX_BODY_BYTES} are read"
-            )
-            return
-        if length.startswith("-"):
-            self._refuse(400, f"Content-Length {length} is negative")
-            return
-        if length.isdigit():
-            body: bytes = self.rfile.read(int(length))
-            try:
-                body.decode()
-            except UnicodeDecodeError as error:
-                self._refuse(400, f"the body is not UTF-8 ({error})")
-                return
-            self.rfile: Any = io.BytesIO(body)
-        try:
-            super().do_POST()
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
-            logging.info("A client went away; its request is dropped")
-
-    def _set_completion_headers(self, status_code: int = 200) -> None:
-        # mlx-lm says 404 to whatever fails; what we refuse is the request's fault.
-        if status_code == 404 and isinstance(sys.exc_info()[1], TurboQuantError):
-            status_code = 400
-        self.status = status_code
-        super()._set_completion_headers(status_code)
-
-    def _refuse(self, status: int, why: str) -> None:
-        self._set_completion_headers(status)
-        self.end_headers()
-        self.wfile.write(json.dumps({"error": why}).encode())
-
-
-def serve(provider: Provider) -> None:
-    """Answer requests until interrupted.
-
-    Under ``mlx.launch`` every rank calls this; rank 0 answers. SIGTERM stops it as
-    Ctrl-C does, which processes in the background may never see.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    options = provider.cli_args
-    budget = options.prompt_cache_bytes
-    store = PromptStore(
-        options.prompt_cache_size, _UNBOUNDED if budget is None else budget
-    )
-    generator = Generator(provider, store)
-    if mx.distributed.init().rank() == 0:
-        host_server._run_http_server(
-            options.host, options.port, generator, handler_class=Handler
-        )
-    else:
-        generator.join()
+        logging.debug(f"Prompt cache: {len(store)} texts, {decimal(store.nbytes)}{of}")

@@ -63,7 +63,7 @@ def test_a_chat_on_two_ranks_says_what_one_says(tmp_path):
 
     def run(command):
         return subprocess.run(
-            command, input=lines, capture_output=True, text=True, timeout=120,
+            command, input=lines, capture_output=True, text=True, timeout=300,
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
         )  # fmt: skip
 

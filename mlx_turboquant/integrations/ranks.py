@@ -7,6 +7,7 @@ together.
 from __future__ import annotations
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream
 
 
 def count() -> int:
@@ -23,6 +24,8 @@ def shared(text: str | None) -> str | None:
     """What rank 0 has read, on every rank; None for the end of input."""
     if count() == 1:
         return text
+    # A step that mlx-lm began behind the last token exchanges its own sums meanwhile.
+    mx.synchronize(generation_stream)
     data = b"" if text is None else text.encode(errors="surrogateescape")
     # 0 is the end: the empty text has length 1.
     length = _sum(mx.array([0 if text is None else len(data) + 1])).item()

@@ -18,12 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm.server as host_server
-from mlx_lm.models.cache import (
-    LRUPromptCache,
-    PromptTrie,
-    can_trim_prompt_cache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import make_prompt_cache
 from rich.filesize import decimal
 
 from ..errors import TurboQuantError, UnsupportedError
@@ -31,9 +26,8 @@ from ..spec import CacheSpec
 from . import proofs
 from .factory import apply
 from .loading import cast_for_device, check_context
-from .sharing import held_nbytes
+from .prompt_store import PromptStore
 from .speculation import check_rewinds, check_split
-from .stock import labelled_leaves, length_of
 
 #: A request's body at most: some 16 million tokens of text.
 MAX_BODY_BYTES = 64 << 20
@@ -88,77 +82,6 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
         except TurboQuantError:
             self.reset()  # or the next request would find a half-made model
             raise
-
-
-class _Texts(PromptTrie):  # type: ignore[misc]
-    """mlx-lm's tree of texts, that knows all of its entries.
-
-    Attributes:
-        entries: By their id.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: dict[int, Any] = {}
-
-    def add(self, model: Any, tokens: list[int], value: Any) -> Any:
-        """Put an entry in; returns the one that it replaces, if any."""
-        replaced = super().add(model, tokens, value)
-        self.entries.pop(id(replaced), None)
-        self.entries[id(value)] = value
-        return replaced
-
-    def pop(self, model: Any, tokens: list[int]) -> Any:
-        """Take an entry out."""
-        entry = super().pop(model, tokens)
-        self.entries.pop(id(entry), None)
-        return entry
-
-    def pop_prefixes(self, model: Any, tokens: list[int]) -> Any:
-        """Take out entries of what a text begins with."""
-        taken = super().pop_prefixes(model, tokens)
-        for _, entry in taken:
-            self.entries.pop(id(entry), None)
-        return taken
-
-
-class PromptStore(LRUPromptCache):  # type: ignore[misc]
-    """mlx-lm's store of texts' caches, that keeps tokens and caches in step.
-
-    Speculative decoding ends with caches that have not seen the last token, or of two
-    models that have seen different numbers: a text that is continued from there would
-    miss a token.
-
-    Texts that begin alike hold the same pages: its bytes count them once.
-    """
-
-    def __init__(self, *limits: int, **named: int) -> None:
-        super().__init__(*limits, **named)
-        self._trie = _Texts()
-
-    @property
-    def _n_bytes(self) -> int:
-        entries = self._trie.entries.values()
-        caches = (entry.prompt_cache for entry in entries)
-        return held_nbytes(leaf for c in caches for _, leaf in labelled_leaves(c))
-
-    @_n_bytes.setter
-    def _n_bytes(self, ignored: int) -> None:
-        """mlx-lm adds and takes off what each text would hold alone."""
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any
-    ) -> None:
-        """Keep what all caches have seen of ``tokens``, or nothing if they differ."""
-        lengths = [length_of([entry]) for entry in prompt_cache]
-        counted = [length for length in lengths if length is not None]
-        seen = min([*counted, len(tokens)])
-        if any(length != seen for length in counted):
-            if not can_trim_prompt_cache(prompt_cache):
-                return
-            for entry, length in zip(prompt_cache, lengths, strict=True):
-                entry.trim((length or seen) - seen)
-        super().insert_cache(model, tokens[:seen], prompt_cache, **kind)
 
 
 class Generator(host_server.ResponseGenerator):  # type: ignore[misc]

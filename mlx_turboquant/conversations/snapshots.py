@@ -10,38 +10,40 @@ from collections.abc import Iterable, Sequence
 
 #: Tokens from one place to the next in a text without messages.
 EVERY = 1024
+#: The same in a system prompt and tools, whose lines change without notice.
+EVERY_IN_BEGINNING = 256
+#: Places there at most.
+_IN_BEGINNING = 8
 #: Places closer than this are one: reading so few again costs less than a snapshot.
 CLOSE = 16
 
 
-def stops(
-    length: int, ends: Iterable[int], every: int = EVERY, close: int = CLOSE
-) -> list[int]:
+def stops(length: int, ends: Iterable[int], beginning: int = 0) -> list[int]:
     """Places at which to keep the states of a prompt while it is read.
 
     Args:
         length: Tokens of the prompt.
-        ends: Where its parts end: system prompt, tools, messages.
-        every: Tokens between places where no part ends.
-        close: Of two ends with fewer tokens between them the later counts.
+        ends: Where its parts end: tools, system prompt, messages. Of two that are
+            `CLOSE` the earlier counts: the later is a few tokens from there.
+        beginning: Tokens of the system prompt and tools.
 
     Returns:
         Ascending, all above 0; the last is in front of the last token, which is read
         when the answer begins.
 
-    >>> stops(3000, [600, 2990, 2995])
-    [600, 1624, 2648, 2995, 2999]
+    >>> stops(3000, [600, 2990, 2995], 600)
+    [256, 512, 600, 1624, 2648, 2990, 2999]
     """
     last = length - 1
     chosen: list[int] = []
     for end in sorted({end for end in ends if 0 < end < last}):
-        if chosen and end - chosen[-1] < close:
-            chosen.pop()
-        chosen.append(end)
+        if not chosen or end - chosen[-1] >= CLOSE:
+            chosen.append(end)
+    within = max(EVERY_IN_BEGINNING, -(-beginning // _IN_BEGINNING))
     places, at = [], 0
     for end in [*chosen, last]:
-        while end - at > every:
-            at += every
+        while end - at > (step := within if at < beginning else EVERY):
+            at += step
             places.append(at)
         if end > at:
             places.append(end)

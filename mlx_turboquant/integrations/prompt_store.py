@@ -29,7 +29,8 @@ from .stock import can_go_back, keeps_all, labelled_leaves, length_of
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
 _UNBOUNDED = 1 << 63
-_TEXT = "assistant"
+#: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
+_TEXT, _PLACE, _SYSTEM = "assistant", "user", "system"
 
 
 @dataclass(eq=False)
@@ -40,7 +41,8 @@ class KeptText:
         model: Whose caches, as mlx-lm names it.
         tokens: The text.
         caches: A prompt cache that has seen all of it.
-        kind: ``"assistant"``: all of a text; others are places within one.
+        kind: ``"assistant"``: all of a text; ``"user"``: a place within one;
+            ``"system"``: one that other texts may part from it at.
         used: When it was used last, by the store's own count.
     """
 
@@ -104,6 +106,14 @@ class PromptStore:
             )
         return self._nbytes
 
+    def in_common(self, model: Any, tokens: Tokens) -> int:
+        """The longest beginning that a kept text has in common with this one."""
+        return self._index.in_common(model, tokens)
+
+    def in_reach(self, model: Any, tokens: Tokens) -> int:
+        """How much of that a fork would have seen."""
+        return self._index.longest(model, tokens[:-1], KeptText.usable)[0]
+
     def fetch_nearest_cache(
         self, model: Any, tokens: list[int]
     ) -> tuple[list[Any] | None, list[int]]:
@@ -128,7 +138,7 @@ class PromptStore:
 
     def _tell(self, model: Any, text: Tokens, length: int) -> None:
         """Say so if states that cannot go back are why tokens are read again."""
-        common = self._index.in_common(model, text[:-1])
+        common = self.in_common(model, text[:-1])
         if common > length + CLOSE:
             logging.info(
                 f"Prompt cache: {common} tokens were read before, but recurrent states "
@@ -187,8 +197,13 @@ class PromptStore:
                 self._drop(entry)
             return
         for entry in beginnings:
-            entry.kind = "place" if kept.kind == _TEXT else entry.kind
-        by_length = {len(entry.tokens): entry for entry in [*beginnings, kept]}
+            if kept.kind == entry.kind == _TEXT:
+                entry.kind = _PLACE
+        by_length = {
+            len(entry.tokens): entry
+            for entry in [*beginnings, kept]
+            if entry.kind != _SYSTEM or entry is kept
+        }
         for length in spread(list(by_length), MAX_PLACES):
             self._drop(by_length[length])
 

@@ -27,7 +27,9 @@ from . import proofs
 from .factory import apply
 from .loading import cast_for_device, check_context
 from .prompt_store import PromptStore
+from .reading import SharedReading
 from .speculation import check_rewinds, check_split
+from .stock import keeps_all, labelled_leaves
 
 #: A request's body at most: some 16 million tokens of text.
 MAX_BODY_BYTES = 64 << 20
@@ -79,12 +81,13 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
             self.is_batchable = self.draft_model is None and all(
                 hasattr(cache, "merge") for cache in caches
             )
+            self.keeps_all = all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))
         except TurboQuantError:
             self.reset()  # or the next request would find a half-made model
             raise
 
 
-class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
+class Generator(SharedReading):
     """Serves requests; refuses prompts that the model was not made for."""
 
     def _generate(self) -> None:

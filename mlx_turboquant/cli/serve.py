@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from ..errors import SpecError
 from . import options as opt
 from .entry import standalone
+
+if TYPE_CHECKING:
+    from ..conversations.disk import DiskFolder
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -60,6 +65,16 @@ def serve(
     prompt_cache_bytes: Annotated[
         str | None, typer.Option(help="Bytes they may take, as 4GB.")
     ] = None,
+    kv_dir: Annotated[
+        str | None, typer.Option(help="Folder that idle texts' codes are kept in.")
+    ] = None,
+    kv_disk: Annotated[str, typer.Option(help="Bytes it may take.")] = "20GB",
+    kv_disk_hourly: Annotated[
+        str, typer.Option(help="Bytes written to it in an hour; 0 for none.")
+    ] = "10GB",
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Empty --kv-dir, and serve nothing.")
+    ] = False,
     pipeline: opt.Pipeline = False,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
@@ -74,6 +89,14 @@ def serve(
         raise SpecError(
             "--max-kv-size needs --kv-bits here; add for example --kv-bits 3"
         )
+    folder = _folder(kv_dir, kv_disk, kv_disk_hourly)
+    if forget:
+        if folder is None:
+            raise SpecError("--forget needs --kv-dir, the folder to empty")
+        typer.echo(f"{decimal(folder.forget())} forgotten")
+        return
+    if folder is not None and spec is None:
+        raise SpecError("--kv-dir keeps codes: add for example --kv-bits 3")
     # mlx-lm's server reads its options by name, and they are this command's; those
     # below have another form there.
     options = argparse.Namespace(**context.params)
@@ -94,7 +117,19 @@ def serve(
     from ..integrations import server
 
     _ = maybe_set_recommended_wired_limit()
-    server.serve(server.Provider(options, spec, draft_spec, max_kv_size))
+    server.serve(server.Provider(options, spec, draft_spec, max_kv_size), folder)
+
+
+def _folder(path: str | None, size: str, hourly: str) -> DiskFolder | None:
+    """What ``--kv-dir`` and its limits ask for."""
+    limit = opt.size("--kv-disk", size)
+    most = opt.size("--kv-disk-hourly", hourly)
+    if path is None:
+        return None
+    from ..conversations.disk import DiskFolder
+
+    assert limit is not None, "it has a default"
+    return DiskFolder(Path(path).expanduser(), limit, most)
 
 
 main = standalone(serve)

@@ -13,22 +13,29 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache
 
-from ..conversations import PrefixIndex, spread
+from ..conversations import BLOCK, PrefixIndex, common_length, spread
+from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, as_tokens
 from ..conversations.snapshots import CLOSE
 from ..errors import UnsupportedError
+from .saved_texts import SavedTexts
 from .sharing import held_nbytes
 from .stock import can_go_back, keeps_all, labelled_leaves, length_of
 
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
 _UNBOUNDED = 1 << 63
+#: Seconds without use after which a text's pages are written, and all of it: what the
+#: next turn would make needless is not.
+PAGES_AFTER, ALL_AFTER = 2.0, 300.0
 #: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
 _TEXT, _PLACE, _SYSTEM = "assistant", "user", "system"
 
@@ -44,13 +51,17 @@ class KeptText:
         kind: ``"assistant"``: all of a text; ``"user"``: a place within one;
             ``"system"``: one that other texts may part from it at.
         used: When it was used last, by the store's own count.
+        at: The same in seconds.
+        saved: What a folder has of it: nothing, its pages, or all.
     """
 
     model: Any
     tokens: Tokens
     caches: list[Any]
     kind: str = _TEXT
-    used: int = field(default=0)
+    used: int = 0
+    at: float = 0.0
+    saved: Literal["", "pages", "all"] = ""
 
     def usable(self, common: int) -> int:
         """For how many tokens it is good, of ``common`` that it shares with a text."""
@@ -83,10 +94,18 @@ class PromptStore:
     Args:
         max_size: Whole texts to keep.
         max_bytes: Bytes to keep, pages that texts share counted once.
+        folder: Where texts go that are idle, and outlive the process.
     """
 
-    def __init__(self, max_size: int = 10, max_bytes: int = _UNBOUNDED) -> None:
-        self.max_size, self.max_bytes = max_size, max_bytes
+    def __init__(
+        self,
+        max_size: int = 10,
+        max_bytes: int = _UNBOUNDED,
+        folder: DiskFolder | None = None,
+    ) -> None:
+        self.max_size, self.max_bytes, self.folder = max_size, max_bytes, folder
+        # What is kept of a model's texts there, once `open` was called for it.
+        self._saved: tuple[Any, SavedTexts] | None = None
         self._index: PrefixIndex[KeptText] = PrefixIndex()
         self._kept: list[KeptText] = []
         self._clock = itertools.count(1)
@@ -105,6 +124,23 @@ class PromptStore:
                 leaf for caches in kept for _, leaf in labelled_leaves(caches)
             )
         return self._nbytes
+
+    def open(
+        self, model: Any, networks: Sequence[nn.Module], caches: Sequence[Any]
+    ) -> None:
+        """Look for a model's texts in the folder, and keep them there, from now on.
+
+        Args:
+            model: As texts of it are called.
+            networks: The model, and its draft model if it has one.
+            caches: Empty caches of theirs.
+        """
+        if self.folder is None or (self._saved and self._saved[0] == model):
+            return
+        self._saved = model, SavedTexts(self.folder, networks, caches)
+
+    def _saved_of(self, model: Any) -> SavedTexts | None:
+        return self._saved[1] if self._saved and self._saved[0] == model else None
 
     def in_common(self, model: Any, tokens: Tokens) -> int:
         """The longest beginning that a kept text has in common with this one."""
@@ -130,10 +166,16 @@ class PromptStore:
         """
         text = as_tokens(tokens)
         length, entry = self._index.longest(model, text[:-1], KeptText.usable)
+        saved = self._saved_of(model)
+        restored = saved.load(text[:-1], length + BLOCK) if saved else None
+        if restored is not None:
+            entry = KeptText(model, *restored, saved="all")
+            self._insert(entry)
+            length = entry.usable(common_length(entry.tokens, text[:-1]))
         self._tell(model, text, length)
         if entry is None:
             return None, tokens
-        entry.used = next(self._clock)
+        self._use(entry)
         return entry.fork(length), tokens[length:]
 
     def _tell(self, model: Any, text: Tokens, length: int) -> None:
@@ -177,8 +219,11 @@ class PromptStore:
             kept = KeptText(model, as_tokens(tokens[:seen]), prompt_cache, cache_type)
             self._insert(kept)
 
+    def _use(self, entry: KeptText) -> None:
+        entry.used, entry.at = next(self._clock), time.monotonic()
+
     def _insert(self, kept: KeptText) -> None:
-        kept.used = next(self._clock)
+        self._use(kept)
         replaced = self._index.add(kept.model, kept.tokens, kept)
         if replaced is not None:
             self._kept.remove(replaced)
@@ -192,7 +237,7 @@ class PromptStore:
     def _drop_beginnings(self, kept: KeptText) -> None:
         """Give up what this text makes needless of those that it goes on from."""
         beginnings = self._index.beginnings(kept.model, kept.tokens)
-        if all(keeps_all(leaf) for _, leaf in labelled_leaves(kept.caches)):
+        if _keeps_all(kept.caches):
             for entry in beginnings:
                 self._drop(entry)
             return
@@ -227,9 +272,53 @@ class PromptStore:
 
     def _drop_oldest(self, among: Callable[[KeptText], bool]) -> None:
         some = [entry for entry in self._kept if among(entry)]
-        self._drop(min(some, key=lambda entry: entry.used))
+        oldest = min(some, key=lambda entry: entry.used)
+        self._save(oldest, whole=True)
+        self._drop(oldest)
 
     def _drop(self, entry: KeptText) -> None:
         self._index.remove(entry.model, entry.tokens)
         self._kept.remove(entry)
         self._nbytes = None
+
+    def idle(self) -> None:
+        """Write a text that nobody has used for a while, for callers with time."""
+        if self._saved is None:
+            return
+        now = time.monotonic()
+        for entry in self._kept:
+            if entry.kind != _TEXT or entry.saved == "all":
+                continue
+            whole = now - entry.at > ALL_AFTER
+            if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
+                self._save(entry, whole)
+                return
+
+    def _save(self, entry: KeptText, whole: bool) -> None:
+        """Write a text, and with all of it the places that it is gone back to."""
+        saved = self._saved_of(entry.model)
+        if saved is None or entry.kind != _TEXT or entry.saved == "all":
+            return
+        if whole and not _keeps_all(entry.caches):
+            for place in self._likely_places(entry):
+                saved.save(place.tokens, place.caches, whole=True)
+        saved.save(entry.tokens, entry.caches, whole)
+        entry.saved = "all" if whole else "pages"
+
+    def _likely_places(self, entry: KeptText) -> list[KeptText]:
+        """The end of a text's system prompt, and of its last prompt."""
+        last: dict[str, KeptText] = {}
+        for place in self._index.beginnings(entry.model, entry.tokens):
+            last[place.kind] = place
+        return list(last.values())
+
+    def close(self) -> None:
+        """Write all that is not yet written."""
+        for entry in list(self._kept):
+            self._save(entry, whole=True)
+        if self.folder is not None:
+            self.folder.close()
+
+
+def _keeps_all(caches: Sequence[Any]) -> bool:
+    return all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))

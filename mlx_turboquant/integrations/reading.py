@@ -40,8 +40,8 @@ class _Reading:
 class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
     """Reads what requests have in common once.
 
-    ``model_provider`` has a flag ``keeps_all``: whether its caches can be cut anywhere.
-    ``prompt_cache`` is a `PromptStore`.
+    ``model_provider`` has ``empty_caches``, a prompt cache as its models', and a flag
+    ``keeps_all``: whether it can be cut anywhere. ``prompt_cache`` is a `PromptStore`.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -52,6 +52,13 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         self._tokenized: dict[int, tuple[Any, Tokenized]] = {}
         super().__init__(*arguments, **named)
 
+    def _generate(self) -> None:
+        store = self.prompt_cache
+        try:
+            super()._generate()
+        finally:
+            store.close()
+
     def _next_request(self, timeout: float | None = None) -> Any:
         for i, (_, asked, _) in enumerate(self._waiting):
             if not self._is_read_elsewhere(self._waiting[i]):
@@ -60,6 +67,8 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         soon = 0.01 if self._waiting and timeout else timeout
         request = super()._next_request(soon)
         if request is None or self._is_distributed:
+            if request is None and timeout:
+                self.prompt_cache.idle()
             return request
         if self._is_read_elsewhere(request):
             self._waiting.append(request)
@@ -116,6 +125,10 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         tokenized: Tokenized = super()._tokenize(tokenizer, request, args)
         prompt, _, _, state, images = tokenized
         provider = self.model_provider
+        networks = [provider.model, provider.draft_model]
+        self.prompt_cache.open(
+            provider.model_key, [n for n in networks if n], provider.empty_caches
+        )
         if provider.keeps_all or images is not None or not prompt:
             return tokenized
         parts = Parts()

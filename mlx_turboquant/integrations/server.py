@@ -21,6 +21,7 @@ import mlx_lm.server as host_server
 from mlx_lm.models.cache import make_prompt_cache
 from rich.filesize import decimal
 
+from ..conversations.disk import DiskFolder
 from ..errors import TurboQuantError, UnsupportedError
 from ..spec import CacheSpec
 from . import proofs
@@ -77,10 +78,13 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
             if self.draft_model is not None:
                 check_split(self.model, caches)
                 check_rewinds(caches, "model")
-                check_rewinds(make_prompt_cache(self.draft_model), "draft model")
+                drafts = make_prompt_cache(self.draft_model)
+                check_rewinds(drafts, "draft model")
+                caches = [*caches, *drafts]
             self.is_batchable = self.draft_model is None and all(
                 hasattr(cache, "merge") for cache in caches
             )
+            self.empty_caches = caches
             self.keeps_all = all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))
         except TurboQuantError:
             self.reset()  # or the next request would find a half-made model
@@ -186,8 +190,12 @@ class Handler(host_server.APIHandler):  # type: ignore[misc]
         self.wfile.write(json.dumps({"error": why}).encode())
 
 
-def serve(provider: Provider) -> None:
+def serve(provider: Provider, folder: DiskFolder | None = None) -> None:
     """Answer requests until interrupted.
+
+    Args:
+        provider: Loads the models.
+        folder: Where texts go that are idle, and outlive the server.
 
     Under ``mlx.launch`` every rank calls this; rank 0 answers. SIGTERM stops it as
     Ctrl-C does, which processes in the background may never see.
@@ -196,7 +204,7 @@ def serve(provider: Provider) -> None:
     options = provider.cli_args
     budget = options.prompt_cache_bytes
     store = PromptStore(
-        options.prompt_cache_size, _UNBOUNDED if budget is None else budget
+        options.prompt_cache_size, _UNBOUNDED if budget is None else budget, folder
     )
     generator = Generator(provider, store)
     if mx.distributed.init().rank() == 0:

@@ -46,7 +46,7 @@ LAYERS = (
     ("proof.child",),
     ("cache",),
     ("entries",),
-    ("explanation", "diagnosis", "bug_report", "memory"),
+    ("explanation", "diagnosis", "bug_report", "memory", "conversations"),
     ("integrations",),
     ("evals",),
     ("cli",),

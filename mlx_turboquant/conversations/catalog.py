@@ -76,10 +76,10 @@ class Catalog:
         found = self._index.execute("SELECT 1 FROM records WHERE key=?", (key,))
         return found.fetchone() is not None
 
-    def find(self, key: bytes) -> tuple[str, int, int, bytes] | None:
-        """A record's file, start, size and digest."""
-        row: tuple[str, int, int, bytes] | None = self._index.execute(
-            "SELECT name, start, size, digest FROM records JOIN files ON file=id "
+    def find(self, key: bytes) -> tuple[int, str, int, int, bytes] | None:
+        """A record's file, that one's name, its start, size and digest."""
+        row: tuple[int, str, int, int, bytes] | None = self._index.execute(
+            "SELECT id, name, start, size, digest FROM records JOIN files ON file=id "
             "WHERE key=?",
             (key,),
         ).fetchone()

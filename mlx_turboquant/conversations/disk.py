@@ -146,6 +146,7 @@ class DiskFolder:
         self,
         maps: dict[str, mmap.mmap],
         key: bytes,
+        file: int,
         name: str,
         start: int,
         size: int,
@@ -154,16 +155,17 @@ class DiskFolder:
         path = self.folder / name
         try:
             if name not in maps:
-                with path.open("rb") as file:
-                    maps[name] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with path.open("rb") as opened:
+                    maps[name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             # Of a file that somebody cut, what is gone cannot be touched.
             is_short = path.stat().st_size < start + size
             is_short = is_short or len(maps[name]) < start + size
         except (OSError, ValueError) as error:
             logging.warning(f"KV folder: cannot read {path} ({error}); a miss")
+            self._catalog.drop_file(file)
             return None
         data = None if is_short else np.frombuffer(maps[name], np.uint8, size, start)
-        if data is None or digest_of(key, [memoryview(data)]) != digest:
+        if data is None or digest_of(key, [data.data]) != digest:
             logging.warning(f"KV folder: {path} is damaged; what it held is read again")
             return None
         return data

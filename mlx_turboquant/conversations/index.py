@@ -49,7 +49,7 @@ def chain(root: bytes, tokens: Tokens, block: int = BLOCK) -> Iterator[bytes]:
         tokens: The text.
         block: Tokens of a block.
     """
-    data, size = memoryview(np.ascontiguousarray(tokens)).cast("B"), 4 * block
+    data, size = np.ascontiguousarray(tokens).data.cast("B"), 4 * block
     for start in range(0, len(data) - size + 1, size):
         root = hashlib.blake2b(
             data[start : start + size], key=root, digest_size=16

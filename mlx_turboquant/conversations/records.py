@@ -55,7 +55,7 @@ def pack(tree: Any) -> list[memoryview]:
             continue
         data = bytes_of(leaf)
         manifest.append([name, dtype_name(leaf), list(leaf.shape), at, data.size])
-        buffers.append(memoryview(data))
+        buffers.append(data.data)
         at += data.size
     head = json.dumps(manifest).encode()
     length = len(head).to_bytes(_LENGTH, "little")

@@ -102,7 +102,8 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
             for one in self._reading
             if one.model == arguments.model
         )
-        return max(there, default=0) >= store.in_common(key, tokens) + BLOCK
+        here: int = store.in_common(key, tokens)
+        return max(there, default=0) >= here + BLOCK
 
     def _prompt_of(self, asked: Any, arguments: Any) -> Tokens | None:
         """A request's tokens; None if it has none that say all, or cannot be read."""

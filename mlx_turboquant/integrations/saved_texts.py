@@ -86,7 +86,9 @@ class SavedTexts:
         known = all(hasattr(host_cache, type(leaf).__name__) for leaf in leaves)
         #: Whether texts of this model can be saved at all.
         self.is_possible = known and len(shapes) == 1
-        self._sink, self._page = shapes.pop() if self.is_possible else (0, 1)
+        sink, page = shapes.pop() if self.is_possible else (0, 1)
+        self._sink: int = sink
+        self._page: int = page
         self._keeps_all = all(keeps_all(leaf) for leaf in leaves)
         if not self.is_possible:
             logging.warning(
@@ -124,7 +126,7 @@ class SavedTexts:
 
     def _first_key(self, tokens: Tokens) -> bytes:
         first = np.ascontiguousarray(tokens[: self._sink + self._page])
-        return _key(self._root, memoryview(first).cast("B"))
+        return _key(self._root, first.tobytes())
 
     def _page_keys(self, head: bytes, tokens: Tokens) -> list[bytes]:
         return list(chain(head, tokens[self._sink :], self._page))
@@ -146,7 +148,7 @@ class SavedTexts:
         ]
         # What they are decoded with, so that no page is read with another's.
         fixed = [
-            (name, bytes_of(value) if isinstance(value, mx.array) else value.encode())
+            (name, bytes_of(value).tobytes() if name != "header" else value.encode())
             for layer in layers
             for name, value in sorted(layer.items())
             if not name.startswith("sink:")
@@ -178,7 +180,7 @@ class SavedTexts:
         matrix = np.concatenate(columns, axis=1)
         for i, row in enumerate(matrix, first):
             parent = keys[i - 1] if i else b""
-            yield Record(keys[i], parent, _PAGE, [memoryview(row)])
+            yield Record(keys[i], parent, _PAGE, [row.data])
 
     def _tail(
         self,
@@ -286,7 +288,7 @@ class SavedTexts:
         return caches
 
 
-def _key(root: bytes, data: Any) -> bytes:
+def _key(root: bytes, data: bytes) -> bytes:
     return hashlib.blake2b(data, key=root, digest_size=16).digest()
 
 

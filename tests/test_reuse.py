@@ -192,6 +192,17 @@ def test_a_prompt_that_is_given_up_holds_nobody(run, caplog):
     assert time.monotonic() - begun < 60
 
 
+def test_what_was_read_and_dropped_is_read_again(run, caplog):
+    caplog.set_level(logging.ERROR)
+    running = run("llama")
+    session = agents.Session(running.generator)
+    talk = [{"role": "user", "content": agents.SYSTEM}]
+    first = session.ask(talk, tools=None)
+    running.store.trim_to(n_sequences=0)
+    assert session.ask(talk, tools=None) == first
+    assert session.read[0] == session.read[1]
+
+
 def test_what_cannot_go_back_says_so(run, caplog):
     caplog.set_level(logging.INFO)
     running = run("sliding window")

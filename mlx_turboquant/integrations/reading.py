@@ -8,8 +8,6 @@ goes on from there when that is done, instead of reading the same beside it.
 from __future__ import annotations
 
 import functools
-import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import mlx_lm.server as host_server
@@ -22,19 +20,33 @@ from .places import Parts, cut_at_places, parts_of
 Tokenized = tuple[list[int], list[list[int]], list[str], str, Any]
 
 
-@dataclass(frozen=True)
 class _Reading:
-    """A prompt that was given to the loop.
+    """A prompt that the loop reads, and where its answers go, as the loop sees it.
 
-    Attributes:
+    Args:
         model: As the request names it.
         tokens: The prompt.
-        answers: Where its answers go; gone when nobody waits for them.
+        answers: The queue that the client reads.
     """
 
-    model: Any
-    tokens: Tokens
-    answers: weakref.ref[Any]
+    def __init__(self, model: Any, tokens: Tokens, answers: Any) -> None:
+        self.model, self.tokens, self._answers = model, tokens, answers
+        self._has_answer = False
+        self._context: host_server.GenerationContext | None = None
+
+    def put(self, item: Any) -> None:
+        """Hand on a context, progress (a tuple), or a part of the answer."""
+        if isinstance(item, host_server.GenerationContext):
+            self._context = item
+        elif not isinstance(item, tuple):
+            self._has_answer = True
+        self._answers.put(item)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it is read, refused or given up."""
+        given_up = self._context is not None and self._context._should_stop
+        return self._has_answer or given_up
 
 
 class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
@@ -80,20 +92,16 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         answers, asked, arguments = request
         tokens = self._prompt_of(asked, arguments)
         if tokens is not None:
-            answered = weakref.ref(answers)
-            self._reading.append(_Reading(arguments.model, tokens, answered))
+            reading = _Reading(arguments.model, tokens, answers)
+            self._reading.append(reading)
+            return reading, asked, arguments
         return request
 
     def _is_read_elsewhere(self, request: tuple[Any, Any, Any]) -> bool:
         """Whether a prompt that is being read has more in common than the store."""
         _, asked, arguments = request
         store, key = self.prompt_cache, self.model_provider.model_key
-        self._reading = [
-            one
-            for one in self._reading
-            if one.answers() is not None
-            and store.in_common(key, one.tokens) < len(one.tokens) - 1
-        ]
+        self._reading = [one for one in self._reading if not one.is_over]
         tokens = self._prompt_of(asked, arguments) if self._reading else None
         if tokens is None:
             return False

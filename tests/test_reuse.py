@@ -174,7 +174,6 @@ def test_one_reads_what_two_begin_with(run, caplog):
     assert session.read == session.new
     assert sum(session.read[2:]) < session.read[1] / 4
     assert not running.generator._waiting
-    assert not running.generator._tokenized
 
 
 def test_a_prompt_that_is_given_up_holds_nobody(run, caplog):

@@ -7,6 +7,7 @@ goes on from there when that is done, instead of reading the same beside it.
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -18,29 +19,36 @@ from .places import Parts, cut_at_places, parts_of
 
 #: A prompt's tokens, its segments, their kinds, the answer's first state, images.
 Tokenized = tuple[list[int], list[list[int]], list[str], str, Any]
+#: The queue for its answers, a request, and its arguments.
+Request = tuple[Any, Any, Any]
 
 
 class _Reading:
-    """A prompt that the loop reads, and where its answers go, as the loop sees it.
+    """A prompt that the loop reads, until its answer begins.
 
     Args:
         model: As the request names it.
         tokens: The prompt.
-        answers: The queue that the client reads.
+        answers: The queue that the loop puts everything on; it is looked at on the way.
     """
 
     def __init__(self, model: Any, tokens: Tokens, answers: Any) -> None:
-        self.model, self.tokens, self._answers = model, tokens, answers
+        self.model, self.tokens = model, tokens
         self._has_answer = False
         self._context: host_server.GenerationContext | None = None
+        put = answers.put
 
-    def put(self, item: Any) -> None:
-        """Hand on a context, progress (a tuple), or a part of the answer."""
+        def watched(item: Any) -> None:
+            self._see(item)
+            put(item)
+
+        answers.put = watched
+
+    def _see(self, item: Any) -> None:
         if isinstance(item, host_server.GenerationContext):
             self._context = item
-        elif not isinstance(item, tuple):
+        elif not isinstance(item, tuple):  # as progress is
             self._has_answer = True
-        self._answers.put(item)
 
     @property
     def is_over(self) -> bool:
@@ -59,86 +67,78 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
         # The loop's thread starts in there.
         self._reading: list[_Reading] = []
-        self._waiting: list[tuple[Any, Any, Any]] = []
-        # By the request's id, with the request, so that the id stays its own.
-        self._tokenized: dict[int, tuple[Any, Tokenized]] = {}
+        # Requests, with their tokens.
+        self._waiting: list[tuple[Request, Tokens]] = []
+        self._latest: Request | None = None
         super().__init__(*arguments, **named)
 
     def _generate(self) -> None:
+        self._reading, self._waiting = [], []
         store = self.prompt_cache
         try:
             super()._generate()
         finally:
             store.close()
 
-    def _next_request(self, timeout: float | None = None) -> Any:
-        for i, (_, asked, _) in enumerate(self._waiting):
-            if not self._is_read_elsewhere(self._waiting[i]):
-                self._tokenized.pop(id(asked), None)  # there are other places by now
-                return self._begin(self._waiting.pop(i))
+    def _next_request(self, timeout: float | None = None) -> Request | None:
+        self._latest = self._next(timeout)
+        return self._latest
+
+    def _next(self, timeout: float | None) -> Request | None:
+        self._reading = [one for one in self._reading if not one.is_over]
+        for i, (request, tokens) in enumerate(self._waiting):
+            if not self._is_read_elsewhere(request, tokens):
+                self._waiting.pop(i)
+                return request
         soon = 0.01 if self._waiting and timeout else timeout
         request = super()._next_request(soon)
-        if request is None or self._is_distributed:
-            if request is None and timeout:
-                self.prompt_cache.idle()
+        if request is None and timeout and not self._waiting:
+            self.prompt_cache.idle()
+        if request is None or self._is_distributed or not self._reading:
             return request
-        if self._is_read_elsewhere(request):
-            self._waiting.append(request)
+        tokens = self._tokens_of_request(request)
+        if tokens is not None and self._is_read_elsewhere(request, tokens):
+            self._waiting.append((request, tokens))
             return None
-        return self._begin(request)
-
-    def _begin(self, request: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        """Remember that the loop reads a request's prompt from now on."""
-        answers, asked, arguments = request
-        tokens = self._prompt_of(asked, arguments)
-        if tokens is not None:
-            reading = _Reading(arguments.model, tokens, answers)
-            self._reading.append(reading)
-            return reading, asked, arguments
         return request
 
-    def _is_read_elsewhere(self, request: tuple[Any, Any, Any]) -> bool:
+    def _is_read_elsewhere(self, request: Request, tokens: Tokens) -> bool:
         """Whether a prompt that is being read has more in common than the store."""
-        _, asked, arguments = request
-        store, key = self.prompt_cache, self.model_provider.model_key
-        self._reading = [one for one in self._reading if not one.is_over]
-        tokens = self._prompt_of(asked, arguments) if self._reading else None
-        if tokens is None:
-            return False
         there = (
             common_length(one.tokens, tokens)
             for one in self._reading
-            if one.model == arguments.model
+            if one.model == request[2].model
         )
-        here: int = store.in_common(key, tokens)
+        here: int = self.prompt_cache.in_common(self.model_provider.model_key, tokens)
         return max(there, default=0) >= here + BLOCK
 
-    def _prompt_of(self, asked: Any, arguments: Any) -> Tokens | None:
-        """A request's tokens; None if it has none that say all, or cannot be read."""
-        tokenizer = self.model_provider.tokenizer
-        if tokenizer is None:
-            return None  # nothing is loaded yet
-        if id(asked) not in self._tokenized:
-            try:
-                tokenized = self._tokenize(tokenizer, asked, arguments)
-            except Exception:
-                return None  # the loop will find the same, and say it
-            self._tokenized[id(asked)] = asked, tokenized
-        prompt, *_, images = self._tokenized[id(asked)][1]
+    def _tokens_of_request(self, request: Request) -> Tokens | None:
+        """What the loop will find; None if it has no tokens that say all."""
+        _, asked, arguments = request
+        try:
+            # mlx-lm rewrites messages while it renders them.
+            asked, tokenizer = copy.deepcopy(asked), self.model_provider.tokenizer
+            prompt, *_, images = super()._tokenize(tokenizer, asked, arguments)
+        except Exception:
+            return None  # the loop will find the same, and say it
         return None if images is not None else as_tokens(prompt)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Tokenized:
-        _, before = self._tokenized.pop(id(request), (None, None))
-        if before is not None:
-            return before
         tokenized: Tokenized = super()._tokenize(tokenizer, request, args)
         prompt, _, _, state, images = tokenized
-        provider = self.model_provider
-        networks = [provider.model, provider.draft_model]
-        self.prompt_cache.open(
-            provider.model_key, [n for n in networks if n], provider.empty_caches
+        if images is not None or not prompt:
+            return tokenized
+        text, provider, store = (
+            as_tokens(prompt),
+            self.model_provider,
+            self.prompt_cache,
         )
-        if provider.keeps_all or images is not None or not prompt:
+        if self._latest is not None and self._latest[1] is request:
+            self._reading.append(_Reading(args.model, text, self._latest[0]))
+        networks = [provider.model, provider.draft_model]
+        key = provider.model_key
+        store.open(key, [n for n in networks if n], provider.empty_caches)
+        if provider.keeps_all:
             return tokenized
         parts = Parts()
         if request.request_type == "chat" and tokenizer.has_chat_template:
@@ -153,9 +153,7 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
             parts = parts_of(render, request.messages, prompt)
         # Where texts have parted once they will again, or a little before: a line with
         # the time, say.
-        text = as_tokens(prompt)
-        parted = self.prompt_cache.in_common(provider.model_key, text) - CLOSE
-        known = self.prompt_cache.in_reach(provider.model_key, text)
-        others = [parted] if parted > known else []
+        parted = store.in_common(key, text) - CLOSE
+        others = [parted] if parted > store.in_reach(key, text) else []
         segments, kinds = cut_at_places(prompt, parts, others)
         return prompt, segments, kinds, state, None

@@ -249,6 +249,7 @@ def leaves(caches):
         ("llama", "k16v4,page=32,window=8"),
         pytest.param("llama", "auto,page=32,window=8,sink=0", marks=pytest.mark.slow),
         ("hybrid", SPEC),
+        ("hybrid (mamba)", SPEC),
         ("sliding window", SPEC),
     ],
 )

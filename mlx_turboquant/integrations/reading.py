@@ -91,16 +91,16 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
                 self._waiting.pop(i)
                 return request
         soon = 0.01 if self._waiting and timeout else timeout
-        request = super()._next_request(soon)
-        if request is None and timeout and not self._waiting:
+        taken: Request | None = super()._next_request(soon)
+        if taken is None and timeout and not self._waiting:
             self.prompt_cache.idle()
-        if request is None or self._is_distributed or not self._reading:
-            return request
-        tokens = self._tokens_of_request(request)
-        if tokens is not None and self._is_read_elsewhere(request, tokens):
-            self._waiting.append((request, tokens))
+        if taken is None or self._is_distributed or not self._reading:
+            return taken
+        text = self._tokens_of_request(taken)
+        if text is not None and self._is_read_elsewhere(taken, text):
+            self._waiting.append((taken, text))
             return None
-        return request
+        return taken
 
     def _is_read_elsewhere(self, request: Request, tokens: Tokens) -> bool:
         """Whether a prompt that is being read has more in common than the store."""
@@ -128,11 +128,8 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         prompt, _, _, state, images = tokenized
         if images is not None or not prompt:
             return tokenized
-        text, provider, store = (
-            as_tokens(prompt),
-            self.model_provider,
-            self.prompt_cache,
-        )
+        provider, store = self.model_provider, self.prompt_cache
+        text = as_tokens(prompt)
         if self._latest is not None and self._latest[1] is request:
             self._reading.append(_Reading(args.model, text, self._latest[0]))
         networks = [provider.model, provider.draft_model]

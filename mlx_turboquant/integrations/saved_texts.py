@@ -12,6 +12,7 @@ records; how they are kept is ``conversations/disk.py``'s.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,18 +27,11 @@ import numpy as np
 from ..cache import TurboQuantCache
 from ..conversations.disk import DiskFolder, Record
 from ..conversations.index import Tokens, chain, common_length
-from ..conversations.records import (
-    Bytes,
-    array_of,
-    bytes_of,
-    dtype_name,
-    pack,
-    unpack,
-)
+from ..conversations.records import Bytes, array_of, bytes_of, dtype_name, pack, unpack
 from ..errors import TurboQuantError
 from . import hook
 from .fingerprint import fingerprint
-from .stock import keeps_all, labelled_leaves
+from .stock import keeps_all, labelled_leaves, replace_leaves
 
 _HEAD, _PAGE, _TAIL = 1, 2, 3
 #: Damaged records that are passed over before a text is read again.
@@ -77,12 +71,13 @@ class SavedTexts:
     ) -> None:
         self.folder = folder
         self._root = fingerprint(networks, caches)
+        self._empty = copy.deepcopy(list(caches))
+        leaves = _leaves(caches)
         self._growing = [
-            i for i, cache in enumerate(caches) if type(cache) is TurboQuantCache
+            i for i, leaf in enumerate(leaves) if type(leaf) is TurboQuantCache
         ]
-        shapes = {(caches[i].spec.sink, caches[i].spec.page) for i in self._growing}
+        shapes = {(leaves[i].spec.sink, leaves[i].spec.page) for i in self._growing}
         hook.register()  # classes of ours, by name
-        leaves = [leaf for _, leaf in labelled_leaves(caches)]
         known = all(hasattr(host_cache, type(leaf).__name__) for leaf in leaves)
         #: Whether texts of this model can be saved at all.
         self.is_possible = known and len(shapes) == 1
@@ -106,7 +101,8 @@ class SavedTexts:
             caches: What has seen it.
             whole: Also its tail; else its pages only.
         """
-        growing = [caches[i] for i in self._growing]
+        leaves = _leaves(caches)
+        growing = [leaves[i] for i in self._growing]
         if not self.is_possible or any(c.offset != len(tokens) for c in growing):
             return False
         count = min(cache.packed_length // self._page for cache in growing)
@@ -120,7 +116,7 @@ class SavedTexts:
         pages = self._pages(states, growing, keys, first)
         records = [*([head] if not there else []), *pages]
         if whole:
-            records.insert(0, self._tail(tokens, caches, states, growing, keys))
+            records.insert(0, self._tail(tokens, leaves, states, growing, keys))
         behind = keys[first - 1] if first else b""
         return self.folder.write(records, behind, keys[-1])
 
@@ -185,7 +181,7 @@ class SavedTexts:
     def _tail(
         self,
         tokens: Tokens,
-        caches: Sequence[Any],
+        leaves: Sequence[Any],
         states: Sequence[dict[str, Any]],
         growing: Sequence[Any],
         keys: Sequence[bytes],
@@ -203,8 +199,8 @@ class SavedTexts:
                 }
             )
         others = [
-            [i, type(cache).__name__, cache.state]
-            for i, cache in enumerate(caches)
+            [i, type(leaf).__name__, leaf.state]
+            for i, leaf in enumerate(leaves)
             if i not in self._growing
         ]
         behind = tokens[self._sink + self._page * len(keys) :].tobytes()
@@ -283,9 +279,14 @@ class SavedTexts:
             made[self._growing[i]] = TurboQuantCache.from_state(state)
         for i, kind, state in tail.get("others", ()) if tail else ():
             made[i] = getattr(host_cache, kind).from_state(state)
-        caches = [made[i] for i in range(len(made))]
+        restored = (made[i] for i in range(len(made)))
+        caches = replace_leaves(copy.deepcopy(self._empty), lambda _: next(restored))
         mx.eval([cache.state for cache in caches])
         return caches
+
+
+def _leaves(caches: Sequence[Any]) -> list[Any]:
+    return [leaf for _, leaf in labelled_leaves(caches)]
 
 
 def _key(root: bytes, data: bytes) -> bytes:

@@ -13,7 +13,7 @@ COMMA := ,
 DEV := dev$(if $(VLM),-vlm)
 MODEL := examples/books-20m
 
-.PHONY: demo test test-all check bench dist clean
+.PHONY: demo test test-all check bench docs dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 40 --temp 0.7 \
@@ -35,6 +35,12 @@ check: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/mlx_tq.eval --model $(MODEL)
 
+# These pages as a site: open site/index.html. Installing takes seconds, building two;
+# nothing but the installation asks the network.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo site/index.html
+
 # What a release uploads: the source archive and, made from it, the wheel.
 dist: $(VENV)/dist
 	rm -rf dist
@@ -42,7 +48,7 @@ dist: $(VENV)/dist
 	$(BIN)/twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) dist site
 
 $(VENV)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv found; install one or run make PYTHON=/path/to/python3"; exit 2; }
@@ -51,6 +57,10 @@ $(VENV)/python:
 
 $(VENV)/dist: $(VENV)/python
 	$(BIN)/python -m pip install --quiet build twine
+	@touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --editable '.[$(if $(EXTRA),$(EXTRA)$(COMMA),)dev,docs]'
 	@touch $@
 
 $(VENV)/demo: $(VENV)/python pyproject.toml

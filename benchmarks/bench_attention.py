@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -110,8 +110,15 @@ class _Pooled(TokenArrays):
         return np.array(self.places, np.int32)
 
 
-def made_up(spec: str, length: int, shape: Shape = LLAMA) -> tuple[Handle, Handle]:
-    """Handles over random tokens: 4 in the sink, 64 recent, the rest packed."""
+def made_up(
+    spec: str, length: int | Sequence[int], shape: Shape = LLAMA
+) -> tuple[Handle, Handle]:
+    """Handles over random tokens: 4 in the sink, 64 recent, ``length`` packed.
+
+    Or as many as each row of a batch has.
+    """
+    lengths = [length] * shape.batch if isinstance(length, int) else list(length)
+    length = max(lengths)
     parsed = tq.CacheSpec.parse(spec)
     page_tiles, pages = parsed.page // TILE, -(-length // parsed.page)
     order = list(range(shape.batch * pages))
@@ -137,10 +144,10 @@ def made_up(spec: str, length: int, shape: Shape = LLAMA) -> tuple[Handle, Handl
             transform = ChannelTransform(codec.rotation, gains)
             sink = _plain(4, shape)[:1]
             mx.eval(sink, transform.signs_times_gains)
-            codes = _Pooled(arrays, length, layout=tile_layout(codec, side))
+            codes = _Pooled(arrays, lengths[row], layout=tile_layout(codec, side))
             own = order[row * pages : (row + 1) * pages]
             tiles = [page * page_tiles + i for page in own for i in range(page_tiles)]
-            codes.places = tuple(tiles[: -(-length // TILE)])
+            codes.places = tuple(tiles[: -(-lengths[row] // TILE)])
             quantizer = Quantizer(codec, transform, side, means)
             last = recent[row : row + 1]
             rows.append(
@@ -248,7 +255,9 @@ def _mask(shape: Shape) -> str | None:
     return "causal" if shape.steps > 1 else None
 
 
-def packed(backend: Gpu, spec: str, length: int, shape: Shape) -> Attention:
+def packed(
+    backend: Gpu, spec: str, length: int | Sequence[int], shape: Shape
+) -> Attention:
     """Our kernels on made-up codes."""
     keys, values = made_up(spec, length, shape)
     mask = _mask(shape)

@@ -1,20 +1,25 @@
 """Many conversations at once: whole batched steps, forks, prefixes, long decoding.
 
-Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16; caches are filled with random
-keys and values. Without options, whole greedy steps of a batch, as mlx-lm's servers
-take them: stock is its `BatchKVCache`, ours `BatchTurboQuantCache`; rounds of both
-alternate. Rows of a batch differ in length by up to a page, so that they pack at
-different steps.
+Random weights (Llama-3.1-8B's or 3.2-1B's shape), bf16, or for CPUs the bundled model
+in float32; caches are filled with random keys and values. Without options, whole greedy
+steps of a batch, as mlx-lm's servers take them: stock is its `BatchKVCache`, ours
+`BatchTurboQuantCache`; rounds of both alternate, the mean is given. Rows of a batch
+differ in length by up to a page, so that they pack at different steps.
 
-    python benchmarks/bench_batch.py [--shape 8b|1b] [--rows N ...] [--tokens N ...]
-        [--spec k3v3]
+    python benchmarks/bench_batch.py [--shape 8b|1b|books] [--rows N ...]
+        [--tokens N ...] [--spec k3v3]
+    python benchmarks/bench_batch.py --attention [--spec k3v3]
+        attention alone, in calls that wait for each other: rows of equal length beside
+        MLX's on fp16, several query tokens, rows that differ, and 8 rows of 8,192 over
+        one of 65,536
     python benchmarks/bench_batch.py --forks [--tokens N]
         milliseconds and bytes of a fork; bytes of four conversations whose first
         tokens are the same
     python benchmarks/bench_batch.py --long STEPS [--tokens N]
-        milliseconds between the tokens of a long answer, one in flight and free buffers
-        let go every 256 as mlx-lm does: median, the slowest behind the first 16, how
-        many took over twice the median; what MLX's cache of free buffers held
+        milliseconds between the tokens of a long answer, stock's and ours, one in
+        flight and free buffers let go every 256 as mlx-lm does: median, the slowest
+        behind the first 16, how many took over twice the median; what MLX's cache of
+        free buffers held
 
 The last line is JSON.
 """
@@ -26,17 +31,24 @@ import copy
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from bench_generate import decode, fill, made_up  # first: see there
+import bench_attention
+from bench_generate import BUNDLED, decode, fill, made_up  # first: see there
 
 # isort: split
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_turboquant as tq
+from mlx_turboquant.backends.gpu import Gpu
+from mlx_turboquant.kernels.kernel import MlxLauncher
 
-STEPS, ROUNDS = 16, 5
+#: Together a page of each row: every row turns one page.
+STEPS, ROUNDS = 16, 8
+#: Rows of a batch that differ much.
+RAGGED = (32768, 8192, 8192, 4096, 4096, 4096, 2048, 2048)
 
 
 def filled(model: Any, cache: list[Any], tokens: int) -> list[Any]:
@@ -44,6 +56,15 @@ def filled(model: Any, cache: list[Any], tokens: int) -> list[Any]:
     fill(model, cache, tokens)
     mx.eval(model(mx.ones((1, 1), mx.int32), cache=cache))
     return cache
+
+
+def model_of(shape: str) -> Any:
+    """A made-up model, or the bundled one with its weights as a CPU likes them."""
+    if shape != "books":
+        return made_up(shape)
+    model, _ = tq.load(str(BUNDLED))
+    model.set_dtype(mx.float32)
+    return model
 
 
 def batch_of(model: Any, make: Any, lengths: list[int]) -> list[Any]:
@@ -54,17 +75,21 @@ def batch_of(model: Any, make: Any, lengths: list[int]) -> list[Any]:
     return batch
 
 
+def makers(model: Any, spec: str) -> dict[str, Any]:
+    """What makes stock's prompt cache, and ours."""
+    return {
+        "uncompressed": lambda: make_prompt_cache(model),
+        spec: lambda: tq.make_prompt_cache(model, spec),
+    }
+
+
 def steps_of_batches(
     model: Any, rows: int, tokens: int, spec: str
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of a step and bytes, stock's and ours."""
     lengths = [tokens - 128 * i // rows for i in range(rows)]
-    makers = {
-        "uncompressed": lambda: make_prompt_cache(model),
-        spec: lambda: tq.make_prompt_cache(model, spec),
-    }
     batches = {}
-    for name, make in makers.items():
+    for name, make in makers(model, spec).items():
         batches[name] = batch_of(model, make, lengths)
         mx.clear_cache()
     times: dict[str, list[float]] = {name: [] for name in batches}
@@ -73,11 +98,45 @@ def steps_of_batches(
             times[name].append(1e3 / decode(model, batch, STEPS, rows))
     return {
         name: {
-            "ms": statistics.median(times[name]),
+            "ms": statistics.mean(times[name]),
             "mb": sum(layer.nbytes for layer in batch) / 1e6,
         }
         for name, batch in batches.items()
     }
+
+
+def attention(spec: str) -> dict[str, float]:
+    """Microseconds of a layer's attention, both launches and the host included."""
+    launcher = MlxLauncher("metal" if mx.metal.is_available() else "cuda")
+    backend = Gpu(launcher)
+    base = bench_attention.LLAMA._replace(dtype="bfloat16")
+    report: dict[str, float] = {}
+
+    def line(lengths: int | Sequence[int], rows: int, steps: int = 1) -> float:
+        shape = base._replace(batch=rows, steps=steps)
+        call = bench_attention.packed(backend, spec, lengths, shape)
+        name = f"{rows} x {lengths}, {steps} queries"
+        ours = report[name] = bench_attention.dependent_us(call, shape)
+        print(f"{name:72} {ours:7.1f}", end="")
+        if isinstance(lengths, int):
+            plain = bench_attention.fp16(lengths, shape)
+            stock = bench_attention.dependent_us(plain, shape)
+            report[f"{name}, fp16"] = stock
+            print(f" {stock:7.1f}", end="")
+        print(flush=True)
+        return ours
+
+    print(f"{'rows x tokens, queries of a row':72} {'ours':>7} {'fp16':>7}")
+    for tokens in (4096, 16384):
+        for rows in (1, 4, 8, 16):
+            line(tokens, rows)
+    for steps in (4, 8, 16):
+        line(16384, 1, steps)
+        line(4096, 8, steps)
+    line(RAGGED, len(RAGGED))
+    ratio = line(8192, 8) / line(65536, 1)
+    print(f"8 rows of 8,192 over one of 65,536: {ratio:.2f}")
+    return report
 
 
 def forks(model: Any, tokens: int, spec: str) -> dict[str, float]:
@@ -106,9 +165,9 @@ def forks(model: Any, tokens: int, spec: str) -> dict[str, float]:
     }
 
 
-def long_answer(model: Any, tokens: int, steps: int, spec: str) -> dict[str, float]:
+def long_answer(model: Any, cache: list[Any], steps: int) -> dict[str, float]:
     """Milliseconds between tokens, and the most that MLX's cache held."""
-    cache = filled(model, tq.make_prompt_cache(model, spec), tokens)
+    mx.clear_cache()
     token = mx.ones((1, 1), mx.int32)
     times, free = [], []
     start = time.perf_counter()
@@ -138,27 +197,33 @@ def long_answer(model: Any, tokens: int, steps: int, spec: str) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=("8b", "1b"), default="8b")
+    parser.add_argument("--shape", choices=("8b", "1b", "books"), default="8b")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16])
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--spec", default="k3v3")
+    parser.add_argument("--attention", action="store_true")
     parser.add_argument("--forks", action="store_true")
     parser.add_argument("--long", type=int, default=0)
     options = parser.parse_args()
     mx.random.seed(0)
-    model = made_up(options.shape)
     report: dict[str, Any] = {}
-    if options.forks or options.long:
+    if options.attention:
+        report = attention(options.spec)
+    elif options.forks or options.long:
+        model = model_of(options.shape)
         (tokens,) = options.tokens or [32768]
         if options.forks:
             report["forks"] = forks(model, tokens, options.spec)
         if options.long:
-            report["long"] = long_answer(model, tokens, options.long, options.spec)
+            for name, make in makers(model, options.spec).items():
+                cache = filled(model, make(), tokens)
+                report[f"long, {name}"] = long_answer(model, cache, options.long)
         for name, row in report.items():
-            print(f"{name}, {tokens} tokens, {options.spec}")
+            print(f"{name}, {tokens} tokens")
             for key, value in row.items():
                 print(f"  {key:14} {value:10.3f}")
     else:
+        model = model_of(options.shape)
         print("rows x tokens    ms, uncompressed     ours  x plain   MB, un.    ours")
         for tokens in options.tokens or [4096, 16384]:
             for rows in options.rows:

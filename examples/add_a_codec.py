@@ -3,11 +3,9 @@
 What is above `main` is all that a codec needs, wherever that module lies.
 """
 
-import mlx_turboquant as tq  # before MLX: on Linux it loads a faster BLAS
-
-# isort: split
 from pathlib import Path
 
+import mlx_turboquant as tq
 import mlx.core as mx
 from mlx_lm import generate
 

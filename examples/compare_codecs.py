@@ -1,8 +1,6 @@
 """How much of a vector each codec keeps, with every stored bit counted."""
 
-import mlx_turboquant as tq  # before MLX: on Linux it loads a faster BLAS
-
-# isort: split
+import mlx_turboquant as tq
 import mlx.core as mx
 
 from mlx_turboquant.codecs import codec_info, codec_names

@@ -60,6 +60,10 @@ class CacheEntry:
     reason: str = ""
     state_bytes: int = 0
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheEntry:
+        """Itself: what was decided stays, and forks of long prompts cost nothing."""
+        return self
+
     @property
     def is_compressed(self) -> bool:
         """Whether it holds codes, or will once it is long enough."""

@@ -212,6 +212,13 @@ def _ratio_text(ratio: float) -> str:
 def table_text(table: Table, width: int) -> str:
     """A table as plain text, without spaces at the ends of lines."""
     paper = io.StringIO()
-    console = Console(file=paper, width=width, color_system=None, highlight=False)
+    # In a notebook a console would show the table there, and nothing on the paper.
+    console = Console(
+        file=paper,
+        width=width,
+        color_system=None,
+        highlight=False,
+        force_jupyter=False,
+    )
     console.print(table)
     return "\n".join(line.rstrip() for line in paper.getvalue().splitlines())

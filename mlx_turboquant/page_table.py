@@ -6,19 +6,26 @@ codes of both sides, equally many, and means of keys, which are there before cod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from .codecs.base import Side
+from .errors import UnsupportedError
+from .packed_codes import PackedCodes
 from .pages import PagePool, Runs, runs_of
 from .tiles import TileLayout
-from .tokens import TILE, Places, TokenArrays
+from .tokens import TILE, TokenArrays
 
 #: Pages that have moved: where they were, and where in another pool they are.
 Moved = dict[tuple[PagePool, int], int]
+#: Seconds to wait for another thread's computations.
+_PATIENCE = 10
 
 
 class PageTable:
@@ -84,6 +91,8 @@ class PageTable:
     def _reserve(self, first: int, stop: int) -> None:
         """Have pages up to ``stop``; nobody else holds those from ``first`` on."""
         pages, pool = self.pages, self.pool
+        if pool.is_sparse:
+            self._move_down()
         for i, holders in enumerate(pool.holders(pages[first:stop]).tolist(), first):
             if holders > 1:
                 (own,) = pool.take(1)
@@ -94,6 +103,21 @@ class PageTable:
         if stop > len(pages):
             pages += pool.take(stop - len(pages), pages[-1] if pages else None)
             self._runs = None
+
+    def _move_down(self) -> None:
+        """Move what nobody shares to the front of the pool, so that its end is free."""
+        pool, holders = self.pool, self.pool.holders(self.pages).tolist()
+        front = pool.held
+        high = [i for i, page in enumerate(self.pages) if page >= front]
+        some = [i for i in high if holders[i] == 1]
+        old = [self.pages[i] for i in some]
+        new = pool.lowest(len(some))
+        pool.copy_from(pool, old, new)
+        for i, page in zip(some, new, strict=True):
+            self.pages[i] = page
+        self._runs = None
+        pool.release(tuple(runs_of(old)))
+        pool.shrink()
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, and pages that have no other."""
@@ -143,6 +167,43 @@ class PageTable:
         self._runs = None
         old.release(runs)
 
+    def enter_thread(self) -> bool:
+        """Be in a pool of this thread; whether it had to move there.
+
+        What another thread's pool gets later could not be computed here. So pages that
+        others share are copied, once that thread has computed what it wrote.
+
+        Raises:
+            UnsupportedError: if it does not within seconds.
+        """
+        old = self.pool
+        if old.thread == threading.get_ident():
+            return False
+        if not self.pages or self.is_alone:
+            old.thread = threading.get_ident()
+            return False
+        pages, runs, deadline = self.pages, self.runs, time.monotonic() + _PATIENCE
+        new = PagePool(old.page)
+        places = new.take(len(pages))
+        while True:
+            try:
+                with old.lock:
+                    mx.eval(old.snapshot(pages))
+                    new.copy_from(old, pages, places)
+                    mx.eval(new.groups)
+                break
+            except RuntimeError as error:  # it is computed on the other thread
+                if time.monotonic() > deadline:
+                    raise UnsupportedError(
+                        "another thread goes on with a conversation that this one is "
+                        f"a fork of, and did not compute its step in {_PATIENCE} s",
+                        "evaluate its steps there, or fork and step on one thread",
+                    ) from error
+            time.sleep(0.001)
+        self.pool, self.pages, self._runs = new, places, None
+        old.release(runs)
+        return True
+
     def rewrite(self, sides: Mapping[Side, TokenArrays]) -> None:
         """Hold these codes in place of its own, in a pool of its own."""
         old, runs, count = self.pool, self.runs, self.means
@@ -182,7 +243,10 @@ class PageTable:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its pages, and of the pool's free ones if it is alone there."""
+        """Bytes of its pages, and of the pool's free ones if it is alone there.
+
+        Of several in a pool nobody counts free ones; `held_nbytes` of all does.
+        """
         pool = self.pool
         return pool.nbytes if self.is_alone else len(self.pages) * pool.page_nbytes
 
@@ -193,7 +257,8 @@ class PageTable:
 
     def codes(self, side: Side) -> PackedCodes:
         """One side's codes as they are now."""
-        return PackedCodes(self, side, self._layouts.get(side))
+        layout = self._layouts.get(side)
+        return PackedCodes(self.pool, self.pages, self.length, side, layout)
 
     def mean_rows(self, first: int, stop: int, heads: slice = slice(None)) -> mx.array:
         """Means (B, heads, pages, D) of some pages."""
@@ -201,8 +266,11 @@ class PageTable:
         return self.pool.rows("means", "keys", pages, len(pages), heads)
 
     def fork(self) -> PageTable:
-        """Another sequence with the same pages."""
-        other = PageTable(self.pool)
+        """Another sequence with the same pages; without any, in a pool of its own.
+
+        What it will store then may have other codecs.
+        """
+        other = PageTable(self.pool if self.pages else PagePool(self.pool.page))
         other.pages, other.length, other.means = (
             list(self.pages),
             self.length,
@@ -223,49 +291,18 @@ class PageTable:
         return f"PageTable({self.length} tokens in {len(self.pages)} pages)"
 
 
-class PackedCodes:
-    """One side's codes of a sequence, with the length they had when it was asked for.
+def held_nbytes(tables: Iterable[PageTable]) -> int:
+    """Bytes of pages of several sequences, and of what is free in their pools.
 
-    It reads as `TokenArrays` do, and is valid until its sequence is written to.
-
-    Args:
-        table: The sequence's pages.
-        side: ``"keys"`` or ``"values"``.
-        layout: Of codes in tile order, or None.
+    A page counts once, also if others hold it as well.
     """
-
-    __slots__ = ("_pages", "_pool", "_side", "_tiles", "layout", "length")
-
-    def __init__(self, table: PageTable, side: Side, layout: TileLayout | None) -> None:
-        self._pool, self._pages = table.pool, tuple(table.pages)
-        self._side, self.layout, self.length = side, layout, table.length
-        self._tiles: Places | None = None
-
-    @property
-    def arrays(self) -> dict[str, mx.array]:
-        """Whole buffers (B, H, capacity, .) of the pool; `tiles` are rows of them."""
-        return self._pool.groups.get(self._side, {})
-
-    @property
-    def tiles(self) -> Places:
-        """Row of the buffers that each tile of the text is in, in tile order."""
-        if self._tiles is None:
-            of_page, count = self._pool.page // TILE, -(-self.length // TILE)
-            pages = np.array(self._pages, np.int32)
-            places: Places = (
-                np.arange(of_page, dtype=np.int32) + of_page * pages[:, None]
-            )
-            self._tiles = places.reshape(-1)[:count]
-        return self._tiles
-
-    def view(self, name: str, heads: slice = slice(None)) -> mx.array:
-        """The rows in use of one array: (B, heads, tokens or tiles, .)."""
-        rows = self.length if self.layout is None else -(-self.length // TILE)
-        return self._pool.rows(self._side, name, self._pages, rows, heads)
-
-    def views(self) -> dict[str, mx.array]:
-        """`view` of every array; nothing if there are no codes."""
-        return {name: self.view(name) for name in self.arrays if self.length}
-
-    def __repr__(self) -> str:
-        return f"PackedCodes({self._side}, {self.length} tokens)"
+    held: dict[PagePool, npt.NDArray[np.bool_]] = {}
+    for table in tables:
+        pool = table.pool
+        pages = held.setdefault(pool, np.zeros(pool.capacity, np.bool_))
+        for start, stop in table.runs:
+            pages[start:stop] = True
+    return sum(
+        (int(np.count_nonzero(pages)) + pool.capacity - pool.held) * pool.page_nbytes
+        for pool, pages in held.items()
+    )

@@ -10,9 +10,8 @@ Owns buffers, places in them and how many hold each; what is written is its call
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -42,6 +41,8 @@ class PagePool:
         groups: Arrays (B, H, capacity * rows of a page, w) by name, by group: keys,
             values, means. They are written in place, and new ones take their place when
             the pool grows: nobody should keep one.
+        thread: Whose it is: what MLX has not computed yet belongs to a thread.
+        lock: Held by whoever writes.
     """
 
     #: For tests: what nobody holds any more is overwritten, with NaN or all bits.
@@ -52,7 +53,8 @@ class PagePool:
         self.groups: dict[str, Arrays] = {}
         self._rows_of_page: dict[str, int] = {}
         self._holders: npt.NDArray[np.int32] = np.zeros(0, np.int32)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        self.thread = threading.get_ident()
         # Pages of sequences that are gone. Python may collect them at any moment, also
         # in the middle of `take`.
         self._left_behind: deque[Runs] = deque()
@@ -67,6 +69,12 @@ class PagePool:
         """Pages that somebody holds."""
         self._collect()
         return int(np.count_nonzero(self._holders))
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether most of it is free, but not its end."""
+        held, used = self.held, _behind_last(self._holders)
+        return used >= _SHRINKS_FROM and held <= used // 2
 
     @property
     def nbytes(self) -> int:
@@ -92,7 +100,7 @@ class PagePool:
             behind: The page that the first should follow.
         """
         self.shrink()
-        with self._lock:
+        with self.lock:
             free: list[int] = np.flatnonzero(self._holders == 0).tolist()
             pages = _run_of(free, count, behind)
             if pages is None and len(free) >= count:
@@ -104,15 +112,22 @@ class PagePool:
             self._holders[pages] = 1
             return pages
 
+    def lowest(self, count: int) -> list[int]:
+        """As `take`, the first ones that are free, of which there must be as many."""
+        with self.lock:
+            pages: list[int] = np.flatnonzero(self._holders == 0)[:count].tolist()
+            self._holders[pages] = 1
+            return pages
+
     def hold(self, runs: Runs) -> None:
         """One more sequence holds these runs of pages."""
-        with self._lock:
+        with self.lock:
             for start, stop in runs:
                 self._holders[start:stop] += 1
 
     def release(self, runs: Runs) -> None:
         """A sequence holds these runs of pages no more; see `shrink`."""
-        with self._lock:
+        with self.lock:
             for start, stop in runs:
                 self._holders[start:stop] -= 1
             if self.poisons:
@@ -126,7 +141,7 @@ class PagePool:
         For those who write to the pool: arrays that are made here belong to the thread.
         """
         self._collect()
-        with self._lock:
+        with self.lock:
             used = _behind_last(self._holders)
             if self.capacity >= _SHRINKS_FROM and used <= self.capacity // 2:
                 self._resize(used)
@@ -136,7 +151,7 @@ class PagePool:
         self._left_behind.append(runs)
 
     def _collect(self) -> None:
-        with self._lock:
+        with self.lock:
             while self._left_behind:
                 self.release(self._left_behind.popleft())
 
@@ -157,7 +172,7 @@ class PagePool:
             first: Rows of the first of these pages that stay as they are.
             of_page: Rows of a page, the same for all arrays of a group.
         """
-        with self._lock:
+        with self.lock:
             self._rows_of_page[group] = of_page
             for name, array in rows.items():
                 buffer, at = self._buffer(group, name, array), 0
@@ -205,6 +220,14 @@ class PagePool:
                 yield low, high
             count, first = count - (high - low), 0
 
+    def snapshot(self, pages: Sequence[int]) -> list[mx.array]:
+        """Rows of these pages, of every array."""
+        return [
+            self.rows(group, name, pages, self._rows_of_page[group] * len(pages))
+            for group, arrays in self.groups.items()
+            for name in arrays
+        ]
+
     def copy(self, source: int, target: int) -> None:
         """Write one page into another."""
         for group, arrays in self.groups.items():
@@ -240,12 +263,15 @@ class PagePool:
         for group, arrays in self.groups.items():
             rows = capacity * self._rows_of_page[group]
             for name, buffer in arrays.items():
-                batch, heads, old, width = buffer.shape
-                shape = (batch, heads, max(0, rows - old), width)
-                parts = [buffer[:, :, :rows], mx.zeros(shape, buffer.dtype)]
-                arrays[name] = mx.concatenate(parts, axis=2)
-        kept = self._holders[:capacity]
-        self._holders = np.pad(kept, (0, capacity - len(kept)))
+                old = buffer.shape[2]
+                arrays[name] = (
+                    mx.pad(buffer, [(0, 0), (0, 0), (0, rows - old), (0, 0)])
+                    if rows >= old
+                    else mx.contiguous(buffer[:, :, :rows])
+                )
+        holders, kept = np.zeros(capacity, np.int32), self._holders[:capacity]
+        holders[: len(kept)] = kept
+        self._holders = holders
 
     def _poison(self, pages: Sequence[int]) -> None:
         for group, arrays in self.groups.items():
@@ -258,31 +284,6 @@ class PagePool:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
         """Itself: sequences are copied, what they share is not."""
-        return self
-
-
-class PoolShelf:
-    """The pools of one layer of a model, by what fits their pages and by thread.
-
-    A pool is there as long as a sequence holds pages of it. Threads have pools of their
-    own: what MLX has not computed yet belongs to the thread that asked for it.
-    """
-
-    def __init__(self) -> None:
-        self._pools: weakref.WeakValueDictionary[Hashable, PagePool] = (
-            weakref.WeakValueDictionary()
-        )
-
-    def pool_for(self, kind: Hashable, page: int) -> PagePool:
-        """The pool of pages of a kind, each of so many tokens."""
-        key = kind, page, threading.get_ident()
-        pool = self._pools.get(key)
-        if pool is None:
-            pool = self._pools[key] = PagePool(page)
-        return pool
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PoolShelf:
-        """Itself, as a pool."""
         return self
 
 

@@ -9,10 +9,9 @@ the same faster; what they must agree with is here.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 
@@ -237,10 +236,3 @@ class Quantizer:
         if self.means is None:
             return self
         return replace(self, means=PageMeans(self.means.page, table))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Quantizer:
-        """A copy whose means grow on their own; what never changes is shared."""
-        if self.means is None:
-            return self
-        means = copy.deepcopy(self.means, memo)
-        return Quantizer(self.codec, self.transform, self.side, means)

@@ -9,7 +9,7 @@ of pages.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -138,16 +138,14 @@ class TokenArrays:
 
     def _grown(self, name: str, new: mx.array, capacity: int) -> mx.array:
         """A buffer of so many rows with those in use and new ones."""
-        parts = [new]
         if self.length:
             used = self.view(name)
-            parts = [used, new.astype(used.dtype)]
-        spare = capacity - sum(part.shape[2] for part in parts)
-        if spare:
-            batch, heads, _, width = new.shape
-            # Zeros: what lies behind the last token must not be NaN.
-            parts.append(mx.zeros((batch, heads, spare, width), parts[0].dtype))
-        return mx.concatenate(parts, axis=2) if len(parts) > 1 else mx.contiguous(new)
+            new = mx.concatenate([used, new.astype(used.dtype)], axis=2)
+        spare = capacity - new.shape[2]
+        if not spare:
+            return new if self.length else mx.contiguous(new)
+        # Zeros: what lies behind the last token must not be NaN.
+        return mx.pad(new, [(0, 0), (0, 0), (0, spare), (0, 0)])
 
     def view(self, name: str, heads: slice = slice(None)) -> mx.array:
         """The rows in use of one array: (B, heads, tokens or tiles, .)."""
@@ -165,7 +163,7 @@ class TokenArrays:
         """Forget the first ``count`` tokens; what is left moves to new buffers."""
         self.replace({name: a[:, :, count:] for name, a in self.views().items()})
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TokenArrays:
+    def fork(self) -> TokenArrays:
         """The same arrays, until one of the two is written to."""
         arrays = {name: a.reshape(a.shape) for name, a in self.arrays.items()}
         return TokenArrays(arrays, self.length, self.growth, self.layout)

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 import mlx_turboquant as tq
 from mlx_turboquant.attention import dequantize
-from mlx_turboquant.pages import PagePool, PoolShelf
+from mlx_turboquant.pages import PagePool
+from mlx_turboquant.pool_shelf import PoolShelf
 
 VOCAB, HEADS, DIM = 40, 2, 32
 SPEC = "8,window=3,sink=2,page=32"

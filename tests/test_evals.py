@@ -156,12 +156,12 @@ def test_reports_say_what_was_measured(results, tmp_path):
     row = by_name(results, 300)["k3v3,page=32"]
     line = next(x for x in table.splitlines() if x.startswith("k3v3") and " 300 " in x)
     assert f" {row.bits:.2f} " in line
-    assert f"{row.kld:.4f}" in line
+    assert f" {row.kld:.3g} " in line
     assert "2/2" in line
     assert "offset 10" in table
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png") == 3
-    assert f"{row.kld:.4f}" in page
+    assert f"{row.kld:.3g}" in page
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths if p.suffix == ".png")
 
 

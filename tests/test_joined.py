@@ -9,7 +9,8 @@ from helpers import Joining, attend, backend
 from test_batch import tiny_model
 
 import mlx_turboquant as tq
-from mlx_turboquant.pages import PagePool, PoolShelf
+from mlx_turboquant.pages import PagePool
+from mlx_turboquant.pool_shelf import PoolShelf
 
 SPEC = "k4v4,page=32,window=5,sink=2"
 LENGTHS = (130, 75, 260)

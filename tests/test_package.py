@@ -34,6 +34,7 @@ LAYERS = (
     ("codecs", "transform"),
     ("tiles",),
     ("pages",),
+    ("packed_codes", "pool_shelf"),
     ("page_table",),
     ("quantizer",),
     ("segments",),
@@ -116,6 +117,18 @@ def test_one_file_knows_mlx_vlms_internals():
 def test_files_are_short():
     for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 330, path
+
+
+def test_every_file_is_listed():
+    """And every row of the import order, where newcomers look for them."""
+    page = (ROOT / "docs" / "contributing.md").read_text()
+    order, files = page.partition("## Import order")[2].split("## Files")
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "metal").glob("*.*")]:
+        name = path.stem if path.parent.name == "research" else path.name
+        assert path.name == "__init__.py" or name in files, path
+    for names in LAYERS:
+        for name in names:
+            assert name.removeprefix("proof.") in order, name
 
 
 def test_public_names():

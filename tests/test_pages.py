@@ -1,6 +1,5 @@
 """Pages: places of a pool, who holds them, and what sequences read from them."""
 
-import copy
 from dataclasses import replace
 
 import mlx.core as mx
@@ -87,16 +86,6 @@ def test_a_fork_shares_until_it_writes():
     del table
     same(fork, TokenArrays(whole))
     assert pool.held == 3
-
-
-def test_deep_copies_share_pages():
-    pool = PagePool(PAGE)
-    table = PageTable(pool)
-    table.extend(both(codes_of(64)))
-    tables = copy.deepcopy({"a": table, "b": table})
-    assert tables["a"] is tables["b"]
-    assert tables["a"].pool is pool
-    assert tables["a"].shared_pages == 2
 
 
 def test_places_are_used_again_and_the_end_is_given_back():

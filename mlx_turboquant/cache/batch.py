@@ -9,16 +9,18 @@ simply not appended. Decode steps are taken together where they can be (`joined`
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..batch_handles import CompressedBatch, CompressedGroups, CompressedRows
+from ..page_table import held_nbytes
 from .groups import RowGroups
 from .layer import TurboQuantCache
+from .protocol import positions, right_aligned
 from .schedule import is_short
+from .shallow import Forks, shallow
 
 #: Real tokens to come of a row that nothing pads.
 _UNPADDED = 1 << 30
@@ -31,7 +33,7 @@ Fetched = (
 )
 
 
-class BatchTurboQuantCache:
+class BatchTurboQuantCache(Forks):
     """One layer of a batch; build it with `merge`.
 
     Args:
@@ -51,7 +53,15 @@ class BatchTurboQuantCache:
     @classmethod
     def merge(cls, caches: Sequence[TurboQuantCache]) -> BatchTurboQuantCache:
         """A batch of copies of ``caches``, which stay as they are."""
-        return cls([copy.deepcopy(cache) for cache in caches])
+        return cls([cache.fork() for cache in caches])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchTurboQuantCache:
+        self._part()
+        other = memo[id(self)] = shallow(self)
+        other._rows = [copy.deepcopy(row, memo) for row in self._rows]
+        other._left_padding = list(self._left_padding)
+        other._remaining = self._remaining and list(self._remaining)
+        return other
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append each row's real tokens of keys (B, H, N, D).
@@ -110,7 +120,7 @@ class BatchTurboQuantCache:
     def _as_batch(self, fetched: Sequence[tuple[Any, Any]]) -> Fetched:
         k_rows, v_rows = zip(*fetched, strict=True)
         if self._returns_arrays:
-            return _right_aligned(k_rows), _right_aligned(v_rows)
+            return right_aligned(k_rows), right_aligned(v_rows)
         return CompressedRows(k_rows, self._spans), CompressedRows(v_rows, self._spans)
 
     @property
@@ -202,17 +212,21 @@ class BatchTurboQuantCache:
         return mx.stack(masks)[:, None]
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
-        """Keep only these rows, in this order."""
+        """Keep only these rows, in this order; one that comes again is forked."""
         keep = [int(i) for i in batch_indices]
-        if self._joined is not None and not (keep and self._joined.keep_only(keep)):
+        differ = len(set(keep)) == len(keep) > 0
+        if self._joined is not None and not (differ and self._joined.keep_only(keep)):
             self._part()
-        self._rows = [self._rows[i] for i in keep]
+        self._rows = [
+            self._rows[row].fork() if row in keep[:i] else self._rows[row]
+            for i, row in enumerate(keep)
+        ]
         self._left_padding = [self._left_padding[i] for i in keep]
         if self._remaining is not None:
             self._remaining = [self._remaining[i] for i in keep]
 
     def extend(self, other: BatchTurboQuantCache) -> None:
-        """Append the other batch's rows."""
+        """Append forks of the other batch's rows, which stay as they are."""
         self._part()
         other._part()
         if self._remaining is not None or other._remaining is not None:
@@ -220,13 +234,13 @@ class BatchTurboQuantCache:
                 *(self._remaining or [_UNPADDED] * len(self._rows)),
                 *(other._remaining or [_UNPADDED] * len(other._rows)),
             ]
-        self._rows += other._rows
-        self._left_padding += other._left_padding
+        self._rows += [row.fork() for row in other._rows]
+        self._left_padding += list(other._left_padding)
 
     def extract(self, idx: int) -> TurboQuantCache:
         """A copy of one row as a cache of its own; pages of codes are shared."""
         self._part()
-        return copy.deepcopy(self._rows[idx])
+        return self._rows[idx].fork()
 
     def is_trimmable(self) -> bool:
         """Whether every row is."""
@@ -243,7 +257,7 @@ class BatchTurboQuantCache:
     def offset(self) -> mx.array:
         """Position of each row's next token, int32 (B,); negative in left padding."""
         pairs = zip(self._rows, self._left_padding, strict=True)
-        return _positions(tuple(row.offset - padding for row, padding in pairs))
+        return positions(tuple(row.offset - padding for row, padding in pairs))
 
     def size(self) -> int:
         """Tokens of the longest row."""
@@ -277,24 +291,27 @@ class BatchTurboQuantCache:
     def _anchor(self, name: str) -> mx.array | None:
         if self._joined is not None:
             return self._joined.arrays[name]
-        array: mx.array | None = getattr(self._first_row, name)
+        row = self._first_row
+        array: mx.array | None = None if row is None else getattr(row, name)
         return array
 
     def _set_anchor(self, name: str, array: mx.array) -> None:
         if self._joined is not None:
             self._joined.arrays[name] = array
-        else:
+        elif self._first_row is not None:
             setattr(self._first_row, name, array)
 
     @property
-    def _first_row(self) -> TurboQuantCache:
-        return next((row for row in self._rows if not row.empty()), self._rows[0])
+    def _first_row(self) -> TurboQuantCache | None:
+        return next((row for row in self._rows if not row.empty()), None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows; pages that several of them hold count once for each."""
+        """Bytes of all rows; a page that several of them hold counts once."""
         joined = [] if self._joined is None else self._joined.buffers
-        return sum(row.nbytes for row in self._rows) + sum(a.nbytes for a in joined)
+        tables = [row._tokens.table for row in self._rows]
+        alone = sum(row.nbytes - row._tokens.table.nbytes for row in self._rows)
+        return alone + held_nbytes(tables) + sum(a.nbytes for a in joined)
 
     @property
     def state(self) -> list[Any]:
@@ -307,22 +324,5 @@ class BatchTurboQuantCache:
         return f"BatchTurboQuantCache(rows of {lengths} tokens, {self.nbytes} bytes)"
 
 
-@functools.lru_cache(maxsize=64)
-def _positions(offsets: tuple[int, ...]) -> mx.array:
-    """Positions of the rows' next tokens, int32 (B,): all layers of a step share it."""
-    return mx.array(offsets, dtype=mx.int32)
-
-
 def _held(cache: TurboQuantCache, nothing: tuple[mx.array, mx.array]) -> Any:
     return nothing if cache.empty() else cache.keys_and_values()
-
-
-def _right_aligned(rows: Sequence[mx.array]) -> mx.array:
-    """Rows (1, H, T, D) of different T as (B, H, longest T, D), zeros before them."""
-    longest = max(row.shape[2] for row in rows)
-    return mx.concatenate(
-        [
-            mx.pad(row, [(0, 0), (0, 0), (longest - row.shape[2], 0), (0, 0)])
-            for row in rows
-        ]
-    )

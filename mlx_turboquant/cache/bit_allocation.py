@@ -21,9 +21,9 @@ Each step gives one more bit to the side where it takes most off the cost per bi
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..codecs import codec_info
 from ..spec import CacheSpec, CodecSpec
@@ -58,10 +58,23 @@ class BitAllocator:
         self._sensitivities: list[tuple[float, float] | None] = [None] * len(shapes)
         self._reported: set[int] = set()
         self._codecs: list[tuple[CodecSpec, CodecSpec]] | None = None
+        self._latest_fork: weakref.ref[BitAllocator] | None = None
+        self._forked: set[int] = set()  # layers that were forked into it
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BitAllocator:
-        """Itself: layers are copied one by one, and still belong together."""
-        return self
+    def fork(self, layer: int) -> BitAllocator:
+        """What a fork of a layer's cache shares with those of the other layers.
+
+        They are forked one by one: the first makes it, the others join, and a layer
+        that asks again begins another.
+        """
+        fork = None if self._latest_fork is None else self._latest_fork()
+        if fork is None or layer in fork._forked:
+            fork = BitAllocator(self.spec, self._shapes)
+            fork._sensitivities = list(self._sensitivities)
+            fork._reported, fork._codecs = set(self._reported), self._codecs
+            self._latest_fork = weakref.ref(fork)
+        fork._forked.add(layer)
+        return fork
 
     def add_sensitivity(
         self, layer: int, far_value: float | None, logit_variance: float | None
@@ -107,6 +120,10 @@ class LayerSlot:
 
     allocator: BitAllocator
     layer: int
+
+    def fork(self) -> LayerSlot:
+        """The layer's place in a fork."""
+        return LayerSlot(self.allocator.fork(self.layer), self.layer)
 
 
 def candidates(codec: str, dim: int) -> Sequence[tuple[CodecSpec, float]]:

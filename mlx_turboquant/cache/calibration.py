@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..backends.reference import Reference
 from ..gains import channel_gains, channel_power, power_of, squares_of_queries
 from ..tokens import TokenArrays
+from .shallow import shallow
 
 #: Last queries of a step that `far_value_sensitivity` looks at.
 _LAST = 64
@@ -61,6 +62,12 @@ class Calibration:
             return
         q = q[:, :, : wanted - self._queries.length]
         self._queries.append({"squares": squares_of_queries(q, kv_heads)})
+
+    def fork(self) -> Calibration:
+        """The same, for a text that goes on in another way."""
+        other = shallow(self)
+        other._queries = self._queries.fork()
+        return other
 
     def trim(self, offset: int) -> None:
         """Forget the queries of tokens from ``offset`` on."""

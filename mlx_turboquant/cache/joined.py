@@ -111,6 +111,7 @@ class JoinedRows:
         A proof may have come meanwhile that changes what attends to a row.
         """
         for index, row in enumerate(self.rows):
+            row.enter_thread()
             row.make_room()
             if row.offset >= row._schedule.next_page_at:
                 self._pack(index)

@@ -15,7 +15,6 @@ Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -27,7 +26,8 @@ from ..backends.select import Choice
 from ..errors import UnsupportedError
 from ..pacing import PACED_TOKENS, pace
 from ..page_table import Moved
-from ..pages import PagePool, PoolShelf
+from ..pages import PagePool
+from ..pool_shelf import PoolShelf
 from ..segments import CompressedTokens, PreparedSteps
 from ..spec import CacheSpec
 from . import state as saved
@@ -111,6 +111,7 @@ class TurboQuantCache(SequenceCache):
         if shapes != self._checked_shapes:
             self._check(keys, values)
             self._checked_shapes = shapes
+        self.enter_thread()
         schedule = self._schedule
         if self.offset >= schedule.next_page_at:
             self._pack()
@@ -232,19 +233,11 @@ class TurboQuantCache(SequenceCache):
         """Keep codes where other caches of this layer do, from the first page on."""
         self._shelf = shelf
 
-    def fork(self) -> TurboQuantCache:
-        """Another cache of the same tokens, which go their own way from here on.
-
-        Pages of codes are shared for good, uncompressed tokens until one of the two is
-        written to. ``copy.deepcopy`` does the same.
-        """
-        return copy.deepcopy(self)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> TurboQuantCache:
         other = memo[id(self)] = shallow(self)
-        if self.spec.adaptive:  # its bits are still to be chosen
-            other._slot = copy.deepcopy(self._slot, memo)
-        other._tokens = copy.deepcopy(self._tokens, memo)
+        if self._slot is not None and self.spec.adaptive:  # bits are still to be chosen
+            other._slot = self._slot.fork()
+        other._tokens = self._tokens.fork()
         other._schedule = shallow(self._schedule)
         other._quantizers = self._quantizers.fork(
             other._slot, other._schedule, other._tokens.table

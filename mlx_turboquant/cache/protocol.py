@@ -7,10 +7,15 @@ import without mlx-lm.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import mlx.core as mx
 
+from ..segments import PreparedSteps
 from ..spec import CacheSpec
 from .quantizers import LayerQuantizers
+from .shallow import Forks
 from .stored import StoredTokens
 
 
@@ -39,7 +44,7 @@ def make_mask(
     return None if n == 1 else "causal"
 
 
-class SequenceCache:
+class SequenceCache(Forks):
     """Answers that follow from `offset` and from what is stored.
 
     Attributes:
@@ -48,12 +53,18 @@ class SequenceCache:
 
     offset: int
     _tokens: StoredTokens
+    _prepared: PreparedSteps
     _quantizers: LayerQuantizers
 
     @property
     def spec(self) -> CacheSpec:
         """What it stores: with bits of its own once they are chosen."""
         return self._quantizers.spec
+
+    def enter_thread(self) -> None:
+        """Take pages that another thread's caches share into a pool of this one."""
+        if self._tokens.enter_thread():
+            self._prepared = PreparedSteps()
 
     def is_trimmable(self) -> bool:
         """Always: codes are independent of their neighbours."""
@@ -150,3 +161,20 @@ class SequenceCache:
             f"{type(self).__name__}({self.spec}, {self.offset} tokens = {parts} "
             f"sink+packed+recent, {self.nbytes} bytes, {bits:.2f} bits per element)"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def positions(offsets: tuple[int, ...]) -> mx.array:
+    """Positions of the rows' next tokens, int32 (B,): all layers of a step share it."""
+    return mx.array(offsets, dtype=mx.int32)
+
+
+def right_aligned(rows: Sequence[mx.array]) -> mx.array:
+    """Rows (1, H, T, D) of different T as (B, H, longest T, D), zeros before them."""
+    longest = max(row.shape[2] for row in rows)
+    return mx.concatenate(
+        [
+            mx.pad(row, [(0, 0), (0, 0), (longest - row.shape[2], 0), (0, 0)])
+            for row in rows
+        ]
+    )

@@ -7,7 +7,6 @@ final. Which tokens are encoded when is `schedule`'s and `layer`'s.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Mapping
 from typing import cast
 
@@ -18,7 +17,8 @@ from ..backends.select import Choice
 from ..codecs import codec_for
 from ..codecs.base import Side
 from ..gains import centred
-from ..page_table import PackedCodes, PageTable
+from ..packed_codes import PackedCodes
+from ..page_table import PageTable
 from ..pages import PagePool
 from ..quantizer import PageMeans, Quantizer, Sides
 from ..spec import CacheSpec, CodecSpec
@@ -224,7 +224,7 @@ class LayerQuantizers:
         """The same for a copy of the cache, with ``table`` as its pages."""
         other = shallow(self)
         other._slot, other._schedule, other._table = slot, schedule, table
-        other._calibration = copy.deepcopy(self._calibration)
+        other._calibration = self._calibration and self._calibration.fork()
         other._gains = dict(self._gains)
         if self.sides is not None:
             other.sides = Sides(*(q.with_pages(table) for q in self.sides))
@@ -249,7 +249,7 @@ class LayerQuantizers:
         return self.sides
 
     def trim(self, stored: int) -> None:
-        """Keep what ``stored`` tokens need; gains stay, means go with their pages."""
+        """Keep what ``stored`` tokens need: gains stay, queries go."""
         if self._calibration is not None:
             self._calibration.trim(stored)
 

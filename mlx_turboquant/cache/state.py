@@ -15,7 +15,7 @@ from ..codecs import codec_for
 from ..codecs.base import Codec, Side
 from ..codecs.registry import RESEARCH
 from ..errors import FormatError
-from ..page_table import PackedCodes
+from ..packed_codes import PackedCodes
 from ..quantizer import Sides
 from ..spec import CacheSpec, CodecSpec
 from ..tiles import tile_layout

@@ -9,7 +9,6 @@ When tokens move is `schedule`'s, what codes are made with `quantizers`'.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,15 +53,21 @@ class StoredTokens:
         self.table.move_to(pool, moved)
         self._codes_changed()
 
+    def enter_thread(self) -> bool:
+        """As `PageTable.enter_thread`."""
+        moved = self.table.enter_thread()
+        if moved:
+            self._codes_changed()
+        return moved
+
     def _codes_changed(self) -> None:
         table = self.table
         self.packed = Sides(table.codes("keys"), table.codes("values"))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredTokens:
-        """A copy of the same pages until it writes to them, and the same sink."""
+    def fork(self) -> StoredTokens:
+        """The same pages until one of the two writes to them, and the same sink."""
         other = shallow(self)
-        other.table = copy.deepcopy(self.table, memo)
-        other.recent = copy.deepcopy(self.recent, memo)
+        other.table, other.recent = self.table.fork(), self.recent.fork()
         other._codes_changed()
         return other
 

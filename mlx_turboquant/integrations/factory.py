@@ -20,7 +20,7 @@ from ..cache import BitAllocator, LayerSlot, RotatingTurboQuantCache, TurboQuant
 from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
-from ..pages import PoolShelf
+from ..pool_shelf import PoolShelf
 from ..spec import CacheSpec
 from . import hook, probe, proofs, vision
 from .compiled_step import itself

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from .. import page_table
 from ..cache import TurboQuantCache
 from ..entries import nbytes_of
-from ..pages import PagePool
 
 
 def held_nbytes(caches: Iterable[Any]) -> int:
@@ -23,18 +20,11 @@ def held_nbytes(caches: Iterable[Any]) -> int:
     Args:
         caches: The caches, no batches of them.
     """
-    total = 0
-    held: dict[PagePool, npt.NDArray[np.bool_]] = {}
+    total, tables = 0, []
     for cache in caches:
         total += nbytes_of(cache)
-        if not isinstance(cache, TurboQuantCache):
-            continue
-        table = cache._tokens.table
-        total -= table.nbytes
-        pages = held.setdefault(table.pool, np.zeros(table.pool.capacity, np.bool_))
-        for start, stop in table.runs:
-            pages[start:stop] = True
-    for pool, pages in held.items():
-        free = pool.capacity - pool.held
-        total += (int(np.count_nonzero(pages)) + free) * pool.page_nbytes
-    return total
+        if isinstance(cache, TurboQuantCache):
+            table = cache._tokens.table
+            total -= table.nbytes
+            tables.append(table)
+    return total + page_table.held_nbytes(tables)

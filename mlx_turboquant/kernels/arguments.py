@@ -82,10 +82,10 @@ def pack_steps(
     start = np.array([_padded(row) for row in rows], np.int32)
     step = np.array(_padded(growth), np.int32)
     steps = np.arange(first, first + count, dtype=np.int32)[:, None, None]
-    table = mx.array((start + steps * step).reshape(count, -1))
+    table = mx.array((start + steps * step).reshape(-1))
     # Not on the GPU's stream: views would wait for the step that it is at.
     with mx.stream(mx.cpu):
-        views = [table[i] for i in range(count)]
+        views = list(mx.split(table, count))
         mx.eval(table, views)
     return views
 

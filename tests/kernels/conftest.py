@@ -10,6 +10,13 @@ import mlx.core as mx
 import pytest
 
 from mlx_turboquant.kernels.kernel import MlxLauncher
+from mlx_turboquant.pages import PagePool
+
+
+@pytest.fixture(autouse=True)
+def freed_pages_are_poisoned(monkeypatch):
+    """A kernel that reads a page which nobody holds gives NaN."""
+    monkeypatch.setattr(PagePool, "poisons", True)
 
 
 class Simulator:

@@ -1,12 +1,16 @@
 """Texts that outlive the process: records, what fails, restored caches, kills."""
 
+import contextlib
 import errno
 import hashlib
+import http.client
 import inspect
+import json
 import logging
 import os
 import random
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -459,3 +463,59 @@ def test_killed_at_any_moment_it_keeps_what_was_written(tmp_path):
     for i in {i + 1 for i in written} - written:
         found = folder.read([key(i)])
         assert found is None or found[0].tobytes() == whole(record(i, 20_000))
+
+
+def test_the_command_forgets_and_refuses_in_words(tmp_path, run_cli):
+    folder = DiskFolder(tmp_path / "kv", 10**6)
+    folder.write([record(1)])
+    folder.close()
+    code, out, _ = run_cli("server", "--kv-dir", str(tmp_path / "kv"), "--forget")
+    assert (code, out) == (0, "1.0 kB forgotten\n")
+    assert not list((tmp_path / "kv").glob("*.kv"))
+    code, _, err = run_cli("server", "--kv-dir", str(tmp_path / "kv"))
+    assert code == 2
+    assert "--kv-dir keeps codes: add for example --kv-bits 3" in err
+    code, _, err = run_cli("server", "--forget")
+    assert code == 2
+    assert "--forget needs --kv-dir" in err
+
+
+@pytest.mark.slow
+def test_a_killed_server_s_successor_goes_on(tmp_path):
+    """Its pages were written; the tail of its text was not."""
+    path = agents.save_tiny("llama", tmp_path / "llama")
+
+    def ask(prompt, kill):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mlx_turboquant", "server", "--kv-bits", SPEC]
+        command += ["--model", str(path), "--port", str(port)]
+        command += ["--kv-dir", str(tmp_path / "kv")]
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": ROOT}
+        )
+        body = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+        for _ in range(300):
+            time.sleep(0.2)
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            with contextlib.suppress(OSError):
+                client.request("POST", "/v1/completions", json.dumps(body))
+                answer = json.load(client.getresponse())
+                break
+        if kill:
+            time.sleep(prompt_store.PAGES_AFTER + 1.5)
+        process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+        process.wait(60)
+        return answer["choices"][0]["text"], answer["usage"]
+
+    text, usage = ask(agents.SYSTEM, kill=True)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+    again, usage = ask(agents.SYSTEM, kill=False)
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    assert 0 < usage["prompt_tokens"] - cached <= 4 + 8 + 2 * 32
+    assert again == text
+    # That one had time to write all.
+    again, usage = ask(agents.SYSTEM, kill=True)
+    assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] == 1
+    assert again == text

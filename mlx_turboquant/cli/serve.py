@@ -112,10 +112,16 @@ def serve(
         level=log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
 
+    import mlx.core as mx
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
     from ..integrations import server
 
+    if folder is not None and mx.distributed.init().size() > 1:
+        raise SpecError(
+            "--kv-dir is for one machine: ranks could find different texts in theirs; "
+            "leave it out"
+        )
     _ = maybe_set_recommended_wired_limit()
     server.serve(server.Provider(options, spec, draft_spec, max_kv_size), folder)
 

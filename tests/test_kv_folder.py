@@ -416,7 +416,7 @@ def test_idle_texts_are_written_and_evicted_ones_too(tiny, folder, hooked, monke
     assert folder.nbytes > pages
     back, rest = store.fetch_nearest_cache("m", TEXT.tolist())
     assert (back[0].offset, rest) == (300, TEXT[300:].tolist())
-    assert store._saved_of("other") is None
+    assert store.fetch_nearest_cache("other", TEXT.tolist())[0] is None
 
 
 WRITER = f"""

@@ -104,8 +104,8 @@ class PromptStore:
         folder: DiskFolder | None = None,
     ) -> None:
         self.max_size, self.max_bytes, self.folder = max_size, max_bytes, folder
-        # What is kept of a model's texts there, once `open` was called for it.
-        self._saved: tuple[Any, SavedTexts] | None = None
+        # What is kept of models' texts there, once `open` was called for them.
+        self._saved: dict[Any, SavedTexts] = {}
         self._index: PrefixIndex[KeptText] = PrefixIndex()
         self._kept: list[KeptText] = []
         self._clock = itertools.count(1)
@@ -135,12 +135,8 @@ class PromptStore:
             networks: The model, and its draft model if it has one.
             caches: Empty caches of theirs.
         """
-        if self.folder is None or (self._saved and self._saved[0] == model):
-            return
-        self._saved = model, SavedTexts(self.folder, networks, caches)
-
-    def _saved_of(self, model: Any) -> SavedTexts | None:
-        return self._saved[1] if self._saved and self._saved[0] == model else None
+        if self.folder is not None and model not in self._saved:
+            self._saved[model] = SavedTexts(self.folder, networks, caches)
 
     def in_common(self, model: Any, tokens: Tokens) -> int:
         """The longest beginning that a kept text has in common with this one."""
@@ -166,7 +162,7 @@ class PromptStore:
         """
         text = as_tokens(tokens)
         length, entry = self._index.longest(model, text[:-1], KeptText.usable)
-        saved = self._saved_of(model)
+        saved = self._saved.get(model)
         restored = saved.load(text[:-1], length + BLOCK) if saved else None
         if restored is not None:
             entry = KeptText(model, *restored, saved="all")
@@ -283,11 +279,11 @@ class PromptStore:
 
     def idle(self) -> None:
         """Write a text that nobody has used for a while, for callers with time."""
-        if self._saved is None:
-            return
         now = time.monotonic()
         for entry in self._kept:
             if entry.kind != _TEXT or entry.saved == "all":
+                continue
+            if entry.model not in self._saved:
                 continue
             whole = now - entry.at > ALL_AFTER
             if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
@@ -296,7 +292,7 @@ class PromptStore:
 
     def _save(self, entry: KeptText, whole: bool) -> None:
         """Write a text, and with all of it the places that it is gone back to."""
-        saved = self._saved_of(entry.model)
+        saved = self._saved.get(entry.model)
         if saved is None or entry.kind != _TEXT or entry.saved == "all":
             return
         if whole and not _keeps_all(entry.caches):

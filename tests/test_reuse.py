@@ -196,8 +196,8 @@ def test_what_was_read_and_dropped_is_read_again(run, caplog):
     running = run("llama")
     session = agents.Session(running.generator)
     talk = [{"role": "user", "content": agents.SYSTEM}]
+    running.store.max_bytes = 1
     first = session.ask(talk, tools=None)
-    running.store.trim_to(n_sequences=0)
     assert session.ask(talk, tools=None) == first
     assert session.read[0] == session.read[1]
 

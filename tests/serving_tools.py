@@ -10,6 +10,7 @@ import openai
 from helpers import MODEL
 
 from mlx_turboquant.integrations import server
+from mlx_turboquant.integrations.prompt_store import PromptStore
 from mlx_turboquant.integrations.supervision import SupervisedGenerator
 from mlx_turboquant.serving import app, guard, names, run, service
 from mlx_turboquant.spec import CacheSpec
@@ -60,11 +61,12 @@ class Running:
         limits=None,
         kv_memory=None,
         allowed=(),
+        folder=None,
         **changes,
     ):
         given = options(**changes)
-        self.cache = server.ServedStore(
-            given.prompt_cache_size, given.prompt_cache_bytes or 1 << 63
+        self.cache = PromptStore(
+            given.prompt_cache_size, given.prompt_cache_bytes or 1 << 63, folder
         )
         provider = server.Provider(given, spec, draft_spec)
         self.generator = SupervisedGenerator(provider, self.cache, kv_memory)

@@ -14,7 +14,7 @@ from test_batch import tiny_model
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError
 from mlx_turboquant.integrations.factory import caches_for
-from mlx_turboquant.integrations.server import PromptStore
+from mlx_turboquant.integrations.prompt_store import PromptStore
 from mlx_turboquant.integrations.speculation import PairedCaches, check_rewinds
 
 SPEC = "8,window=8,page=32"
@@ -193,14 +193,15 @@ def test_the_nearest_prompt_is_found_copied_and_trimmed(model):
     text = PROMPT.tolist()
     store.insert_cache("m", text, kept(model, text))
     assert store.nbytes == sum(c.nbytes for c in kept(model, text))
+    # The last token is always read: an answer goes on from what it says.
     exact, rest = store.fetch_nearest_cache("m", text)
-    assert (offsets(exact), rest) == ([100, 100], [])
+    assert (offsets(exact), rest) == ([99, 99], text[99:])
     longer, rest = store.fetch_nearest_cache("m", [*text, 1, 2])
     assert (offsets(longer), rest) == ([100, 100], [1, 2])
     cut, rest = store.fetch_nearest_cache("m", [*text[:60], 1, 2])
     assert (offsets(cut), rest) == ([60, 60], [1, 2])
     steps(model, mx.array(rest), 3, cut)
-    assert offsets(store.fetch_nearest_cache("m", text)[0]) == [100, 100]
+    assert offsets(store.fetch_nearest_cache("m", [*text, 1])[0]) == [100, 100]
     assert store.fetch_nearest_cache("other", text) == (None, text)
 
 
@@ -249,7 +250,7 @@ def test_texts_that_begin_alike_count_their_beginning_once(model, hooked):
     store = PromptStore(max_bytes=int(1.9 * one))
     store.insert_cache("m", text, first)
     for token in (1, 2):
-        again, _ = store.fetch_nearest_cache("m", text)
+        again, _ = store.fetch_nearest_cache("m", [*text, token])
         steps(model, mx.array([token]), 0, again)
         store.insert_cache("m", [*text, token], again)
     assert len(store) == 2

@@ -2,6 +2,7 @@
 
 import json
 
+import agents
 import mlx.core as mx
 import pytest
 from helpers import MODEL
@@ -107,6 +108,31 @@ def test_a_cache_that_cannot_go_back_starts_over(make):
     talk.messages[0]["content"] = "Another " + STORY
     answer(talk, "And then?")
     assert made == [1]
+    assert length_of(talk.cache) == talk.tokens
+
+
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_states_that_cannot_go_back_were_kept_where_turns_end(tmp_path, hooked):
+    """A hybrid's chat whose template cuts an answer's thinking."""
+    path = agents.save_tiny("hybrid", tmp_path / "hybrid")
+    model, tokenizer = tq.load(str(path), tokenizer_config={"chat_template": TEMPLATE})
+
+    def chat():
+        def cache():
+            return tq.make_prompt_cache(model, "8,window=8,page=32")
+
+        return Conversation(model, tokenizer, cache)
+
+    talk = chat()
+    _, first = answer(talk, STORY)
+    assert first > 60
+    talk.messages[-1]["content"] = "No."
+    kept = [dict(message) for message in talk.messages]
+    text, second = answer(talk, "And then?")
+    assert second < 25
+    fresh = chat()
+    fresh.messages = kept
+    assert answer(fresh, "And then?") == (text, first + second - 1)
     assert length_of(talk.cache) == talk.tokens
 
 

@@ -47,7 +47,7 @@ LAYERS = (
     ("proof.child",),
     ("cache",),
     ("entries",),
-    ("explanation", "diagnosis", "bug_report", "memory"),
+    ("explanation", "diagnosis", "bug_report", "memory", "conversations"),
     ("integrations",),
     ("evals", "serving"),
     ("cli",),

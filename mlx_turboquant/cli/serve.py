@@ -8,15 +8,20 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
 from ..errors import SpecError
 from . import options as opt
 from .entry import standalone
 
 _UNBOUNDED = 1 << 63
+
+if TYPE_CHECKING:
+    from ..conversations.disk import DiskFolder
+
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -62,6 +67,16 @@ def serve(
     prompt_cache_bytes: Annotated[
         str | None, typer.Option(help="Bytes they may take, as 4GB.")
     ] = None,
+    kv_dir: Annotated[
+        str | None, typer.Option(help="Folder that idle texts' codes are kept in.")
+    ] = None,
+    kv_disk: Annotated[str, typer.Option(help="Bytes it may take.")] = "20GB",
+    kv_disk_hourly: Annotated[
+        str, typer.Option(help="Bytes written to it in an hour; 0 for none.")
+    ] = "10GB",
+    forget: Annotated[
+        bool, typer.Option("--forget", help="Empty --kv-dir, and serve nothing.")
+    ] = False,
     kv_memory: Annotated[
         str | None,
         typer.Option(help="Bytes all caches may take, as 4GB; more is refused."),
@@ -111,6 +126,14 @@ def serve(
         raise SpecError(
             "--max-kv-size needs --kv-bits here; add for example --kv-bits 3"
         )
+    folder = _folder(kv_dir, kv_disk, kv_disk_hourly)
+    if forget:
+        if folder is None:
+            raise SpecError("--forget needs --kv-dir, the folder to empty")
+        typer.echo(f"{decimal(folder.forget())} forgotten")
+        return
+    if folder is not None and spec is None:
+        raise SpecError("--kv-dir keeps codes: add for example --kv-bits 3")
     # mlx-lm's server reads its options by name, and they are this command's; those
     # below have another form there.
     options = argparse.Namespace(**context.params)
@@ -135,9 +158,11 @@ def serve(
     packages = ("starlette", "uvicorn", "pydantic", "prometheus_client")
     need("server", "mlx_tq.server", *packages)
 
+    import mlx.core as mx
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-    from ..integrations.server import Provider, ServedStore
+    from ..integrations.prompt_store import PromptStore
+    from ..integrations.server import Provider
     from ..serving import guard, names, run, service
 
     allowed = names.parse_allowed(allow_model or ())
@@ -158,7 +183,13 @@ def serve(
         grace=grace,
     )
     _ = maybe_set_recommended_wired_limit()
-    store = ServedStore(prompt_cache_size, options.prompt_cache_bytes or _UNBOUNDED)
+    if folder is not None and mx.distributed.init().size() > 1:
+        raise SpecError(
+            "--kv-dir is for one machine: ranks could find different texts in theirs; "
+            "leave it out"
+        )
+    budget = options.prompt_cache_bytes or _UNBOUNDED
+    store = PromptStore(prompt_cache_size, budget, folder)
     run.serve(Provider(options, spec, draft_spec, max_kv_size), store, settings)
 
 
@@ -177,6 +208,18 @@ def _keys_in(file: str | None) -> list[str]:
     if not keys:
         raise SpecError(f"--api-key-file {file} is empty; write a key on each line")
     return keys
+
+
+def _folder(path: str | None, size: str, hourly: str) -> DiskFolder | None:
+    """What ``--kv-dir`` and its limits ask for."""
+    limit = opt.size("--kv-disk", size)
+    most = opt.size("--kv-disk-hourly", hourly)
+    if path is None:
+        return None
+    from ..conversations.disk import DiskFolder
+
+    assert limit is not None, "it has a default"
+    return DiskFolder(Path(path).expanduser(), limit, most)
 
 
 main = standalone(serve)

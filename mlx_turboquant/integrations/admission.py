@@ -15,7 +15,8 @@ from rich.filesize import decimal
 from ..errors import RequestError
 from ..memory import Footprint, plain_spec
 from .footprint import of_network
-from .server import PromptStore, Provider
+from .prompt_store import PromptStore
+from .server import Provider
 from .tickets import Ticket
 
 #: Seconds after which a refused client is told to ask again.

@@ -1,13 +1,19 @@
 """`Conversation`: a long chat whose cache goes along with its text.
 
-A turn reads only what the cache has not seen, whatever a chat template rewrites. Asking
-and showing is the command line's.
+A turn reads only what the cache has not seen, whatever a chat template rewrites: caches
+that can be cut are cut where the texts part, of others the states at the ends of turns
+are kept. Asking and showing is the command line's.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import json
+import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+from ..conversations import stops
 from ..errors import FormatError, SpecError, UnsupportedError
 from ..explanation import Explanation, explain
 from . import ranks
@@ -24,8 +31,10 @@ from .compiled_step import compiled
 from .loading import check_context, context_length
 from .model_folder import check_tokens
 from .model_identity import is_same, metadata_of
+from .places import Parts, parts_of
 from .prompt_files import load_prompt_cache, save_prompt_cache
-from .stock import length_of
+from .prompt_store import PromptStore
+from .stock import keeps_all, labelled_leaves, length_of
 
 _KIND = "mlx_turboquant chat"
 
@@ -67,6 +76,7 @@ class Conversation:
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
         self.cache = self._make_cache()
+        self._places = PromptStore(max_size=1)
         self._text_tokens: list[int] = []
         # The cache has seen all of them but, usually, the last one of an answer.
         self._cached_tokens: list[int] = []
@@ -111,15 +121,18 @@ class Conversation:
         if self.context is not None and "max_tokens" in options:
             room = max(1, self.context - len(tokens))
             options["max_tokens"] = min(options["max_tokens"], room)
-        rest = tokens[self._rewind_to(tokens) :]
-        answer, generated = "", []
+        start = self._rewind_to(tokens)
+        begun, answer, generated = time.perf_counter(), "", []
         try:
+            read = self._read_places(messages, tokens, start, **options)
+            seconds = time.perf_counter() - begun
+            rest = tokens[start + read :]
             for response in stream_generate(
                 self._stepping, self.tokenizer, rest, prompt_cache=self.cache, **options
             ):
                 answer += response.text
                 generated.append(int(response.token))
-                yield response
+                yield _with_read(response, read, seconds)
         finally:
             self.messages = [*messages, {"role": "assistant", "content": answer}]
             self._text_tokens = [*tokens, *generated]
@@ -147,10 +160,48 @@ class Conversation:
         if extra and can_trim_prompt_cache(self.cache):
             trim_prompt_cache(self.cache, extra)
         elif extra:  # a state that cannot go back
-            self.cache = self._make_cache()
-            shared = 0
+            found, rest = self._places.fetch_nearest_cache(None, tokens)
+            self.cache = self._make_cache() if found is None else found
+            shared = len(tokens) - len(rest)
         self._cached_tokens = self._cached_tokens[:shared]
         return shared
+
+    def _read_places(
+        self,
+        messages: list[dict[str, str]],
+        tokens: list[int],
+        start: int,
+        prefill_step_size: int = 2048,
+        **ignored: Any,
+    ) -> int:
+        """Keep states that cannot go back while a turn is read; how many tokens were.
+
+        That is all but the last if there are such states, else none.
+
+        Args:
+            messages: The chat.
+            tokens: Its text.
+            start: Tokens that the cache has seen.
+            prefill_step_size: Tokens to read at once.
+            ignored: Other options of the answer.
+        """
+        if all(keeps_all(leaf) for _, leaf in labelled_leaves(self.cache)):
+            return 0
+        parts = Parts()
+        if self.tokenizer.has_chat_template:
+            options = {**self._template, "tokenize": True}
+            options["add_generation_prompt"] = False
+            render = functools.partial(self.tokenizer.apply_chat_template, **options)
+            parts = parts_of(render, messages, tokens)
+        places, before = stops(len(tokens), parts.ends, parts.beginning), start
+        for place in [place for place in places if place > start]:
+            steps = [*range(start, place, prefill_step_size), place]
+            for first, last in itertools.pairwise(steps):
+                self.network(mx.array(tokens[first:last])[None], cache=self.cache)
+                mx.eval([cache.state for cache in self.cache])
+            start, kept = place, copy.deepcopy(self.cache)
+            self._places.insert_cache(None, tokens[:place], kept, cache_type="user")
+        return start - before
 
     def save(self, path: str | Path) -> None:
         """Write messages and cache to a prompt-cache file.
@@ -240,3 +291,12 @@ def _said(
     if not (are_tokens and are_messages):
         raise FormatError(f"{path} is damaged: its messages or tokens are none")
     return messages, held, tokens
+
+
+def _with_read(response: Any, tokens: int, seconds: float) -> Any:
+    """A response of mlx-lm's, with tokens of the prompt that were read before it."""
+    if not tokens:
+        return response
+    seconds += response.prompt_tokens / max(response.prompt_tps, 1e-9)
+    count = response.prompt_tokens + tokens
+    return replace(response, prompt_tokens=count, prompt_tps=count / seconds)

@@ -13,13 +13,7 @@ import logging
 from typing import Any
 
 import mlx_lm.server as host_server
-from mlx_lm.models.cache import (
-    LRUPromptCache,
-    PromptTrie,
-    can_trim_prompt_cache,
-    make_prompt_cache,
-    trim_prompt_cache,
-)
+from mlx_lm.models.cache import make_prompt_cache
 from rich.filesize import decimal
 
 from ..errors import TurboQuantError, UnsupportedError
@@ -27,9 +21,9 @@ from ..spec import CacheSpec
 from . import proofs
 from .factory import apply
 from .loading import cast_for_device, check_context
-from .sharing import held_nbytes
+from .reading import SharedReading
 from .speculation import check_rewinds, check_split
-from .stock import labelled_leaves, length_of
+from .stock import keeps_all, labelled_leaves
 
 _UNBOUNDED = 1 << 63
 
@@ -75,104 +69,20 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
             if self.draft_model is not None:
                 check_split(self.model, caches)
                 check_rewinds(caches, "model")
-                check_rewinds(make_prompt_cache(self.draft_model), "draft model")
+                drafts = make_prompt_cache(self.draft_model)
+                check_rewinds(drafts, "draft model")
+                caches = [*caches, *drafts]
             self.is_batchable = self.draft_model is None and all(
                 hasattr(cache, "merge") for cache in caches
             )
+            self.empty_caches = caches
+            self.keeps_all = all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))
         except TurboQuantError:
             self.reset()  # or the next request would find a half-made model
             raise
 
 
-class _Texts(PromptTrie):  # type: ignore[misc]
-    """mlx-lm's tree of texts, that knows all of its entries.
-
-    Attributes:
-        entries: By their id.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entries: dict[int, Any] = {}
-
-    def add(self, model: Any, tokens: list[int], value: Any) -> Any:
-        """Put an entry in; returns the one that it replaces, if any."""
-        replaced = super().add(model, tokens, value)
-        self.entries.pop(id(replaced), None)
-        self.entries[id(value)] = value
-        return replaced
-
-    def pop(self, model: Any, tokens: list[int]) -> Any:
-        """Take an entry out."""
-        entry = super().pop(model, tokens)
-        self.entries.pop(id(entry), None)
-        return entry
-
-    def pop_prefixes(self, model: Any, tokens: list[int]) -> Any:
-        """Take out entries of what a text begins with."""
-        taken = super().pop_prefixes(model, tokens)
-        for _, entry in taken:
-            self.entries.pop(id(entry), None)
-        return taken
-
-
-class PromptStore(LRUPromptCache):  # type: ignore[misc]
-    """mlx-lm's store of texts' caches, that keeps tokens and caches in step.
-
-    Speculative decoding ends with caches that have not seen the last token, or of two
-    models that have seen different numbers: a text that is continued from there would
-    miss a token.
-
-    Texts that begin alike hold the same pages: its bytes count them once.
-    """
-
-    def __init__(self, *limits: int, **named: int) -> None:
-        super().__init__(*limits, **named)
-        self._trie = _Texts()
-
-    @property
-    def _n_bytes(self) -> int:
-        entries = self._trie.entries.values()
-        caches = (entry.prompt_cache for entry in entries)
-        return held_nbytes(leaf for c in caches for _, leaf in labelled_leaves(c))
-
-    @_n_bytes.setter
-    def _n_bytes(self, ignored: int) -> None:
-        """mlx-lm adds and takes off what each text would hold alone."""
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any
-    ) -> None:
-        """Keep what all caches have seen of ``tokens``, or nothing if they differ."""
-        lengths = [length_of([entry]) for entry in prompt_cache]
-        counted = [length for length in lengths if length is not None]
-        seen = min([*counted, len(tokens)])
-        if any(length != seen for length in counted):
-            if not can_trim_prompt_cache(prompt_cache):
-                return
-            for entry, length in zip(prompt_cache, lengths, strict=True):
-                entry.trim((length or seen) - seen)
-        super().insert_cache(model, tokens[:seen], prompt_cache, **kind)
-
-
-class ServedStore(PromptStore):
-    """A store whose texts always leave a token to be read, as serving needs."""
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> Any:
-        """What a text begins with, its last token always left to be read.
-
-        mlx-lm returns all of a text that it has; its server then has nothing to read.
-        """
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is None or rest:
-            return cache, rest
-        if not can_trim_prompt_cache(cache):
-            return None, tokens
-        trim_prompt_cache(cache, 1)
-        return cache, tokens[-1:]
-
-
-class Generator(host_server.ResponseGenerator):  # type: ignore[misc]
+class Generator(SharedReading):
     """Serves requests; refuses prompts that the model was not made for."""
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:

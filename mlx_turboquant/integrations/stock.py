@@ -113,3 +113,17 @@ def length_of(caches: Iterable[Any]) -> int | None:
     """Tokens that a prompt cache has seen; None if none of its entries counts them."""
     offsets = [getattr(leaf, "offset", None) for _, leaf in labelled_leaves(caches)]
     return max((o for o in offsets if isinstance(o, int)), default=None)
+
+
+def keeps_all(leaf: Any) -> bool:
+    """Whether it can be cut to any length, however long its text gets.
+
+    Recurrent states cannot, nor windows and chunks that tokens will leave.
+    """
+    bounded = hasattr(leaf, "max_size") or hasattr(leaf, "chunk_size")
+    return bool(leaf.is_trimmable()) and not bounded
+
+
+def can_go_back(leaf: Any) -> bool:
+    """Whether it can be cut to any length now: nothing has left it yet."""
+    return bool(leaf.is_trimmable()) and not getattr(leaf, "start_position", 0)

@@ -19,9 +19,10 @@ import mlx_lm.server as host_server
 
 from ..errors import RequestError, TurboQuantError, UnsupportedModelError
 from .admission import Admission
-from .loading import check_context, context_length
+from .loading import context_length
+from .prompt_store import PromptStore
 from .rows import guard_batches
-from .server import Generator, PromptStore, Provider
+from .server import Generator, Provider
 from .tickets import Cancelled, Line, Ticket
 
 #: Faults that come faster than this are not tried again at once.
@@ -103,6 +104,7 @@ class SupervisedGenerator(Generator):
         finally:
             self._generation_failed = self._start_error is not None
             self.cut_off()
+            self.prompt_cache.close()
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _load_first(self) -> None:
@@ -133,7 +135,7 @@ class SupervisedGenerator(Generator):
             exc_info=fault,
         )
         self._fail_open(f"the server met a fault ({_first_line(fault)})")
-        self.prompt_cache.trim_to(n_sequences=0)
+        self.prompt_cache.forget()
         mx.clear_cache()
 
     def cut_off(self) -> None:
@@ -160,13 +162,6 @@ class SupervisedGenerator(Generator):
         self._ticket = entry[0] if entry is not None else None
         return entry
 
-    def _tokens_of(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        if not isinstance(request.prompt, list):
-            return super()._tokenize(tokenizer, request, args)
-        prompt = list(request.prompt)  # token ids already
-        check_context(self.model_provider.model, len(prompt))
-        return prompt, [prompt], ["assistant"], "normal", None
-
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """A request's tokens, if all of it can be served.
 
@@ -174,7 +169,7 @@ class SupervisedGenerator(Generator):
             RequestError: if it cannot, for the first reason.
         """
         try:
-            tokenized = self._tokens_of(tokenizer, request, args)
+            tokenized = super()._tokenize(tokenizer, request, args)
         except (TurboQuantError, Cancelled):
             raise
         except Exception as error:

@@ -19,7 +19,8 @@ import uvicorn
 from starlette.applications import Starlette
 
 from ..errors import SpecError
-from ..integrations.server import PromptStore, Provider
+from ..integrations.prompt_store import PromptStore
+from ..integrations.server import Provider
 from ..integrations.supervision import SupervisedGenerator
 from .app import application, fingerprint
 from .guard import Access

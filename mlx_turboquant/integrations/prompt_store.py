@@ -1,0 +1,325 @@
+"""`PromptStore`: caches of texts that were read, for those that begin like them.
+
+It stands where mlx-lm's ``LRUPromptCache`` does and answers to the same calls. A new
+text gets a fork of the cache that is good for most of it, whoever made that: another
+conversation, a living one's prompt, an earlier turn. Caches that keep all tokens are
+cut where the texts part; states that stand at one place of their text (recurrent ones,
+full windows) are taken from the nearest place before, of which mlx-lm's loop hands over
+those that `Generator` asks for. Pages that texts share are held, and counted, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.nn as nn
+from mlx_lm.models.cache import can_trim_prompt_cache
+
+from ..conversations import BLOCK, PrefixIndex, common_length, spread
+from ..conversations.disk import DiskFolder
+from ..conversations.index import Tokens, as_tokens
+from ..conversations.snapshots import CLOSE
+from ..errors import UnsupportedError
+from .saved_texts import SavedTexts
+from .sharing import held_nbytes
+from .stock import can_go_back, keeps_all, labelled_leaves, length_of
+
+#: Places of one text at which states are kept.
+MAX_PLACES = 16
+_UNBOUNDED = 1 << 63
+#: Seconds without use after which a text's pages are written, and all of it: what the
+#: next turn would make needless is not.
+PAGES_AFTER, ALL_AFTER = 2.0, 300.0
+#: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
+_TEXT, _PLACE, _SYSTEM = "assistant", "user", "system"
+
+
+@dataclass(eq=False)
+class KeptText:
+    """What is kept of one text.
+
+    Attributes:
+        model: Whose caches, as mlx-lm names it.
+        tokens: The text.
+        caches: A prompt cache that has seen all of it.
+        kind: ``"assistant"``: all of a text; ``"user"``: a place within one;
+            ``"system"``: one that other texts may part from it at.
+        used: When it was used last, by the store's own count.
+        at: The same in seconds.
+        saved: What a folder has of it: nothing, its pages, or all.
+    """
+
+    model: Any
+    tokens: Tokens
+    caches: list[Any]
+    kind: str = _TEXT
+    used: int = 0
+    at: float = 0.0
+    saved: Literal["", "pages", "all"] = ""
+
+    def usable(self, common: int) -> int:
+        """For how many tokens it is good, of ``common`` that it shares with a text."""
+        if len(self.tokens) <= common:
+            return len(self.tokens)
+        leaves = labelled_leaves(self.caches)
+        return common if all(can_go_back(leaf) for _, leaf in leaves) else 0
+
+    def fork(self, length: int) -> list[Any]:
+        """A cache of its first ``length`` tokens.
+
+        Raises:
+            UnsupportedError: if it is not `usable` for them.
+        """
+        caches: list[Any] = copy.deepcopy(list(self.caches))
+        extra = len(self.tokens) - length
+        for label, leaf in labelled_leaves(caches) if extra else ():
+            if not can_go_back(leaf) or leaf.trim(extra) != extra:
+                raise UnsupportedError(
+                    f"cache {label}, a {type(leaf).__name__}, stands at token "
+                    f"{len(self.tokens)} and cannot go back to {length}",
+                    "read on from a place before",
+                )
+        return caches
+
+
+class PromptStore:
+    """Caches by text, least recently used ones dropped first.
+
+    Args:
+        max_size: Whole texts to keep.
+        max_bytes: Bytes to keep, pages that texts share counted once.
+        folder: Where texts go that are idle, and outlive the process.
+    """
+
+    def __init__(
+        self,
+        max_size: int = 10,
+        max_bytes: int = _UNBOUNDED,
+        folder: DiskFolder | None = None,
+    ) -> None:
+        self.max_size, self.max_bytes, self.folder = max_size, max_bytes, folder
+        # What is kept of models' texts there, once `open` was called for them.
+        self._saved: dict[Any, SavedTexts] = {}
+        self._index: PrefixIndex[KeptText] = PrefixIndex()
+        self._kept: list[KeptText] = []
+        self._clock = itertools.count(1)
+        self._nbytes: int | None = 0
+
+    def __len__(self) -> int:
+        """Whole texts that are kept."""
+        return sum(entry.kind == _TEXT for entry in self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is kept."""
+        if self._nbytes is None:
+            kept = (entry.caches for entry in self._kept)
+            self._nbytes = held_nbytes(
+                leaf for caches in kept for _, leaf in labelled_leaves(caches)
+            )
+        return self._nbytes
+
+    def open(
+        self, model: Any, networks: Sequence[nn.Module], caches: Sequence[Any]
+    ) -> None:
+        """Look for a model's texts in the folder, and keep them there, from now on.
+
+        Args:
+            model: As texts of it are called.
+            networks: The model, and its draft model if it has one.
+            caches: Empty caches of theirs.
+        """
+        if self.folder is not None and model not in self._saved:
+            self._saved[model] = SavedTexts(self.folder, networks, caches)
+
+    def in_common(self, model: Any, tokens: Tokens) -> int:
+        """The longest beginning that a kept text has in common with this one."""
+        return self._index.in_common(model, tokens)
+
+    def in_reach(self, model: Any, tokens: Tokens) -> int:
+        """How much of that a fork would have seen."""
+        return self._index.longest(model, tokens[:-1], KeptText.usable)[0]
+
+    def fetch_nearest_cache(
+        self, model: Any, tokens: list[int]
+    ) -> tuple[list[Any] | None, list[int]]:
+        """A cache that has seen the beginning of a text, and what it has not seen.
+
+        That is at least the last token, from which an answer goes on.
+
+        Args:
+            model: Whose caches.
+            tokens: The text.
+
+        Returns:
+            A fork, and the rest; None and all of the text if nothing fits.
+        """
+        text = as_tokens(tokens)
+        length, entry = self._index.longest(model, text[:-1], KeptText.usable)
+        saved = self._saved.get(model)
+        restored = saved.load(text[:-1], length + BLOCK) if saved else None
+        if restored is not None:
+            entry = KeptText(model, *restored, saved="all")
+            self._insert(entry)
+            length = entry.usable(common_length(entry.tokens, text[:-1]))
+        self._tell(model, text, length)
+        if entry is None:
+            return None, tokens
+        self._use(entry)
+        return entry.fork(length), tokens[length:]
+
+    def _tell(self, model: Any, text: Tokens, length: int) -> None:
+        """Say so if states that cannot go back are why tokens are read again."""
+        common = self.in_common(model, text[:-1])
+        if common > length + CLOSE:
+            logging.info(
+                f"Prompt cache: {common} tokens were read before, but recurrent states "
+                f"or windows cannot go back to where the texts part; {common - length} "
+                f"of them are read again, from token {length} on"
+            )
+
+    def insert_cache(
+        self,
+        model: Any,
+        tokens: list[int],
+        prompt_cache: list[Any],
+        *,
+        cache_type: str = _TEXT,
+    ) -> None:
+        """Keep a text's cache, or nothing if its layers differ and cannot be cut.
+
+        Speculative decoding ends with caches that have not seen the last token, or of
+        two models that have seen different numbers: what all have seen is kept.
+
+        Args:
+            model: Whose caches.
+            tokens: The text.
+            prompt_cache: Its cache, the store's from now on.
+            cache_type: As `KeptText.kind`.
+        """
+        lengths = [length_of([entry]) for entry in prompt_cache]
+        counted = [length for length in lengths if length is not None]
+        seen = min([*counted, len(tokens)])
+        if any(length != seen for length in counted):
+            if not can_trim_prompt_cache(prompt_cache):
+                return
+            for entry, length in zip(prompt_cache, lengths, strict=True):
+                entry.trim((length or seen) - seen)
+        if seen:
+            kept = KeptText(model, as_tokens(tokens[:seen]), prompt_cache, cache_type)
+            self._insert(kept)
+
+    def _use(self, entry: KeptText) -> None:
+        entry.used, entry.at = next(self._clock), time.monotonic()
+
+    def _insert(self, kept: KeptText) -> None:
+        self._use(kept)
+        replaced = self._index.add(kept.model, kept.tokens, kept)
+        if replaced is not None:
+            self._kept.remove(replaced)
+            if replaced.kind == _TEXT:
+                kept.kind = _TEXT
+        self._kept.append(kept)
+        self._nbytes = None
+        self._drop_beginnings(kept)
+        self.trim_to(n_sequences=self.max_size, n_bytes=self.max_bytes)
+
+    def _drop_beginnings(self, kept: KeptText) -> None:
+        """Give up what this text makes needless of those that it goes on from."""
+        beginnings = self._index.beginnings(kept.model, kept.tokens)
+        if _keeps_all(kept.caches):
+            for entry in beginnings:
+                self._drop(entry)
+            return
+        for entry in beginnings:
+            if kept.kind == entry.kind == _TEXT:
+                entry.kind = _PLACE
+        by_length = {
+            len(entry.tokens): entry
+            for entry in [*beginnings, kept]
+            if entry.kind != _SYSTEM or entry is kept
+        }
+        for length in spread(list(by_length), MAX_PLACES):
+            self._drop(by_length[length])
+
+    def trim_to(
+        self, *, n_sequences: int | None = None, n_bytes: int | None = None
+    ) -> None:
+        """Drop what was not used for longest, until no more is kept than this.
+
+        Args:
+            n_sequences: Whole texts; places within them are a few for each.
+            n_bytes: Bytes.
+        """
+        texts = _UNBOUNDED if n_sequences is None else max(0, n_sequences)
+        size = _UNBOUNDED if n_bytes is None else max(0, n_bytes)
+        while len(self) > texts:
+            self._drop_oldest(lambda entry: entry.kind == _TEXT)
+        while len(self._kept) - len(self) > MAX_PLACES * texts:
+            self._drop_oldest(lambda entry: entry.kind != _TEXT)
+        while size < _UNBOUNDED and self._kept and self.nbytes > size:
+            self._drop_oldest(lambda entry: True)
+
+    def _drop_oldest(self, among: Callable[[KeptText], bool]) -> None:
+        some = [entry for entry in self._kept if among(entry)]
+        oldest = min(some, key=lambda entry: entry.used)
+        self._save(oldest, whole=True)
+        self._drop(oldest)
+
+    def _drop(self, entry: KeptText) -> None:
+        self._index.remove(entry.model, entry.tokens)
+        self._kept.remove(entry)
+        self._nbytes = None
+
+    def forget(self) -> None:
+        """Drop all that is kept; nothing of it is written any more."""
+        for entry in list(self._kept):
+            self._drop(entry)
+
+    def idle(self) -> None:
+        """Write a text that nobody has used for a while, for callers with time."""
+        now = time.monotonic()
+        for entry in self._kept:
+            if entry.kind != _TEXT or entry.saved == "all":
+                continue
+            if entry.model not in self._saved:
+                continue
+            whole = now - entry.at > ALL_AFTER
+            if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
+                self._save(entry, whole)
+                return
+
+    def _save(self, entry: KeptText, whole: bool) -> None:
+        """Write a text, and with all of it the places that it is gone back to."""
+        saved = self._saved.get(entry.model)
+        if saved is None or entry.kind != _TEXT or entry.saved == "all":
+            return
+        if whole and not _keeps_all(entry.caches):
+            for place in self._likely_places(entry):
+                saved.save(place.tokens, place.caches, whole=True)
+        saved.save(entry.tokens, entry.caches, whole)
+        entry.saved = "all" if whole else "pages"
+
+    def _likely_places(self, entry: KeptText) -> list[KeptText]:
+        """The end of a text's system prompt, and of its last prompt."""
+        last: dict[str, KeptText] = {}
+        for place in self._index.beginnings(entry.model, entry.tokens):
+            last[place.kind] = place
+        return list(last.values())
+
+    def close(self) -> None:
+        """Write all that is not yet written."""
+        for entry in list(self._kept):
+            self._save(entry, whole=True)
+        if self.folder is not None:
+            self.folder.close()
+
+
+def _keeps_all(caches: Sequence[Any]) -> bool:
+    return all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))

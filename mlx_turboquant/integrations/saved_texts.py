@@ -1,0 +1,326 @@
+"""`SavedTexts`: caches of texts as records of a folder, page by page.
+
+    head   what one text's beginning fixed for all that follows: gains, the sink
+    page   codes of all layers that keep all tokens; written once, whoever shares it
+    tail   what a text has behind its last whole page, and the whole of what stands at
+           one place of it: windows, recurrent states
+
+A text whose layers all keep all tokens is restored from its pages alone if its tail is
+not there: as a text that was cut there. Others need a tail. Owns keys and forms of the
+records; how they are kept is ``conversations/disk.py``'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.cache as host_cache
+import numpy as np
+
+from ..cache import TurboQuantCache
+from ..conversations.disk import DiskFolder, Record
+from ..conversations.index import Tokens, chain, common_length
+from ..conversations.records import Bytes, array_of, bytes_of, dtype_name, pack, unpack
+from ..errors import TurboQuantError
+from . import hook
+from .fingerprint import fingerprint
+from .stock import keeps_all, labelled_leaves, replace_leaves
+
+_HEAD, _PAGE, _TAIL = 1, 2, 3
+#: Damaged records that are passed over before a text is read again.
+_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder has of a text.
+
+    Attributes:
+        length: Tokens of the text that it is good for.
+        head: The head's key.
+        pages: Keys of its pages.
+        tail: The tail's key; None if pages are all.
+        tokens: What it has seen, with the tail's tokens.
+    """
+
+    length: int
+    head: bytes
+    pages: list[bytes]
+    tail: bytes | None
+    tokens: Tokens
+
+
+class SavedTexts:
+    """One model's texts in a folder.
+
+    Args:
+        folder: The folder.
+        networks: As for `fingerprint`.
+        caches: As for `fingerprint`.
+    """
+
+    def __init__(
+        self, folder: DiskFolder, networks: Sequence[nn.Module], caches: Sequence[Any]
+    ) -> None:
+        self.folder = folder
+        self._root = fingerprint(networks, caches)
+        self._empty = copy.deepcopy(list(caches))
+        leaves = _leaves(caches)
+        self._growing = [
+            i for i, leaf in enumerate(leaves) if type(leaf) is TurboQuantCache
+        ]
+        shapes = {(leaves[i].spec.sink, leaves[i].spec.page) for i in self._growing}
+        hook.register()  # classes of ours, by name
+        known = all(hasattr(host_cache, type(leaf).__name__) for leaf in leaves)
+        #: Whether texts of this model can be saved at all.
+        self.is_possible = known and len(shapes) == 1
+        sink, page = shapes.pop() if self.is_possible else (0, 1)
+        self._sink: int = sink
+        self._page: int = page
+        self._keeps_all = all(keeps_all(leaf) for leaf in leaves)
+        if not self.is_possible:
+            logging.warning(
+                "KV folder: texts of this model are not kept in it: no layer keeps "
+                "codes of all tokens, or layers differ in sink and page"
+            )
+
+    # Writing.
+
+    def save(self, tokens: Tokens, caches: Sequence[Any], whole: bool) -> bool:
+        """Write what is not there yet of a text; whether it is there now.
+
+        Args:
+            tokens: The text.
+            caches: What has seen it.
+            whole: Also its tail; else its pages only.
+        """
+        leaves = _leaves(caches)
+        growing = [leaves[i] for i in self._growing]
+        if not self.is_possible or any(c.offset != len(tokens) for c in growing):
+            return False
+        count = min(cache.packed_length // self._page for cache in growing)
+        if not count:
+            return True  # too short to be worth it
+        states = [dict(cache.state) for cache in growing]
+        head = self._head(tokens, growing, states)
+        keys = self._page_keys(head.key, tokens)[:count]
+        there = self.folder.known([head.key, *keys])
+        first = max(0, there - 1)
+        pages = self._pages(states, growing, keys, first)
+        records = [*([head] if not there else []), *pages]
+        if whole:
+            records.insert(0, self._tail(tokens, leaves, states, growing, keys))
+        behind = keys[first - 1] if first else b""
+        return self.folder.write(records, behind, keys[-1])
+
+    def _first_key(self, tokens: Tokens) -> bytes:
+        first = np.ascontiguousarray(tokens[: self._sink + self._page])
+        return _key(self._root, first.tobytes())
+
+    def _page_keys(self, head: bytes, tokens: Tokens) -> list[bytes]:
+        return list(chain(head, tokens[self._sink :], self._page))
+
+    def _head(
+        self, tokens: Tokens, growing: Sequence[Any], states: Sequence[dict[str, Any]]
+    ) -> Record:
+        layers = [
+            {
+                name: value
+                for name, value in state.items()
+                if name == "header" or name.startswith(("sink:", "gains:"))
+            }
+            for state in states
+        ]
+        recent = [_shape_of(state, "recent:") for state in states]
+        layout = [
+            _layout(cache, state) for cache, state in zip(growing, states, strict=True)
+        ]
+        # What they are decoded with, so that no page is read with another's.
+        fixed = [
+            (name, bytes_of(value).tobytes() if name != "header" else value.encode())
+            for layer in layers
+            for name, value in sorted(layer.items())
+            if not name.startswith("sink:")
+        ]
+        first = self._first_key(tokens)
+        lineage = hashlib.blake2b(digest_size=16)
+        for name, value in fixed:
+            lineage.update(name.encode())
+            lineage.update(value)
+        data = pack({"layers": layers, "recent": recent, "layout": layout})
+        return Record(_key(first, lineage.digest()), first, _HEAD, data)
+
+    def _pages(
+        self,
+        states: Sequence[dict[str, Any]],
+        growing: Sequence[Any],
+        keys: Sequence[bytes],
+        first: int,
+    ) -> Iterator[Record]:
+        count = len(keys) - first
+        if not count:
+            return
+        columns = []
+        for cache, state in zip(growing, states, strict=True):
+            for name, _, heads, rows, width in _layout(cache, state):
+                array = state[name][0, :, first * rows : len(keys) * rows]
+                by_page = array.reshape(heads, count, rows * width).swapaxes(0, 1)
+                columns.append(bytes_of(by_page).reshape(count, -1))
+        matrix = np.concatenate(columns, axis=1)
+        for i, row in enumerate(matrix, first):
+            parent = keys[i - 1] if i else b""
+            yield Record(keys[i], parent, _PAGE, [row.data])
+
+    def _tail(
+        self,
+        tokens: Tokens,
+        leaves: Sequence[Any],
+        states: Sequence[dict[str, Any]],
+        growing: Sequence[Any],
+        keys: Sequence[bytes],
+    ) -> Record:
+        layers = []
+        for cache, state in zip(growing, states, strict=True):
+            rows = {name: n for name, _, _, n, _ in _layout(cache, state)}
+            layers.append(
+                {
+                    name: array[:, :, rows[name] * len(keys) :]
+                    if name in rows
+                    else array
+                    for name, array in state.items()
+                    if name != "header" and not name.startswith(("sink:", "gains:"))
+                }
+            )
+        others = [
+            [i, type(leaf).__name__, leaf.state]
+            for i, leaf in enumerate(leaves)
+            if i not in self._growing
+        ]
+        behind = tokens[self._sink + self._page * len(keys) :].tobytes()
+        data = pack({"layers": layers, "others": others})
+        return Record(_key(keys[-1], behind), keys[-1], _TAIL, data, behind)
+
+    # Reading.
+
+    def longest(self, tokens: Tokens) -> Found | None:
+        """What is good for most of a text; None if nothing is."""
+        best: Found | None = None
+        if not self.is_possible or len(tokens) < self._sink + self._page:
+            return None
+        for head, _ in self.folder.children(self._first_key(tokens), _HEAD):
+            keys = self._page_keys(head, tokens)
+            keys = keys[: self.folder.known(keys)]
+            end = self._sink + self._page * len(keys)
+            if self._keeps_all and keys and (best is None or end > best.length):
+                best = Found(end, head, keys, None, tokens[:end])
+            for count in range(len(keys), 0, -1):
+                start = self._sink + self._page * count
+                if best is not None and best.length >= start + self._page:
+                    break  # no tail of these is longer
+                for key, note in self.folder.children(keys[count - 1], _TAIL):
+                    behind = np.frombuffer(note, np.int32)
+                    common = common_length(behind, tokens[start:])
+                    if common < len(behind) and not self._keeps_all:
+                        continue
+                    if best is None or start + common >= best.length:
+                        seen = np.concatenate([tokens[:start], behind])
+                        best = Found(start + common, head, keys[:count], key, seen)
+        return best
+
+    def load(self, tokens: Tokens, least: int) -> tuple[Tokens, list[Any]] | None:
+        """A text's tokens and caches that are good for more than ``least`` of a text.
+
+        Args:
+            tokens: The text.
+            least: How many it has to be good for, at least.
+        """
+        for _ in range(_ATTEMPTS):
+            found = self.longest(tokens)
+            if found is None or found.length < least:
+                return None
+            tail = [] if found.tail is None else [found.tail]
+            data = self.folder.read([found.head, *found.pages, *tail])
+            if data is None:
+                continue  # what is left may do
+            try:
+                return found.tokens, self._caches(data, len(found.pages))
+            except (TurboQuantError, ValueError, KeyError, IndexError) as error:
+                logging.warning(f"KV folder: a text cannot be restored ({error})")
+                return None
+        return None
+
+    def _caches(self, data: Sequence[Bytes], pages: int) -> list[Any]:
+        head = unpack(data[0])
+        matrix = np.stack(data[1 : 1 + pages])
+        tail = unpack(data[1 + pages]) if len(data) > 1 + pages else None
+        at, made = 0, {}
+        for i, layer in enumerate(head["layers"]):
+            rest = tail["layers"][i] if tail else _nothing(head["recent"][i])
+            state = {**layer, **rest}
+            for name, dtype, heads, rows, width in head["layout"][i]:
+                size = heads * rows * width * getattr(mx, dtype).size
+                part = np.ascontiguousarray(matrix[:, at : at + size]).reshape(-1)
+                at += size
+                array = array_of(part, dtype, (pages, heads, rows * width))
+                array = array.swapaxes(0, 1).reshape(1, heads, pages * rows, width)
+                behind = rest.get(name)
+                state[name] = (
+                    array
+                    if behind is None or not behind.size
+                    else mx.concatenate([array, behind], axis=2)
+                )
+            made[self._growing[i]] = TurboQuantCache.from_state(state)
+        for i, kind, state in tail.get("others", ()) if tail else ():
+            made[i] = getattr(host_cache, kind).from_state(state)
+        restored = (made[i] for i in range(len(made)))
+        caches = replace_leaves(copy.deepcopy(self._empty), lambda _: next(restored))
+        mx.eval([cache.state for cache in caches])
+        return caches
+
+
+def _leaves(caches: Sequence[Any]) -> list[Any]:
+    return [leaf for _, leaf in labelled_leaves(caches)]
+
+
+def _key(root: bytes, data: bytes) -> bytes:
+    return hashlib.blake2b(data, key=root, digest_size=16).digest()
+
+
+def _layout(cache: Any, state: dict[str, Any]) -> list[list[Any]]:
+    """[name, dtype, heads, rows of a page, width] of arrays that are in pages."""
+    layout: list[list[Any]] = []
+    for name in sorted(state):
+        if name.startswith(("packed:", "means:")):
+            array = state[name]
+            _, heads, rows, width = array.shape
+            of_page = (
+                1
+                if name.startswith("means:")
+                else cache.spec.page * rows // cache.packed_length
+            )
+            layout.append([name, dtype_name(array), heads, of_page, width])
+    return layout
+
+
+def _shape_of(state: dict[str, Any], group: str) -> list[list[Any]]:
+    """[name, dtype, heads, width] of a group's arrays."""
+    return [
+        [name, dtype_name(array), array.shape[1], array.shape[3]]
+        for name, array in state.items()
+        if name.startswith(group)
+    ]
+
+
+def _nothing(shapes: Sequence[Sequence[Any]]) -> dict[str, mx.array]:
+    """Arrays of no tokens, as `_shape_of` says."""
+    return {
+        name: mx.zeros((1, heads, 0, width), getattr(mx, dtype))
+        for name, dtype, heads, width in shapes
+    }

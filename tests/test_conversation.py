@@ -175,7 +175,7 @@ def test_a_turn_beyond_the_context_is_refused_and_not_kept(make):
 
 
 def test_a_text_without_tokens_is_refused_and_not_kept(make):
-    talk = make()
+    talk = make(template=None)
     with pytest.raises(SpecError, match="has no tokens"):
         answer(talk, "")
     assert talk.messages == []

@@ -61,14 +61,14 @@ def writes(running, monkeypatch):
 def prompts(running, monkeypatch):
     """The texts of prompts as the model gets them."""
     seen = []
-    real = running.generator._tokens_of
+    real = running.generator._prompt_of
 
     def tokens_of(tokenizer, request, args):
         tokenized = real(tokenizer, request, args)
         seen.append(tokenizer.decode(tokenized[0]))
         return tokenized
 
-    monkeypatch.setattr(running.generator, "_tokens_of", tokens_of)
+    monkeypatch.setattr(running.generator, "_prompt_of", tokens_of)
     return seen
 
 

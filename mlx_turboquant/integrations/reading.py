@@ -78,10 +78,11 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         super()._generate()
 
     def _run_generate(self) -> None:
+        store = self.prompt_cache  # mlx-lm's loop drops it at its end
         try:
             super()._run_generate()
         finally:
-            self.prompt_cache.close()
+            store.close()
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _prompt_of(self, tokenizer: Any, request: Any, args: Any) -> Tokenized:

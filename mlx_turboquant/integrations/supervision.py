@@ -91,6 +91,7 @@ class SupervisedGenerator(Generator):
             return [one for one in self._open if one.is_open]
 
     def _run_generate(self) -> None:
+        store = self.prompt_cache  # mlx-lm's loop drops it at its end
         try:
             self._load_first()
             while not self._stop:
@@ -104,7 +105,7 @@ class SupervisedGenerator(Generator):
         finally:
             self._generation_failed = self._start_error is not None
             self.cut_off()
-            self.prompt_cache.close()
+            store.close()
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _load_first(self) -> None:

@@ -48,6 +48,8 @@ _LEVEL, _WEIGHT = 16, 128
 _BUCKET, _FURTHEST = 16, 40
 #: Deviations of what is left over: 2^(k / 4), k from _FINEST to 0 and one more.
 _FINEST, _CLASSES = -12, 14
+#: Whole numbers that float32 holds.
+_EXACT = 2**24
 #: Of a level's variance, added to it: texts differ.
 _RIDGE = 2e-3
 #: Of all probability, shared alike by all codes: what was never seen has a code.
@@ -80,8 +82,10 @@ class Rule:
 
 
 def sources(vector: Vector, heads: Sequence[Sides[int]]) -> tuple[Vector, ...]:
-    """What a vector is predicted from: up to `NEAR` heads each of its own layer before
-    it, of the layer before, and for values of the same layer's keys.
+    """What a vector is predicted from, all decoded before it.
+
+    Up to `NEAR` heads each: before it in its own layer and side, in the layer before,
+    and of the same layer's keys if it is one of values.
 
     Args:
         vector: The vector.
@@ -105,12 +109,21 @@ class CodePredictor:
     """Probabilities of codes, given those before them.
 
     Args:
-        rules: By vector, in the order of decoding.
-        levels: By side and layer, its levels (2**bits,) in sixteenths.
+        codecs: Of each layer.
+        heads: KV heads of each layer.
+        arrays: What was learned; see `fit`.
 
     Attributes:
-        order: Every layer's vectors, sources first.
-        digest: Names it: what it coded, no other can restore.
+        codecs, heads: As above.
+        arrays: To keep beside the pages, by name: weights int8, classes uint8, tables
+            float32. With the same arguments they make the same predictor again.
+        order: Every layer's vectors, each behind its sources.
+        digest: Names it: what it froze, no other can restore.
+
+    Raises:
+        FormatError: if the arrays are not of such a model.
+        UnsupportedError: for a codec whose codes are not of elements, or are of more
+            than `MAX_BITS` bits.
     """
 
     def __init__(
@@ -139,6 +152,7 @@ class CodePredictor:
         try:
             weights = self.arrays[f"{name}:weights"]
             classes = self.arrays[f"{name}:classes"]
+            self.table(self.codec(vector).bits)
         except KeyError as error:
             raise FormatError(f"the predictor has no {error}; fit it again") from error
         if weights.shape != (dim, width + dim) or classes.shape != (dim,):
@@ -147,6 +161,12 @@ class CodePredictor:
                 "it is another model's: fit it again"
             )
         wide = weights.astype(np.float32)
+        largest = np.abs(wide).sum(axis=1).max() * levels_of(self.codec(vector)).max()
+        if largest >= _EXACT:
+            raise UnsupportedError(
+                f"sums of {name} may be {largest:g}, and float32 counts to {_EXACT}",
+                "keep pages of this model as they are",
+            )
         inner = np.tril(wide[:, width:], -1)
         outer = np.ascontiguousarray(wide[:, :width])
         return Rule(first, outer, inner, classes.astype(np.int64))
@@ -188,7 +208,9 @@ class CodePredictor:
         levels = {
             vector: np.concatenate(
                 [
-                    _levels_of(getattr(text[vector.layer], vector.side), scalars, vector)
+                    _levels_of(
+                        getattr(text[vector.layer], vector.side), scalars, vector
+                    )
                     for text in texts
                 ]
             )

@@ -29,6 +29,7 @@ from .prediction import (
     CodePredictor,
     Floats,
     LayerCodes,
+    Rule,
     Vector,
     buckets,
     codes_of,
@@ -114,7 +115,7 @@ def restore(
                 block = slice(start, start + _BLOCK)
                 predicted[block] += rule.inner[block, :start] @ own[:start]
             sums = predicted[i] + rule.inner[i, start:i] @ own[start:i]
-            likely = table[rule.classes[i]][buckets(sums)]
+            likely = np.take(table[rule.classes[i]], buckets(sums), axis=0)
             for coder, span in zip(coders, spans, strict=True):
                 rows[i, span] = coder.decode(family, likely[span])
             own[i] = of_codes[rows[i]]
@@ -173,16 +174,18 @@ def _open(
         raise FormatError(f"a frozen page's scales are damaged: {error}") from error
     wanted = 2 * tokens * sum(n for heads in predictor.heads for n in heads)
     if len(plain) != wanted:
-        raise FormatError(f"a frozen page has {len(plain)} bytes of scales, not {wanted}")
+        raise FormatError(
+            f"a frozen page has {len(plain)} bytes of scales, not {wanted}"
+        )
     return tokens, stream.astype(np.uint32), plain, check
 
 
-def _rule(predictor: CodePredictor, vector: Vector) -> tuple[Any, Floats]:
+def _rule(predictor: CodePredictor, vector: Vector) -> tuple[Rule, Floats]:
     return predictor.rule(vector), predictor.table(predictor.codec(vector).bits)
 
 
 def _from_sources(
-    rule: Any, levels: dict[Vector, Floats], tokens: int | None = None
+    rule: Rule, levels: dict[Vector, Floats], tokens: int | None = None
 ) -> Floats:
     """What other vectors say of one (D, T), whole numbers."""
     if not rule.sources:

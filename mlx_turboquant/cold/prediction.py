@@ -270,7 +270,8 @@ def levels_of(codec: ScalarCodec) -> Floats:
 def buckets(predicted: Floats) -> npt.NDArray[np.int64]:
     """Rows of a table for predictions, whole numbers of 1 / 2048."""
     nearest = np.rint(predicted * np.float32(_BUCKET / (_LEVEL * _WEIGHT)))
-    return (np.clip(nearest, -_FURTHEST, _FURTHEST) + _FURTHEST).astype(np.int64)
+    rows = np.clip(nearest, -_FURTHEST, _FURTHEST) + _FURTHEST
+    return np.asarray(rows, np.int64)
 
 
 def _name(vector: Vector) -> str:

@@ -1,27 +1,51 @@
-// Format TRELLIS: a level is looked up by a window of 8 bits of the stream of a vector's codes.
+// Format TRELLIS: a level is computed from a window of 8 bits of the stream of a vector's codes.
 // With x the bits from a pair's own on, the windows of its two elements overlap:
 //
-//     bit of x     TERMS + 7 | TERMS + 6  ..  8 | 7      | 6  ..  TERMS | TERMS - 1  ..  0
-//     even element                              | sign   | index of its magnitude
-//     odd element  sign      | index of its magnitude                   |
+//     bit of x     TERMS + 7 ..  8 | 7  ..  TERMS | TERMS - 1  ..  0
+//     even element                 |<------------ window ---------->|
+//     odd element  |<----------- window --------->|
 //
 // The stream goes on in the next unit of the lane, and behind its last one in the first of the
 // lane that has the next part of the vector; behind the last element is the first.
-// A word of the table has an even element's magnitude in its low half, an odd one's in its
-// high half.
 
 #include "pair_codes.h"
 
-template <bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
-struct Format<TRELLIS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
+// What makes levels: codecs/trellis_levels.py has the formula. `first` is of couples of an even
+// and an odd element (keys), or of even ones, `second` of odd ones (values).
+struct LevelFormula {
+  half2 first_multiplier, second_multiplier;
+  half2 slope;
+};
+// params: the gain, twice the multipliers of even and of odd elements, the slope.
+template <bool VALUES>
+TQ_FUNC LevelFormula make_formula(const device float* params) {
+  LevelFormula formula;
+  formula.first_multiplier = tq_half2(params[1], params[VALUES ? 1 : 2]);
+  formula.second_multiplier = tq_splat(params[2]);
+  formula.slope = tq_splat(params[3]);
+  return formula;
+}
+
+// Levels over the gain, of the windows in the low 8 bits of both halves. A window becomes the
+// mantissa of 1024 + window; u is what the product loses by being rounded to a half, which a
+// multiply-add finds exactly.
+TQ_FUNC half2 window_levels(uint windows, half2 multiplier, half2 slope) {
+  half2 number = tq_half2(tq_and_or(windows, 0x00FF00FFu, 0x64006400u));
+  half2 product = number * multiplier;
+  half2 u = tq_fma(number, multiplier, -product);
+  half2 square = u * u;
+  half2 fourth = square * square;
+  return tq_fma(fourth, fourth, slope) * u;
+}
+
+template <bool VALUES, int DIM, int BITS, int TERMS>
+struct Format<TRELLIS, VALUES, DIM, BITS, TERMS> {
   typedef PairCodes<VALUES, tq_padded(TRELLIS, DIM, BITS), BITS> Codes;
   enum {
     PADDED = tq_padded(TRELLIS, DIM, BITS),
     LANE_WORDS = Codes::LANE_WORDS,
     SCALES = 1,
     UNITS = tq_units(PADDED),
-    COPIES = tq_table_copies(SINGLE_TABLE),
-    COPY_BITS = SINGLE_TABLE ? 5 : 4,
     LOOKAHEAD = TERMS + 8 - BITS,  // bits that a window needs behind its pair's own
     RUN = VALUES ? 2 : 4,          // a token's codes in a unit
     NEXT_UNITS = (LOOKAHEAD + RUN * BITS - 1) / (RUN * BITS)  // that windows reach into
@@ -30,17 +54,10 @@ struct Format<TRELLIS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
     typename Codes::Unit codes;
     typename Codes::Unit next[NEXT_UNITS];
   };
-  struct Params {
-    const threadgroup half2* table;
-    uint copy;  // the one that this lane reads
-  };
+  typedef LevelFormula Params;
 
-  static TQ_FUNC Params make_params(
-      const device float*, const threadgroup half2* table, uint lane) {
-    Params params;
-    params.table = table;
-    params.copy = lane % uint(COPIES);
-    return params;
+  static TQ_FUNC Params make_params(const device float* params, const threadgroup half2*, uint) {
+    return make_formula<VALUES>(params);
   }
   static TQ_FUNC Unit load(
       const thread PackedTokens& tokens, int tile, int unit, int, uint lane) {
@@ -85,27 +102,6 @@ struct Format<TRELLIS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
     }
     return x;
   }
-  // The magnitudes by the 7 bits from bit `at` of x on.
-  static TQ_FUNC uint lookup(const thread Params& params, uint x, int at) {
-    uint shifted = at >= COPY_BITS ? x >> (at - COPY_BITS) : x << (COPY_BITS - at);
-    return tq_bits(params.table[tq_and_or(shifted, 127u << COPY_BITS, params.copy)]);
-  }
-  // An even and an odd element of one pair.
-  static TQ_FUNC half2 pair_levels(const thread Params& params, uint x) {
-    uint levels = tq_outer_halves(lookup(params, x, 0), lookup(params, x, TERMS));
-    // Signs are the windows' top bits.
-    levels ^= (x << 8) & 0x8000u;
-    return tq_half2(levels ^ ((x << (24 - TERMS)) & 0x80000000u));
-  }
-  // Even and odd elements of the pairs of two tokens.
-  static TQ_FUNC void even_odd_levels(
-      const thread Params& params, uint x, uint y, thread half2& even, thread half2& odd) {
-    uint evens = tq_low_halves(lookup(params, x, 0), lookup(params, y, 0));
-    uint odds = tq_high_halves(lookup(params, x, TERMS), lookup(params, y, TERMS));
-    uint signs = tq_low_halves(x, y);
-    even = tq_half2(evens ^ ((signs << 8) & 0x80008000u));
-    odd = tq_half2(odds ^ ((signs << (8 - TERMS)) & 0x80008000u));
-  }
   static TQ_FUNC void decode(
       const thread Params& params, const thread Unit& codes, int, int c, int j,
       thread half2* four) {
@@ -113,11 +109,16 @@ struct Format<TRELLIS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
     for (int i = 0; i < 2; i++) {
       uint x = window_bits(codes, c, j + i, 0);
       uint y = window_bits(codes, c + (VALUES ? 0 : 1), j + i, VALUES ? 1 : 0);
+      half2 multiplier = params.first_multiplier;
       if (VALUES) {
-        even_odd_levels(params, x, y, four[2 * i], four[2 * i + 1]);
+        uint both = tq_low_halves(x, y);
+        four[2 * i] = window_levels(both, multiplier, params.slope);
+        four[2 * i + 1] = window_levels(both >> TERMS, params.second_multiplier, params.slope);
       } else {
-        four[2 * i] = pair_levels(params, x);
-        four[2 * i + 1] = pair_levels(params, y);
+        uint first = tq_outer_halves(x, x << (16 - TERMS));
+        uint second = tq_outer_halves(y, y << (16 - TERMS));
+        four[2 * i] = window_levels(first, multiplier, params.slope);
+        four[2 * i + 1] = window_levels(second, multiplier, params.slope);
       }
     }
   }

@@ -22,7 +22,7 @@ from ..tiles import tile_layout
 from ..version import __version__
 
 #: Raised by any change to bit layout, levels, signs or array names.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _MAGIC = "mlx_turboquant"
 _GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]

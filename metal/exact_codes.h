@@ -66,8 +66,8 @@ struct ExactPairs<PAIRS, BITS, TERMS> {
   }
 };
 
-// params: the gain, twice the multipliers of even and of odd elements, the slope. Levels are
-// rounded as codecs/trellis_levels.py does, so that every machine has the same.
+// params: the gain, twice the multipliers of even and of odd elements, the bend, the slope.
+// Levels are rounded as codecs/trellis_levels.py does, so that every machine has the same.
 template <int BITS, int TERMS>
 struct ExactPairs<TRELLIS, BITS, TERMS> {
   static TQ_FUNC void decode(uint x, const device float* params, float, thread float* pair) {
@@ -76,8 +76,8 @@ struct ExactPairs<TRELLIS, BITS, TERMS> {
       uint window = (x >> (TERMS * e)) & 255u;
       float product = float(1024u + window) * (0.5f * params[1 + e]);
       float u = 2.0f * (product - tq_round(product));
-      float fourth = u * u * (u * u);
-      float level = (fourth * fourth + params[3]) * u;
+      float bent = u * u - params[3];
+      float level = (bent * bent + params[4]) * u;
       pair[e] = tq_round(level * 4096.0f) * (params[0] / 4096.0f);
     }
   }

@@ -32,8 +32,8 @@ _MOST_FMA_ROWS, _FMA_DIM = 4, 256
 MOST_FMA = Tuning(fma_rows=_MOST_FMA_ROWS)
 #: Elements of a unit of values (tiles.h), and the most simdgroups that share them.
 _UNIT, _MOST_SIMDGROUPS = 32, 4
-#: Head_dim up to which a threadgroup takes two row tiles: beyond, threadgroup memory has
-#: no room for them.
+#: Head_dim up to which a threadgroup takes two row tiles: beyond, its memory has no
+#: room for them.
 _TWO_ROW_TILES_DIM = 256
 #: Pages that a simdgroup makes the logits of means of: ``MEANS_OF_SIMDGROUP``.
 _PAGES = 16

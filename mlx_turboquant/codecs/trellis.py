@@ -31,7 +31,7 @@ from ..spec import CodecSpec
 from ..tokens import TokenArrays
 from . import viterbi
 from .base import Side
-from .kernel_format import TRELLIS, EncodeFormat, KernelFormat
+from .kernel_format import EncodeFormat, KernelFormat
 from .registry import CodecInfo, codec_info, register_codec
 from .scale_rules import (
     RULES,

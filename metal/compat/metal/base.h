@@ -80,7 +80,7 @@ TQ_FUNC uint tq_two_bytes(uint x, int i, uint y, int k) {
 }
 // Bytes of x and y by turns, x first: their low halves', or their high ones'.
 TQ_FUNC uint tq_zip_bytes(uint x, uint y, bool high) {
-  uchar4 a = as_type<uchar4>(x);
-  uchar4 b = as_type<uchar4>(y);
-  return as_type<uint>(high ? uchar4(a.z, b.z, a.w, b.w) : uchar4(a.x, b.x, a.y, b.y));
+  ushort a = high ? as_type<ushort2>(x).y : as_type<ushort2>(x).x;
+  ushort b = high ? as_type<ushort2>(y).y : as_type<ushort2>(y).x;
+  return tq_two_halves(ushort((a & 255) | (b << 8)), ushort((a >> 8) | (b & 0xFF00)));
 }

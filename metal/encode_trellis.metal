@@ -40,7 +40,8 @@ TQ_FUNC void encode_vectors(
     device uint* words, device half* scales, uint lane) {
   constexpr int PER_LANE = (DIM + 31) / 32;
   constexpr int STEPS_PER_LANE = COUNT / 32;
-  constexpr int STEPS_BEFORE_END = OVERLAP < COUNT / 2 ? OVERLAP : COUNT / 2;
+  constexpr int STEPS_BEFORE_END =
+      tq_overlap(EVEN + ODD) < COUNT / 2 ? tq_overlap(EVEN + ODD) : COUNT / 2;
   constexpr int LANES_PER_VECTOR = 32 / VECTORS;
   constexpr int SURVIVOR_WORDS = COUNT * 4;
   constexpr int WORDS = COUNT * (EVEN + ODD) / 64;

@@ -9,6 +9,7 @@
 // lane that has the next part of the vector; behind the last element is the first.
 
 #include "pair_codes.h"
+#include "compat/bytes.h"
 
 // What makes levels: codecs/trellis_levels.py has the formula. Multipliers are of couples of an
 // even and an odd element (keys), or of even ones and of odd ones (values).

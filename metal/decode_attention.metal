@@ -369,19 +369,19 @@ TQ_FUNC void write_partial(
 // SHARED_TABLE: whether keys and values look up the same table. recent_* are whole buffers, of
 // which `recent` tokens are in use. tiles: places of all rows' tiles, one row behind the other.
 TQ_ENTRY(decode_split_kv) {
-  typedef Format<K_KIND, false, DK, K_BITS, K_TERMS, SINGLE_TABLE> K;
-  typedef Format<V_KIND, true, DV, V_BITS, V_TERMS, SINGLE_TABLE> V;
+  typedef Format<K_KIND, false, DK, K_BITS, K_TERMS> K;
+  typedef Format<V_KIND, true, DV, V_BITS, V_TERMS> V;
   typedef QueryRows<(FMA_ROWS > 0), (FMA_ROWS > 0 ? FMA_ROWS : ROW_TILES)> Rows;
   // Of a type that makes their addresses multiples of 16 bytes.
   threadgroup uint4 query_words[Rows::UNIT_QUERIES * tq_units(K::PADDED) / 4];
   threadgroup uint4 round_words[(tq_round_words(SIMDGROUPS, Rows::TILE_WORDS) + 3) / 4];
   threadgroup float maxima[tq_maxima_floats(SIMDGROUPS, Rows::ROWS)];
   threadgroup float logits_of_means[CENTER ? tq_means_floats(SIMDGROUPS, Rows::ROWS) : 1];
-  threadgroup half2 k_table[tq_table_words(K_KIND, K_BITS, SINGLE_TABLE)];
+  threadgroup half2 k_table[tq_table_words(K_KIND, K_BITS)];
   // What is needed behind the loops, and would take registers in them: the number of the first
   // row's partial result, query rows, splits, and whether the tokens are packed.
   threadgroup int ending[4];
-  threadgroup half2 v_table[SHARED_TABLE ? 1 : tq_table_words(V_KIND, V_BITS, SINGLE_TABLE)];
+  threadgroup half2 v_table[SHARED_TABLE ? 1 : tq_table_words(V_KIND, V_BITS)];
   Shared shared;
   shared.queries = (threadgroup half2*)query_words;
   shared.rounds = (threadgroup uint*)round_words;
@@ -465,9 +465,9 @@ TQ_ENTRY(decode_split_kv) {
       const device half* head_means = means + pool * means_strides[0] + head * means_strides[1];
       pages = find_means(head_means, row_tiles, run, args, simdgroup, lane);
     }
-    load_table<K_KIND, K_BITS, SINGLE_TABLE>(k_params, k_table, thread_index, 32 * SIMDGROUPS);
+    load_table<K_KIND, K_BITS>(k_params, k_table, thread_index, 32 * SIMDGROUPS);
     if (!SHARED_TABLE) {
-      load_table<V_KIND, V_BITS, SINGLE_TABLE>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
+      load_table<V_KIND, V_BITS>(v_params, v_table, thread_index, 32 * SIMDGROUPS);
     }
     load_queries<T, DK, K::PADDED, Rows, ROTATE_K, SIMDGROUPS>(
         head_q, q_strides[1], q_strides[2], q_strides[3],

@@ -25,7 +25,8 @@ TQ_FUNC uint pack_windows(const threadgroup float* windows, int index) {
 // x: the first of the vectors, DIM contiguous elements, vector v x_offsets[v] elements from
 // it; signs and mean as for encode_scalar.metal, with offsets likewise. vector_count: how
 // many of VECTORS there are; the others repeat one. table: 256 levels by window of even
-// elements, 256 of odd ones, and the unit they are in. EVEN and ODD: own bits. Scratch of
+// elements and 256 of odd ones as the search sees them, the unit they are in, and 512 as they
+// are, likewise. EVEN and ODD: own bits. Scratch of
 // this simdgroup's own: steps (VECTORS * COUNT), costs (2 * MAX_STATES), survivors (VECTORS *
 // COUNT * 4). words and scales: of the first vector.
 template <
@@ -39,7 +40,8 @@ TQ_FUNC void encode_vectors(
     device uint* words, device half* scales, uint lane) {
   constexpr int PER_LANE = (DIM + 31) / 32;
   constexpr int STEPS_PER_LANE = COUNT / 32;
-  constexpr int STEPS_BEFORE_END = OVERLAP < COUNT / 2 ? OVERLAP : COUNT / 2;
+  constexpr int STEPS_BEFORE_END =
+      tq_overlap(EVEN + ODD) < COUNT / 2 ? tq_overlap(EVEN + ODD) : COUNT / 2;
   constexpr int LANES_PER_VECTOR = 32 / VECTORS;
   constexpr int SURVIVOR_WORDS = COUNT * 4;
   constexpr int WORDS = COUNT * (EVEN + ODD) / 64;
@@ -112,7 +114,7 @@ TQ_FUNC void encode_vectors(
     for (int i = 0; i < PER_LANE; i++) {
       int d = int(lane) + 32 * i;
       uint window = uint(windows[d]);
-      float level = d < DIM ? table[(lane % 2u) * 256u + window] * level_unit : 0.0f;
+      float level = d < DIM ? table[513u + (lane % 2u) * 256u + window] : 0.0f;
       dot += y[v][i] * level;
       code_sq += level * level;
     }

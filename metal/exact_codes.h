@@ -66,15 +66,19 @@ struct ExactPairs<PAIRS, BITS, TERMS> {
   }
 };
 
-// params: the gain, then magnitudes (even, odd) in units of it.
+// params: the gain, twice the multipliers of even and of odd elements, the bend, the slope.
+// Levels are rounded as codecs/trellis_levels.py does, so that every machine has the same.
 template <int BITS, int TERMS>
 struct ExactPairs<TRELLIS, BITS, TERMS> {
   static TQ_FUNC void decode(uint x, const device float* params, float, thread float* pair) {
     TQ_UNROLL
     for (int e = 0; e < 2; e++) {
-      uint window = x >> (TERMS * e);
-      float level = params[1u + 2u * (window & 127u) + uint(e)] * params[0];
-      pair[e] = window & 128u ? -level : level;
+      uint window = (x >> (TERMS * e)) & 255u;
+      float product = float(1024u + window) * (0.5f * params[1 + e]);
+      float u = 2.0f * (product - tq_round(product));
+      float bent = u * u - params[3];
+      float level = (bent * bent + params[4]) * u;
+      pair[e] = tq_round(level * 4096.0f) * (params[0] / 4096.0f);
     }
   }
 };

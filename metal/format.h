@@ -5,7 +5,7 @@
 //               (format_polynomial.h)
 //   PAIRS       codes of pairs, BITS each, looked up in a table of points (format_points.h)
 //   TRELLIS     codes of pairs, BITS each, TERMS of them the even element's; a level is
-//               looked up by the 8 bits from an element's own on (format_trellis.h)
+//               computed from the 8 bits from an element's own on (format_trellis.h)
 //   ANGLES      as PAIRS, of points on a circle, and a norm of TERMS bits with each
 //               (format_points.h)
 //
@@ -28,8 +28,7 @@ constant constexpr int PAIRS = 1;
 constant constexpr int TRELLIS = 2;
 constant constexpr int ANGLES = 3;
 
-// SINGLE_TABLE: whether no other side's table is in threadgroup memory beside this one's.
-template <int KIND, bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
+template <int KIND, bool VALUES, int DIM, int BITS, int TERMS>
 struct Format;
 
 // Elements of a vector, filled up as its codec does: a trellis' circle has whole words of bits
@@ -40,25 +39,18 @@ constexpr int tq_padded(int kind, int dim, int bits) {
                          : (dim + 63) / 64 * 64;
 }
 
-// A trellis has its 128 magnitudes once per lane (or, of two tables, per two lanes): lanes
-// then never wait for each other's banks.
-constexpr int tq_table_copies(bool single_table) { return single_table ? 32 : 16; }
 // Words of a side's table in threadgroup memory; at least one, as arrays must have.
-constexpr int tq_table_words(int kind, int bits, bool single_table) {
-  return kind == PAIRS || kind == ANGLES ? 1 << bits
-         : kind == TRELLIS               ? 128 * tq_table_copies(single_table)
-                                         : 1;
+constexpr int tq_table_words(int kind, int bits) {
+  return kind == PAIRS || kind == ANGLES ? 1 << bits : 1;
 }
 
-// params: the gain, then points (x, y) of pairs, or a trellis's magnitudes (even, odd).
-// table: tq_table_words of it, as halves.
-template <int KIND, int BITS, bool SINGLE_TABLE>
+// params: the gain, then points (x, y) of pairs. table: tq_table_words of it, as halves.
+template <int KIND, int BITS>
 TQ_FUNC void load_table(
     const device float* params, threadgroup half2* table, uint thread_index, uint threads) {
-  if (KIND == POLYNOMIAL) return;
-  uint copies = KIND == TRELLIS ? uint(tq_table_copies(SINGLE_TABLE)) : 1u;
-  for (uint i = thread_index; i < uint(tq_table_words(KIND, BITS, SINGLE_TABLE)); i += threads) {
-    const device float* point = params + 1u + 2u * (i / copies);
+  if (KIND != PAIRS && KIND != ANGLES) return;
+  for (uint i = thread_index; i < uint(tq_table_words(KIND, BITS)); i += threads) {
+    const device float* point = params + 1u + 2u * i;
     table[i] = tq_half2(point[0], point[1]);
   }
 }

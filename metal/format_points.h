@@ -28,8 +28,8 @@ TQ_FUNC void couples_of_points(
   }
 }
 
-template <bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
-struct Format<PAIRS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
+template <bool VALUES, int DIM, int BITS, int TERMS>
+struct Format<PAIRS, VALUES, DIM, BITS, TERMS> {
   typedef PairCodes<VALUES, tq_padded(PAIRS, DIM, BITS), BITS> Codes;
   typedef typename Codes::Unit Unit;
   typedef PointTable Params;
@@ -56,8 +56,8 @@ struct Format<PAIRS, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
 // A code is an angle and above it TERMS bits of a norm. scale[0] is the vector's largest norm;
 // scale[1] says how far below it norms reach: the least over the largest (8 bits, linear), or
 // log(largest / least) (4 bits, logarithmic).
-template <bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
-struct Format<ANGLES, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
+template <bool VALUES, int DIM, int BITS, int TERMS>
+struct Format<ANGLES, VALUES, DIM, BITS, TERMS> {
   typedef PairCodes<VALUES, tq_padded(ANGLES, DIM, BITS), BITS + TERMS> Codes;
   typedef PointTable Params;
   enum {

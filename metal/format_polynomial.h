@@ -46,8 +46,8 @@ TQ_FUNC half2 couple_levels(
   return tq_fma(sum, square, tq_splat(1.0f)) * u;
 }
 
-template <bool VALUES, int DIM, int BITS, int TERMS, bool SINGLE_TABLE>
-struct Format<POLYNOMIAL, VALUES, DIM, BITS, TERMS, SINGLE_TABLE> {
+template <bool VALUES, int DIM, int BITS, int TERMS>
+struct Format<POLYNOMIAL, VALUES, DIM, BITS, TERMS> {
   enum {
     PADDED = tq_padded(POLYNOMIAL, DIM, BITS),
     LANE_WORDS = PADDED / 32 * BITS + tq_unit_words(BITS, PADDED % 32 / 8),

@@ -23,8 +23,8 @@
 
 #include "compat/base.h"
 
-// Steps on either side of the end that the first pass sees: OVERLAP of viterbi.py.
-constant constexpr int OVERLAP = 32;
+// Steps on either side of the end that the first pass sees: TrellisGraph.overlap of viterbi.py.
+constexpr int tq_overlap(int own_bits_of_two) { return own_bits_of_two > 6 ? 16 : 32; }
 constant constexpr int MAX_STATES = 128;  // before a step
 // Targets are clipped here: CLIP of viterbi.py.
 constant constexpr float CLIP = 380.0f;

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mlx_turboquant as tq
 from mlx_turboquant.cache import bit_allocation
 from mlx_turboquant.cache.bit_allocation import TARGETS, BitAllocator, LayerSlot
-from mlx_turboquant.codecs import trellis
+from mlx_turboquant.codecs.trellis_levels import FORMULAS
 from mlx_turboquant.polynomial import polynomial_codebook
 
 DIMS = (64, 64)
@@ -86,7 +86,7 @@ def test_with_the_trellis_the_predicted_cost_is_lower(readings, budget):
 
     def predicted(pairs):
         error = {
-            "trellis": trellis.mse,
+            "trellis": lambda bits: FORMULAS[bits].mse,
             "turboquant": lambda b: polynomial_codebook(64, b).mse,
         }
         return sum(

@@ -10,7 +10,7 @@ from codec_tools import made, mse, vectors
 
 import mlx_turboquant as tq
 from mlx_turboquant.codecs import codec_info
-from mlx_turboquant.codecs.kernel_format import POLYNOMIAL
+from mlx_turboquant.codecs.kernel_format import ANGLES, PAIRS, POLYNOMIAL
 from mlx_turboquant.errors import UnsupportedError
 
 
@@ -82,7 +82,7 @@ def test_what_kernels_are_told_is_float32_and_no_constant(name):
             for array in (reads.params, reads.exact_params):
                 assert array.dtype == mx.float32
                 assert array.size >= 8
-            assert reads.has_table == (reads.kind != POLYNOMIAL)
+            assert reads.has_table == (reads.kind in (PAIRS, ANGLES))
             assert bool(reads.coefficients) == (reads.kind == POLYNOMIAL)
         if makes is not None:
             assert makes.table.dtype == mx.float32

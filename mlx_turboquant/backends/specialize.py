@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 
 from ..codecs import Codec
-from ..codecs.kernel_format import TRELLIS, KernelFormat
+from ..codecs.kernel_format import KernelFormat
 from ..kernels.tuning import UNTUNED, Tuning
 from ..quantizer import Quantizer
 from ..rotation import Rotation, SplitRotation
@@ -32,8 +32,8 @@ _MOST_FMA_ROWS, _FMA_DIM = 4, 256
 MOST_FMA = Tuning(fma_rows=_MOST_FMA_ROWS)
 #: Elements of a unit of values (tiles.h), and the most simdgroups that share them.
 _UNIT, _MOST_SIMDGROUPS = 32, 4
-#: Head_dim up to which a threadgroup takes two row tiles: beyond, or beside a trellis'
-#: table, threadgroup memory has no room for them.
+#: Head_dim up to which a threadgroup takes two row tiles: beyond, its memory has no
+#: room for them.
 _TWO_ROW_TILES_DIM = 256
 #: Pages that a simdgroup makes the logits of means of: ``MEANS_OF_SIMDGROUP``.
 _PAGES = 16
@@ -93,7 +93,6 @@ def split_template(
         ("ROW_TILES", row_tiles(keys, values, rows)),
         ("ROW_GROUPS", row_groups(keys, values, rows)),
         ("SHARED_TABLE", shared),
-        ("SINGLE_TABLE", shared or not (k_format.has_table and v_format.has_table)),
         ("SIMDGROUPS", split_simdgroups(values, tuning)),
         ("K_KIND", k_format.kind),
         ("K_BITS", k_format.bits),
@@ -170,9 +169,7 @@ def fma_rows(
 
 def row_tiles(keys: Quantizer, values: Quantizer, rows: int) -> int:
     """Tiles of query rows of a threadgroup of pass 1, which decodes codes once."""
-    kinds = {format_of(side.codec).kind for side in (keys, values)}
-    dim = max(keys.codec.dim, values.codec.dim)
-    fits = TRELLIS not in kinds and dim <= _TWO_ROW_TILES_DIM
+    fits = max(keys.codec.dim, values.codec.dim) <= _TWO_ROW_TILES_DIM
     return 2 if fits and rows > _ROWS else 1
 
 

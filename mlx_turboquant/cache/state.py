@@ -20,7 +20,7 @@ from ..version import __version__
 from .state_checks import check
 
 #: Raised by any change to bit layout, levels, signs or array names.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _MAGIC = "mlx_turboquant"
 _GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]

@@ -30,7 +30,8 @@ class KernelFormat:
         terms: Terms of the polynomial (POLYNOMIAL), an even element's own bits
             (TRELLIS), bits of a norm (ANGLES), or 0 (PAIRS).
         params: What attention decodes with, float32: a gain, then the polynomial
-            (`polynomial.kernel_coefficients`) or the table, row by row.
+            (`polynomial.kernel_coefficients`), what makes a trellis' levels
+            (`trellis_levels.Formula.params`) or the table, row by row.
         exact_params: What the decode kernel takes, float32: the polynomial's own
             coefficients, or ``params``.
         coefficients: Coefficients of u, u^3, ... (POLYNOMIAL); else empty.
@@ -46,7 +47,7 @@ class KernelFormat:
     @property
     def has_table(self) -> bool:
         """Whether levels are looked up rather than computed."""
-        return self.kind != POLYNOMIAL
+        return self.kind in (PAIRS, ANGLES)
 
     @classmethod
     def polynomial(cls, bits: int, coefficients: tuple[float, ...]) -> KernelFormat:
@@ -66,6 +67,15 @@ class KernelFormat:
         mx.eval(params)
         return cls(kind, bits, terms, params, params)
 
+    @classmethod
+    def trellis(
+        cls, bits: int, even_bits: int, params: tuple[float, ...]
+    ) -> KernelFormat:
+        """The format of windows whose levels are computed."""
+        array = mx.array([*params, *[0.0] * MIN_ELEMENTS])
+        mx.eval(array)
+        return cls(TRELLIS, bits, even_bits, array, array)
+
 
 @dataclass(frozen=True, eq=False)
 class EncodeFormat:
@@ -77,7 +87,8 @@ class EncodeFormat:
             RULE is an index into `scale_rules.RULES`.
         table: float32, at least 8 elements. Scalar: levels (2**BITS), boundaries
             (2**BITS - 1), inverse gains (GAINS). Trellis: levels of even and of odd
-            elements by window (256 each) as the search sees them, and their unit.
+            elements by window (256 each) as the search sees them, their unit, and the
+            levels themselves likewise (512).
         words: uint32 words of a vector.
     """
 

@@ -19,7 +19,7 @@ from ..kernels.kernel import Launch, Launcher
 from ..kernels.probe import PROBE, ProbeArguments
 
 #: Threads of the probe, and words of threadgroup memory: 28 kB, which the largest
-#: kernels take (trellis codes of 512 elements).
+#: kernels may take (the search for trellis codes).
 THREADS, WORDS = 128, 7 << 10
 _SEED = 12345
 

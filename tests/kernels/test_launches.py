@@ -137,7 +137,7 @@ def attend_plain(launcher, capacity, poison):
     tail = mx.full((1, HEADS, capacity - RECENT, DIM), poison)
     dims = {"T": mx.float32, "DK": DIM, "DV": DIM, "MASKED": False, "ROTATE_K": False}
     tables = {"CENTER": False, "FMA_ROWS": 0, "ROW_TILES": 1, "ROW_GROUPS": 1}
-    tables |= {"SHARED_TABLE": False, "SINGLE_TABLE": True, "SIMDGROUPS": 2}
+    tables |= {"SHARED_TABLE": False, "SIMDGROUPS": 2}
     formats = {"K_KIND": 0, "K_BITS": 3, "K_TERMS": 2}
     formats |= {"V_KIND": 0, "V_BITS": 3, "V_TERMS": 2}
     template = dims | tables | formats

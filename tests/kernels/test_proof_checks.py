@@ -32,22 +32,14 @@ def test_facts_hold(launcher, mode):
     assert len(kept) == 1
 
 
-def test_the_largest_threadgroup_memory_is_no_more_than_is_probed(lane):
-    """Of attention over trellis codes of 512 elements: queries, weights, two tables."""
-    from mlx_turboquant.backends import specialize
-    from mlx_turboquant.codecs import codec_for
-    from mlx_turboquant.quantizer import Quantizer
-    from mlx_turboquant.spec import CodecSpec
+def test_the_largest_threadgroup_memory_is_no_more_than_is_probed():
+    """Of the search for trellis codes, whose steps, branches and costs are there."""
+    from mlx_turboquant.backends.code_launches import _searches_of
 
-    sides = []
-    for side, bits in (("keys", 3), ("values", 2)):
-        codec = codec_for(CodecSpec.of("trellis", bits), 512, side)
-        sides.append(Quantizer.of(codec.spec, 512, side))
-    template = dict(specialize.split_template(*sides, mx.float16, 8, False))
-    assert not template["SINGLE_TABLE"]
-    tables = 2 * 128 * 16
-    queries = 32 * 4 * template["ROW_TILES"] * 16
-    assert 4 * (tables + queries) < 4 * WORDS <= 32 << 10
+    for count in (32, 64, 96, 128, 256, 512):
+        simdgroups, vectors = _searches_of(count)
+        floats = simdgroups * (count * vectors * 5 + 2 * 128)
+        assert 4 * floats <= 4 * WORDS <= 32 << 10
 
 
 #: What a machine does otherwise, and the facts that say so.

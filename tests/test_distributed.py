@@ -54,29 +54,12 @@ def test_two_ranks_say_what_one_process_says(mode, name, caches, heads):
         assert int(packed) > 0
 
 
-def test_a_chat_on_two_ranks_says_what_one_says(tmp_path):
-    """Rank 0 reads and prints; what it cannot save whole it does not save."""
+def test_a_chat_is_for_one_machine(tmp_path):
     tiny_folder.write(tmp_path)
+    launch = [LAUNCH, "-n", "2", "--backend", "ring", "-p", str(free_port()), "--"]
     chat = [sys.executable, "-m", "mlx_turboquant", "chat", "--model", str(tmp_path)]
-    chat += ["-m", "4", "--kv-bits", "3"]
-    lines = f"hello there\n\u00e9 world\n/save {tmp_path / 'x'}\n"
-
-    def run(command):
-        return subprocess.run(
-            command, input=lines, capture_output=True, text=True, timeout=300,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
-
-    def launched(*options):
-        launch = [LAUNCH, "-n", "2", "--backend", "ring", "-p", str(free_port())]
-        return run([*launch, "--", *chat, *options])
-
-    several, one = launched(), run(chat)
-    said = [re.findall(r"^>>> (.*)$", done.stdout, re.M) for done in (several, one)]
-    assert len(said[0]) == len(said[1]) == 4, several.stdout + several.stderr
-    assert said[0][:2] == said[1][:2]
-    assert "each of several machines holds a part" in said[0][2]
-    assert said[1][2].startswith("saved ")
-    refused = launched("--pipeline").stderr  # mlx-lm has none of this type
-    assert "error: cannot load model" in refused
-    assert "does not support pipelining" in refused
+    done = subprocess.run(
+        [*launch, *chat], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert "a chat is for one machine" in done.stdout + done.stderr

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import TurboQuantError
+from ..errors import SpecError, TurboQuantError
 from . import options as opt
 from .entry import standalone
 from .progress import wait_for_proofs
@@ -48,7 +48,6 @@ def chat(
     max_tokens: opt.MaxTokens = 256,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
-    pipeline: opt.Pipeline = False,
     kv_quality: opt.KvQuality = None,
 ) -> None:
     """Chat with a model, its KV cache compressed."""
@@ -58,9 +57,15 @@ def chat(
     )
     opt.checked_text("--system-prompt", system_prompt or "")
 
+    import mlx.core as mx
+
+    if mx.distributed.init().size() > 1:
+        raise SpecError(
+            "a chat is for one machine, this is one of several; use mlx_tq.server there"
+        )
+
     from rich.console import Console
 
-    from ..integrations import ranks
     from ..integrations.conversation import Conversation
     from ..integrations.factory import caches_for
     from .session import Session
@@ -70,9 +75,7 @@ def chat(
         adapter_path,
         trust_remote_code,
         template_options=template_options,
-        pipeline=pipeline,
-        seed=seed if seed is not None or ranks.count() == 1 else 0,
-        is_verbose=ranks.is_first(),
+        seed=seed,
     )
 
     def make_cache() -> list[Any]:
@@ -89,8 +92,8 @@ def chat(
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec, conversation.cache)
-    wait_for_proofs(ranks.is_first())
-    console = Console(highlight=False, quiet=not ranks.is_first())
+    wait_for_proofs()
+    console = Console(highlight=False)
     console.print(session.name, style="bold", end="  ", markup=False)
     console.print("/help says what else you can type.")
     sampler = session.sampler(
@@ -121,8 +124,6 @@ def chat(
 
 def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
     """What the user types, until there is no more; asks only at a terminal."""
-    from ..integrations import ranks
-
     if sys.stdin is not None and sys.stdin.isatty():
         import contextlib
 
@@ -132,7 +133,7 @@ def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
         try:
             meter = f"\n[dim]{_meter(conversation)}[/]\n[bold green]>>>[/] "
             console.print(meter, end="")
-            line = ranks.shared(_typed() if ranks.is_first() else None)
+            line = _typed()
         except KeyboardInterrupt:
             continue
         if line is None:

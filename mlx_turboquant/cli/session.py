@@ -16,7 +16,7 @@ import typer
 from mlx_lm.sample_utils import make_sampler
 
 from ..errors import SpecError
-from ..integrations import chat_template, loading, model_folder, ranks
+from ..integrations import chat_template, loading, model_folder
 from ..integrations.footprint import of_network
 from ..memory import machine_memory, tight_memory_warning
 from ..spec import CacheSpec
@@ -49,7 +49,6 @@ class Session:
         extra_eos_tokens: Sequence[str] = (),
         template_options: dict[str, Any] | None = None,
         use_default_template: bool = False,
-        pipeline: bool = False,
         seed: int | None = None,
         is_verbose: bool = True,
     ) -> None:
@@ -63,7 +62,6 @@ class Session:
             **(tokenizer_options or {}),
             "trust_remote_code": trust_remote_code,
         }
-        self._pipeline = pipeline
         self.network, self.tokenizer = self._load(adapter_path, trust_remote_code)
         eos_token = self.tokenizer_options.get("eos_token")
         self._add_ends([] if eos_token is None else [eos_token])
@@ -76,12 +74,6 @@ class Session:
     def _load(
         self, adapter_path: str | None, trust_remote_code: bool
     ) -> tuple[nn.Module, Any]:
-        if ranks.count() > 1:
-            if adapter_path is not None:
-                raise SpecError("--adapter-path does not go with several machines")
-            return loading.load_part(
-                self.name, self._pipeline, self.tokenizer_options, trust_remote_code
-            )
         return loading.load(
             self.name,
             adapter_path=adapter_path,

@@ -23,9 +23,8 @@ from mlx_lm import stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..conversations import stops
-from ..errors import FormatError, SpecError, UnsupportedError
+from ..errors import FormatError, SpecError
 from ..explanation import Explanation, explain
-from . import ranks
 from .chat_template import render
 from .compiled_step import compiled
 from .loading import check_context, context_length
@@ -64,8 +63,7 @@ class Conversation:
     ) -> None:
         self.network, self.tokenizer, self.name = network, tokenizer, name
         self._adapter = adapter
-        # A step that waits for other machines is not replayed.
-        self._stepping = compiled(network) if ranks.count() == 1 else network
+        self._stepping = compiled(network)
         self._make_cache, self._template = make_cache, template or {}
         self._system = system
         self.reset()
@@ -208,9 +206,7 @@ class Conversation:
 
         Raises:
             SpecError: if there can be no such file.
-            UnsupportedError: if this is one machine of several: its cache is a part.
         """
-        _check_alone()
         mx.eval([cache.state for cache in self.cache])
         save_prompt_cache(
             path,
@@ -232,7 +228,6 @@ class Conversation:
             UnsupportedModelError: if the cache is another model's.
             UnsupportedError: if this is one machine of several.
         """
-        _check_alone()
         cache, metadata = load_prompt_cache(path, self.network, return_metadata=True)
         if metadata.get("kind") != _KIND:
             raise FormatError(
@@ -254,14 +249,6 @@ class Conversation:
         check_tokens(self.network, tokens, str(path))
         self.messages, self._cached_tokens, self._text_tokens = messages, held, tokens
         self.cache = cache
-
-
-def _check_alone() -> None:
-    if ranks.count() > 1:
-        raise UnsupportedError(
-            "each of several machines holds a part of the chat's cache",
-            "save and load chats of a model that is on one",
-        )
 
 
 def _said(

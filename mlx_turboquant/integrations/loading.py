@@ -70,42 +70,6 @@ def load(
     return network, tokenizer
 
 
-def load_part(
-    model: str,
-    pipeline: bool,
-    tokenizer_config: dict[str, Any] | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[nn.Module, Any]:
-    """Load this rank's part of a model, under ``mlx.launch``, and its tokenizer.
-
-    Args:
-        model: A folder or a hub id.
-        pipeline: Split by layers, not by heads.
-        tokenizer_config: Options of the tokenizer.
-        trust_remote_code: Run code that comes with the model.
-
-    Raises:
-        UnsupportedModelError: as `load`, or if mlx-lm cannot split it so.
-    """
-    group = mx.distributed.init()
-    try:
-        network, tokenizer = host.sharded_load(
-            model,
-            group if pipeline else None,
-            None if pipeline else group,
-            tokenizer_config=tokenizer_config,
-            trust_remote_code=trust_remote_code,
-        )
-        model_folder.check_vocabulary(network, tokenizer, model)
-    except TurboQuantError:
-        raise
-    except Exception as error:  # whatever is made of a stranger's files
-        reason = model_folder.first_line(error)
-        raise model_folder.cannot_load(model, reason) from error
-    cast_for_device(network)
-    return network, tokenizer
-
-
 def cast_for_device(network: nn.Module) -> None:
     """On MLX's CPU device, make the weights float32."""
     if mx.default_device().type == mx.DeviceType.cpu:

@@ -40,6 +40,10 @@ class EvalPlan:
         depths: Facts hidden in each such text, evenly from front to back.
         greedy: Tokens generated greedily to see where they part; 0 for none.
         layers: Also compress one layer at a time, to see how much each costs.
+        long: Tokens of the model's own text that are read behind a prompt (`evals.long`);
+            0 for none. Then there may be no lengths.
+        written: Tokens of them that each cache also writes itself.
+        bounds: Also bound the error of attention (`evals.bounds`).
 
     Raises:
         SpecError: for a value outside its limits.
@@ -56,17 +60,32 @@ class EvalPlan:
     depths: int = 4
     greedy: int = 32
     layers: bool = False
+    long: int = 0
+    written: int = 1024
+    bounds: bool = False
 
     def __post_init__(self) -> None:
         for name in ("windows", "seeds", "prefill", "chunk", "scored", "depths"):
             if getattr(self, name) < 1:
                 raise SpecError(f"{name} {getattr(self, name)} is below 1")
         gaps = zip((0, *self.lengths), self.lengths, strict=False)
+        if self.long and self.written > self.long:
+            raise SpecError(
+                f"written {self.written} is more than the {self.long} tokens of long; "
+                "lower --written"
+            )
+        if self.is_only_long:
+            return
         if not self.lengths or any(b - a <= self.tail for a, b in gaps):
             raise SpecError(
                 f"lengths {list(self.lengths)} must ascend by more than the "
                 f"{self.tail} tokens scored at each; leave some out"
             )
+
+    @property
+    def is_only_long(self) -> bool:
+        """Whether nothing is scored at any length of context."""
+        return bool(self.long) and not (self.lengths or self.greedy or self.layers)
 
     @property
     def tail(self) -> int:

@@ -297,7 +297,7 @@ def test_command_line(run_cli, tmp_path):
     assert (code, err) == (2, "error: --lengths 'x' is not a list such as 1024,2048\n")
     code, _, err = run_cli(*args, "--lengths", "20000")
     assert code == 2
-    assert "the model's context is 8192; lower --lengths or --needles" in err
+    assert "the model's context is 8192; lower --lengths, --needles or --long" in err
 
 
 def test_jobs_of_one_window_share_its_reference(books, monkeypatch):

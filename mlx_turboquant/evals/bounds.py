@@ -8,10 +8,12 @@ every answer how large its error is at most, without the vectors themselves. Wit
     s_t                        the norm of a value's residual
 
 a true weight is between w_t and u_t, the weights when token t's logit is off by d_t one
-way and all others' by theirs the other way, and since true weights sum to one too, an
-output (of decoded values v_t, out) is off by at most
+way and all others' by theirs the other way. True weights sum to one, so what some gain
+the others lose, and an output (``out``, of decoded values v_t) is off by at most
 
-    sum_t max(u_t - p_t, p_t - w_t) |v_t - out| + sum_t u_t s_t
+    the most that weight moved up, and as much moved down, makes of |v_t - out|,
+      or what all weights moved as far as they can make of it, if that is less
+    + the most that weights between w_t and u_t with the sum of one make of s_t
 
 Certain bounds suppose that all residuals point the worst way. After a random rotation
 they point anywhere: q . e has the standard deviation |q| r_t / sqrt(dim), from which
@@ -38,7 +40,7 @@ from ..spec import CacheSpec
 from .needles import read
 
 #: Stored norms are powers of 2**(1/8), rounded up: 4% more than they are, on average.
-_STEPS = 8
+_STEPS, _LARGEST = 8, 127
 #: Decode steps behind a text whose attention is bounded.
 STEPS = 8
 
@@ -64,15 +66,15 @@ class Errors(NamedTuple):
 def stored_norms(norms: Array) -> Array:
     """Norms as one byte each would keep them: never smaller, at most 9.1% larger.
 
-    Zero is kept (uncompressed tokens); from 2**-16 up to 2**15.8, or clipped up to
-    that smallest one.
+    Zero is kept (uncompressed tokens), and what is below 2**-15.9 counts as that.
 
     Raises:
         ValueError: for a norm above the largest.
     """
-    codes = np.ceil(_STEPS * np.log2(np.maximum(norms, 2.0**-16)) - 1e-9)
-    if codes.max(initial=0) > 127:
-        raise ValueError(f"norm {norms.max():g} is above 2**15.8, the largest stored")
+    smallest = 2.0 ** (-_LARGEST / _STEPS)
+    codes = np.ceil(_STEPS * np.log2(np.maximum(norms, smallest)) - 1e-9)
+    if codes.max(initial=0) > _LARGEST:
+        raise ValueError(f"norm {norms.max():g} is above 2**15.9, the largest stored")
     # The last factor: logarithms are rounded.
     kept = 2.0 ** (codes / _STEPS) * (1 + 1e-9)
     return np.where(norms == 0, 0.0, kept)
@@ -102,18 +104,29 @@ def output_errors(
     q, keys, values, decoded_keys, decoded_values = (
         x.astype(np.float64) for x in (q, keys, values, decoded_keys, decoded_values)
     )
-    exact = _softmax(scale * q @ keys.swapaxes(1, 2)) @ values
-    weights = _softmax(scale * q @ decoded_keys.swapaxes(1, 2))
+    exact = np.exp(_log_softmax(scale * q @ keys.swapaxes(1, 2))) @ values
+    log_weights = _log_softmax(scale * q @ decoded_keys.swapaxes(1, 2))
+    weights = np.exp(log_weights)
     out = weights @ decoded_values
     # From here on, nothing of the exact vectors but two norms a token is used.
     key_norms = stored_norms(np.linalg.norm(keys - decoded_keys, axis=-1))
     value_norms = stored_norms(np.linalg.norm(values - decoded_values, axis=-1))
     off = scale * np.linalg.norm(q, axis=-1)[..., None] * key_norms[:, None]
-    most, least = _weight_range(weights, off)
+    least, most = _weight_range(log_weights, off)
     spread = decoded_values[:, None] - out[:, :, None]
     far = np.linalg.norm(spread, axis=-1)  # (H, group, T)
-    moved = np.maximum(most - weights, weights - least)
-    bound = np.sum(moved * far + most * value_norms[:, None], axis=-1)
+    up, down = (np.maximum(x, 0.0) for x in (most - weights, weights - least))
+    moved = np.minimum(up.sum(-1), down.sum(-1))
+    spare = np.broadcast_to(value_norms[:, None], far.shape)
+    by_weights = np.minimum(
+        _most_of(far, up, moved) + _most_of(far, down, moved),
+        np.sum(np.maximum(up, down) * far, axis=-1),
+    )
+    bound = (
+        by_weights
+        + np.sum(least * spare, axis=-1)
+        + _most_of(spare, most - least, 1 - least.sum(-1))
+    )
     logit_variance = off**2 / q.shape[-1]
     by_token = weights**2 * (logit_variance * far**2 + value_norms[:, None] ** 2)
     return Errors(
@@ -124,21 +137,48 @@ def output_errors(
     )
 
 
-def _softmax(logits: Array) -> Array:
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.asarray(weights / weights.sum(-1, keepdims=True))
+def _log_softmax(logits: Array) -> Array:
+    logits = logits - logits.max(-1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
 
 
-def _weight_range(weights: Array, off: Array) -> tuple[Array, Array]:
-    """The most and the least that true weights can be, if logits are ``off`` by that."""
-    # Common factors cancel, so that no exponential overflows.
-    top = off.max(-1, keepdims=True)
-    up, down = weights * np.exp(off - top), weights * np.exp(-off - top)
-    others_down = np.maximum(down.sum(-1, keepdims=True) - down, 0.0)
-    others_up = np.maximum(up.sum(-1, keepdims=True) - up, 0.0)
-    tiny = np.finfo(np.float64).tiny
-    return up / np.maximum(up + others_down, tiny), down / np.maximum(
-        down + others_up, tiny
+def _weight_range(log_weights: Array, off: Array) -> tuple[Array, Array]:
+    """The least and the most that true weights can be, with logits ``off`` by that."""
+    up, down = log_weights + off, log_weights - off
+    return _share(down, _others(up)), _share(up, _others(down))
+
+
+def _share(own: Array, others: Array) -> Array:
+    """exp(own) / (exp(own) + exp(others))."""
+    return np.asarray(1 / (1 + np.exp(np.minimum(others - own, 700.0))))
+
+
+def _others(logs: Array) -> Array:
+    """The logarithm of the sum of all others (..., T).
+
+    Not of a difference: what is left of that beside one large weight is rounding.
+    """
+    before, after = (np.full_like(logs, -np.inf) for _ in range(2))
+    before[..., 1:] = np.logaddexp.accumulate(logs, axis=-1)[..., :-1]
+    backwards = np.logaddexp.accumulate(logs[..., ::-1], axis=-1)[..., ::-1]
+    after[..., :-1] = backwards[..., 1:]
+    return np.asarray(np.logaddexp(before, after))
+
+
+def _most_of(gains: Array, room: Array, budget: Array) -> Array:
+    """The largest sum of gain * share over the last axis, with shares that fit.
+
+    Args:
+        gains: Of a share at each place (..., T).
+        room: The largest share of each place (..., T).
+        budget: The sum of all shares (...) at most.
+    """
+    order = np.argsort(-gains, axis=-1)
+    room = np.take_along_axis(room, order, axis=-1)
+    before = np.cumsum(room, axis=-1) - room
+    share = np.clip(budget[..., None] - before, 0.0, room)
+    return np.asarray(
+        np.sum(np.take_along_axis(gains, order, axis=-1) * share, axis=-1)
     )
 
 
@@ -178,7 +218,9 @@ class WatchedCache(TurboQuantCache):
         keys, values = self.compressed()
         if not self.is_watching or keys.packed is None:
             return
-        exact = [mx.concatenate(list(side), axis=2) for side in zip(*self.exact)]
+        exact = [
+            mx.concatenate(list(side), axis=2) for side in zip(*self.exact, strict=True)
+        ]
         into = keys.quantizer.transform
         decoded = dequantize(keys, values)
         heads = exact[0].shape[1]
@@ -225,7 +267,9 @@ def measure(
 
 
 def _summary(errors: list[Errors]) -> dict[str, float]:
-    true, expected, bound, size = (np.concatenate(part) for part in zip(*errors))
+    true, expected, bound, size = (
+        np.concatenate(part) for part in zip(*errors, strict=True)
+    )
     power = np.mean(size**2)
     relative = {
         name: float(np.sqrt(np.mean(part**2) / power))

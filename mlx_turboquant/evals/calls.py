@@ -76,16 +76,21 @@ def _likeliest(
     model: nn.Module, cache: list[Any], before: list[int], choices: list[list[int]]
 ) -> int:
     """Which of some continuations has the largest probability a token."""
+    first = model(mx.array(before)[None], cache=cache)[:, -1:]
     scores = []
     for choice in choices:
-        ids = [*before, *choice]
-        logits = model(mx.array(ids)[None], cache=cache)[0].astype(mx.float32)
-        for layer in cache:
-            layer.trim(len(ids))
-        rows = logits[len(before) - 1 : -1]
+        logits = first[0]
+        if len(choice) > 1:
+            step = mx.array(choice[:-1])[None]
+            logits = mx.concatenate([first, model(step, cache=cache)], axis=1)[0]
+            for layer in cache:
+                layer.trim(len(choice) - 1)
+        rows = logits.astype(mx.float32)
         rows = rows - mx.logsumexp(rows, axis=-1, keepdims=True)
         picked = mx.take_along_axis(rows, mx.array(choice)[:, None], axis=-1)
         scores.append(cast(float, mx.mean(picked).item()))
+    for layer in cache:
+        layer.trim(len(before))
     return max(range(len(scores)), key=scores.__getitem__)
 
 

@@ -40,8 +40,8 @@ class EvalPlan:
         depths: Facts hidden in each such text, evenly from front to back.
         greedy: Tokens generated greedily to see where they part; 0 for none.
         layers: Also compress one layer at a time, to see how much each costs.
-        long: Tokens of the model's own text that are read behind a prompt (`evals.long`);
-            0 for none. Then there may be no lengths.
+        long: Tokens of the model's own text that are read behind a prompt, as
+            `evals.long` says; 0 for none. With them there may be no lengths.
         written: Tokens of them that each cache also writes itself.
         bounds: Also bound the error of attention (`evals.bounds`).
 

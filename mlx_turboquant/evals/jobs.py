@@ -34,14 +34,15 @@ class JobRunner:
         tokenizer: Its tokenizer.
         plan: What to measure.
         texts: What to read.
+        own_texts: What the model has written itself, by window.
     """
 
     model: nn.Module
     tokenizer: Any
     plan: EvalPlan
     texts: list[str]
+    own_texts: dict[int, list[int]] = field(default_factory=dict)
     _greedy_texts: dict[int, list[int]] = field(default_factory=dict, init=False)
-    _own_texts: dict[int, long.OwnText] = field(default_factory=dict, init=False)
     _reference: tuple[tuple[int, str], list[int], list[mx.array]] | None = field(
         default=None, init=False
     )
@@ -197,7 +198,7 @@ class JobRunner:
                 "window": window,
                 **scores,
                 "calls": made,
-                "written": written,
+                "written": own.written if cache == "fp" else written,
                 "parts": same,
                 "repeats": round(long.repetition(written), 5),
             }
@@ -215,12 +216,11 @@ class JobRunner:
             seed=window,
             is_distinct=True,
         )
-        if window not in self._own_texts:
-            written = self._write_own(
+        if window not in self.own_texts:
+            self.own_texts[window] = self._write_own(
                 prompt, self._factory("fp", 0), self.plan.long, window
             )
-            self._own_texts[window] = long.OwnText(prompt, written)
-        return self._own_texts[window], questions
+        return long.OwnText(prompt, self.own_texts[window]), questions
 
     def _write_own(
         self, prompt: list[int], factory: CacheFactory, count: int, window: int

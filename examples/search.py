@@ -18,12 +18,12 @@ import numpy as np
 
 from mlx_turboquant.evals.text import books
 
-TOKENS, NEAREST, BATCH = 32, 10, 32
+TOKENS, NEAREST, BATCH = 16, 10, 64
 count = int(sys.argv[1]) if len(sys.argv) > 1 else 256
 asked = int(sys.argv[2]) if len(sys.argv) > 2 else 32
 
 model, tokenizer = tq.load(str(Path(__file__).parent / "books-20m"))
-each = (count + asked) * TOKENS // len(books()) + TOKENS
+each = 2 * (count + asked) * TOKENS // len(books()) + TOKENS
 ids = [tokenizer.encode(book[20_000:][: 8 * each])[:each] for book in books()]
 passages = [
     part[at : at + TOKENS]

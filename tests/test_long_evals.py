@@ -230,7 +230,7 @@ def test_bounds_need_codes(books):
 
 
 def test_plans_of_long_texts():
-    assert PLAN.is_only_long
+    assert PLAN.has_no_lengths
     with pytest.raises(SpecError, match="written 1024 is more than the 100 tokens"):
         EvalPlan(long=100)
     with pytest.raises(SpecError, match="lengths"):

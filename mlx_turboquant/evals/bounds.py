@@ -41,6 +41,8 @@ from .needles import read
 
 #: Stored norms are powers of 2**(1/8), rounded up: 4% more than they are, on average.
 _STEPS, _LARGEST = 8, 127
+#: Tokens of a text whose length no plan says.
+TOKENS = 1024
 #: Decode steps behind a text whose attention is bounded.
 STEPS = 8
 

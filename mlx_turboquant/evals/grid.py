@@ -41,9 +41,10 @@ class EvalPlan:
         greedy: Tokens generated greedily to see where they part; 0 for none.
         layers: Also compress one layer at a time, to see how much each costs.
         long: Tokens of the model's own text that are read behind a prompt, as
-            `evals.long` says; 0 for none. With them there may be no lengths.
+            `evals.long` says; 0 for none.
         written: Tokens of them that each cache also writes itself.
-        bounds: Also bound the error of attention (`evals.bounds`).
+        bounds: Also bound the error of attention, at the first length or else at 1,024
+            tokens (`evals.bounds`). With this or ``long`` there may be no lengths.
 
     Raises:
         SpecError: for a value outside its limits.
@@ -74,7 +75,7 @@ class EvalPlan:
                 f"written {self.written} is more than the {self.long} tokens of long; "
                 "lower --written"
             )
-        if self.is_only_long:
+        if self.has_no_lengths:
             return
         if not self.lengths or any(b - a <= self.tail for a, b in gaps):
             raise SpecError(
@@ -83,9 +84,11 @@ class EvalPlan:
             )
 
     @property
-    def is_only_long(self) -> bool:
+    def has_no_lengths(self) -> bool:
         """Whether nothing is scored at any length of context."""
-        return bool(self.long) and not (self.lengths or self.greedy or self.layers)
+        return bool(self.long or self.bounds) and not (
+            self.lengths or self.greedy or self.layers
+        )
 
     @property
     def tail(self) -> int:

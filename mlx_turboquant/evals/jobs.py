@@ -231,7 +231,7 @@ class JobRunner:
 
     def _bound(self, cache: str) -> KeyedJob:
         def job() -> Job:
-            length = self.plan.lengths[0] if self.plan.lengths else long.PROMPT
+            length = self.plan.lengths[0] if self.plan.lengths else bounds.TOKENS
             spec = CacheSpec.parse(cache)
             rows = bounds.measure(
                 self.model, self._window(0, length), spec, self.plan.prefill

@@ -194,7 +194,8 @@ def test_a_bound_is_near_where_the_worst_happens():
     assert 1 <= errors.bound[0] / errors.true[0] < 1.6
     same = bounds.output_errors(q, keys, values, keys, values, 1.0)
     assert same.bound[0] == pytest.approx(0, abs=1e-12)
-    moved = bounds.output_errors(q, keys, values, keys, values + [0.0, 0.5], 1.0)
+    off_values = np.array([0.0, 0.5])
+    moved = bounds.output_errors(q, keys, values, keys, values + off_values, 1.0)
     assert moved.true[0] == pytest.approx(0.5)
     assert 0.5 <= moved.bound[0] <= 0.5 * 2**0.125 * (1 + 1e-6)
 

@@ -129,9 +129,9 @@ def evaluate(
             progress=progress,
         )
     typer.echo(report.as_text(results))
-    written = report.write(results, Path(out))
-    typer.echo("\nwritten: " + ", ".join(str(path) for path in written))
-    if not any(path.suffix == ".png" for path in written):
+    paths = report.write(results, Path(out))
+    typer.echo("\nwritten: " + ", ".join(str(path) for path in paths))
+    if not any(path.suffix == ".png" for path in paths):
         typer.echo("for plots: pip install 'mlx-tq[plots]'", err=True)
 
 

@@ -226,11 +226,21 @@ class WatchedCache(TurboQuantCache):
         into = keys.quantizer.transform
         decoded = dequantize(keys, values)
         heads = exact[0].shape[1]
-        rotated = (into.encode(exact[0]), exact[1], into.encode(decoded[0]), decoded[1])
-        q_rot = into.encode_query(q)[0, :, 0]
-        sides = [np.array(x[0].astype(mx.float32)) for x in rotated]
-        grouped = np.array(q_rot).reshape(heads, -1, q_rot.shape[-1])
-        self.errors.append(output_errors(grouped, *sides, scale))
+        q_rot = np.array(into.encode_query(q)[0, :, 0])
+        keys_rot, values_exact, decoded_keys_rot, decoded_values = (
+            np.array(x[0].astype(mx.float32))
+            for x in (
+                into.encode(exact[0]),
+                exact[1],
+                into.encode(decoded[0]),
+                decoded[1],
+            )
+        )
+        grouped = q_rot.reshape(heads, -1, q_rot.shape[-1])
+        errors = output_errors(
+            grouped, keys_rot, values_exact, decoded_keys_rot, decoded_values, scale
+        )
+        self.errors.append(errors)
 
 
 def measure(

@@ -137,4 +137,4 @@ def _logprobs(model: nn.Module, step: mx.array, cache: list[Any]) -> mx.array:
     logits = model(step, cache=cache)[0].astype(mx.float32)
     logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(logits, [layer.state for layer in cache])
-    return logits
+    return cast(mx.array, logits)

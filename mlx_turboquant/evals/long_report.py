@@ -85,7 +85,7 @@ def bound_cells(results: Evaluation) -> tuple[list[str], Cells]:
     return (head, rows) if rows else ([], [])
 
 
-def _mean(klds: list[np.ndarray], start: int, stop: int) -> float:  # type: ignore[type-arg]
+def _mean(klds: list[np.ndarray], start: int, stop: int) -> float:
     return float(np.concatenate([kld[start:stop] for kld in klds]).mean())
 
 

@@ -36,6 +36,7 @@ SHOWS = {
     "evaluate_your_text.py": ("auto,quality=balanced", "k2v2", "affine:4"),
     "plan_memory.py": ("context 8192", "uncompressed", "k3v3"),
     "compare_codecs.py": ("3.125", "8.125"),
+    "search.py": ("256 passages of 16 tokens", "fp16", "turboquant 3 bits"),
     "add_a_codec.py": ("48213", "k3v3,codec=uniform in 8 of 8 layers"),
 }
 

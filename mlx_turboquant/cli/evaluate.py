@@ -58,6 +58,17 @@ def evaluate(
     layers: Annotated[
         bool, typer.Option(help="Also compress one layer at a time.")
     ] = False,
+    long: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the model's own text to read; 0: none."),
+    ] = None,
+    written: Annotated[
+        int | None,
+        typer.Option(help="Tokens of those that each cache writes itself."),
+    ] = None,
+    bounds: Annotated[
+        bool, typer.Option(help="Bound the error of attention; see docs/quality.md.")
+    ] = False,
     pathologies: Annotated[
         bool,
         typer.Option(help="Also score under transforms that make the cache hard."),
@@ -77,11 +88,15 @@ def evaluate(
         "stepped": stepped,
         "greedy": greedy,
         "layers": layers,
+        "long": long,
+        "written": written,
+        "bounds": bounds,
     }
 
     from .. import evals
     from ..backends import select
     from ..evals import grid, report
+    from ..evals.long import PROMPT
     from ..evals.pathologies import NAMES
     from ..integrations.factory import make_prompt_cache
     from .session import Session
@@ -91,9 +106,14 @@ def evaluate(
     )
     session = Session(model, adapter_path, trust_remote_code)
     session.check_context(
-        max((*plan.lengths, *plan.needles, plan.lengths[0] + plan.greedy)),
+        max(
+            *plan.lengths,
+            *plan.needles,
+            plan.lengths[0] + plan.greedy,
+            PROMPT + plan.long if plan.long else 0,
+        ),
         subject="the longest text has",
-        remedy="lower --lengths, --needles or --greedy",
+        remedy="lower --lengths, --needles, --greedy or --long",
     )
     if select.awaits_proof():
         # Begun before the first job, so that every job is measured on one backend.
@@ -114,9 +134,9 @@ def evaluate(
             progress=progress,
         )
     typer.echo(report.as_text(results))
-    written = report.write(results, Path(out))
-    typer.echo("\nwritten: " + ", ".join(str(path) for path in written))
-    if not any(path.suffix == ".png" for path in written):
+    paths = report.write(results, Path(out))
+    typer.echo("\nwritten: " + ", ".join(str(path) for path in paths))
+    if not any(path.suffix == ".png" for path in paths):
         typer.echo("for plots: pip install 'mlx-tq[plots]'", err=True)
 
 

@@ -84,7 +84,9 @@ def evaluate(
         if path.exists():
             results = Evaluation.load(path)
             results.check_same(about, path)
-    runner = JobRunner(model, tokenizer, plan, text.read_texts(text_file))
+    runner = JobRunner(
+        model, tokenizer, plan, text.read_texts(text_file), results.own_texts()
+    )
     jobs = list(runner.jobs(caches, pathology))
     for done, (key, job) in enumerate(jobs):
         if progress is not None:

@@ -46,6 +46,11 @@ class EvalPlan:
         depths: Facts hidden in each such text, evenly from front to back.
         greedy: Tokens generated greedily to see where they part; 0 for none.
         layers: Also compress one layer at a time, to see how much each costs.
+        long: Tokens of the model's own text that are read behind a prompt, as
+            `evals.long` says; 0 for none.
+        written: Tokens of them that each cache also writes itself.
+        bounds: Also bound the error of attention, at the first length or else at 1,024
+            tokens (`evals.bounds`). With this or ``long`` there may be no lengths.
 
     Raises:
         SpecError: for a value outside its limits.
@@ -62,6 +67,9 @@ class EvalPlan:
     depths: int = 4
     greedy: int = 32
     layers: bool = False
+    long: int = 0
+    written: int = 1024
+    bounds: bool = False
 
     def __post_init__(self) -> None:
         for name, (least, most) in _LIMITS.items():
@@ -71,11 +79,25 @@ class EvalPlan:
         if any(length < 1 for length in self.needles):
             raise SpecError(f"needles {list(self.needles)} are not all above 0")
         gaps = zip((0, *self.lengths), self.lengths, strict=False)
+        if self.long and self.written > self.long:
+            raise SpecError(
+                f"written {self.written} is more than the {self.long} tokens of long; "
+                "lower --written"
+            )
+        if self.has_no_lengths:
+            return
         if not self.lengths or any(b - a <= self.tail for a, b in gaps):
             raise SpecError(
                 f"lengths {list(self.lengths)} must ascend by more than the "
                 f"{self.tail} tokens scored at each; leave some out"
             )
+
+    @property
+    def has_no_lengths(self) -> bool:
+        """Whether nothing is scored at any length of context."""
+        return bool(self.long or self.bounds) and not (
+            self.lengths or self.greedy or self.layers
+        )
 
     @property
     def tail(self) -> int:

@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..integrations.stock import stock_caches
-from . import needles, pathologies, scoring, text
+from ..spec import CacheSpec
+from . import bounds, calls, long, needles, pathologies, scoring, text
 from .caches import CacheFactory, cache_factory, uses_seed
 from .grid import EvalPlan
 from .results import Job
@@ -33,12 +34,14 @@ class JobRunner:
         tokenizer: Its tokenizer.
         plan: What to measure.
         texts: What to read.
+        own_texts: What the model has written itself, by window.
     """
 
     model: nn.Module
     tokenizer: Any
     plan: EvalPlan
     texts: list[str]
+    own_texts: dict[int, list[int]] = field(default_factory=dict)
     _greedy_texts: dict[int, list[int]] = field(default_factory=dict, init=False)
     _reference: tuple[tuple[int, str], list[int], list[mx.array]] | None = field(
         default=None, init=False
@@ -54,7 +57,7 @@ class JobRunner:
             transforms: Names from `evals.pathologies`.
         """
         plan = self.plan
-        for transform in ("", *transforms):
+        for transform in ("", *transforms) if plan.lengths else ():
             for window in range(plan.windows):
                 for cache in caches:
                     yield self._score(cache, window, transform)
@@ -71,6 +74,14 @@ class JobRunner:
             for window in range(plan.windows):
                 for cache in caches:
                     yield self._greedy(cache, window)
+        if plan.long:
+            for window in range(plan.windows):
+                for cache in caches:
+                    yield self._long(cache, window)
+        if plan.bounds:
+            for cache in caches:
+                if uses_seed(cache):
+                    yield self._bound(cache)
 
     def _window(self, index: int, length: int) -> list[int]:
         count = max(self.plan.windows, index + 1)
@@ -164,6 +175,70 @@ class JobRunner:
         tokens = self._window(window, plan.lengths[0])
         factory = self._factory(cache, window)
         return needles.greedy(self.model, tokens, factory, plan.greedy, plan.prefill)
+
+    def _long(self, cache: str, window: int) -> KeyedJob:
+        plan = self.plan
+
+        def job() -> Job:
+            own, questions = self._own_text(window)
+            factory, plain = self._factory(cache, window), self._factory("fp", 0)
+            # The uncompressed cache is read in other steps: its self-noise.
+            step = long.STEP // 2 if cache == "fp" else long.STEP
+            scores, behind = long.divergence(
+                self.model, own, factory, plain, plan.prefill, step
+            )
+            made = calls.make_calls(self.model, self.tokenizer, behind, questions)
+            written = own.written[: plan.written]
+            if cache != "fp":
+                written = self._write_own(own.prompt, factory, plan.written, window)
+            same = needles.common_prefix(own.written, written)
+            return {
+                "kind": "long",
+                "name": cache,
+                "window": window,
+                **scores,
+                "calls": made,
+                "written": own.written if cache == "fp" else written,
+                "parts": same,
+                "repeats": round(long.repetition(written), 5),
+            }
+
+        return f"long {cache} window {window}", job
+
+    def _own_text(
+        self, window: int
+    ) -> tuple[long.OwnText, list[tuple[float, str, str]]]:
+        """What the model writes behind a window's prompt, and the facts in that."""
+        prompt, questions = needles.haystack(
+            self.tokenizer,
+            self._window(window, long.PROMPT),
+            long.FACTS,
+            seed=window,
+            is_distinct=True,
+        )
+        if window not in self.own_texts:
+            self.own_texts[window] = self._write_own(
+                prompt, self._factory("fp", 0), self.plan.long, window
+            )
+        return long.OwnText(prompt, self.own_texts[window]), questions
+
+    def _write_own(
+        self, prompt: list[int], factory: CacheFactory, count: int, window: int
+    ) -> list[int]:
+        return long.write(
+            self.model, prompt, factory, count, self.plan.prefill, seed=window
+        )
+
+    def _bound(self, cache: str) -> KeyedJob:
+        def job() -> Job:
+            length = self.plan.lengths[0] if self.plan.lengths else bounds.TOKENS
+            spec = CacheSpec.parse(cache)
+            rows = bounds.measure(
+                self.model, self._window(0, length), spec, self.plan.prefill
+            )
+            return {"kind": "bound", "name": cache, "length": length, "rows": rows}
+
+        return f"bound {cache}", job
 
 
 @contextlib.contextmanager

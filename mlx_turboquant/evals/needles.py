@@ -19,21 +19,32 @@ _ANSWER_TOKENS = 10
 
 
 def haystack(
-    tokenizer: Any, tokens: list[int], depths: int, seed: int = 0
+    tokenizer: Any,
+    tokens: list[int],
+    depths: int,
+    seed: int = 0,
+    is_distinct: bool = False,
 ) -> tuple[list[int], list[tuple[float, str, str]]]:
     """``tokens`` with facts in them, and (depth, question, answer) of each.
 
     The facts stand evenly from near the front to near the back and are counted in the
-    length, which stays that of ``tokens``.
+    length, which stays that of ``tokens``. If they are distinct (seven at most), no two
+    of them share an adjective or a noun.
     """
     rng = random.Random(seed)
     pairs = [(c, t) for c in _COLOURS for t in _THINGS]
+    if is_distinct:
+        chosen = list(
+            zip(rng.sample(_COLOURS, depths), rng.sample(_THINGS, depths), strict=True)
+        )
+    else:
+        chosen = rng.sample(pairs, depths)
     facts, questions = [], []
-    for index, (colour, thing) in enumerate(rng.sample(pairs, depths)):
+    for index, (colour, thing) in enumerate(chosen):
         code = "".join(rng.choice("123456789") for _ in range(5))
         depth = (index + 0.5) / depths
         name = f"the {colour} {thing}"
-        facts.append(_ids(tokenizer, f" The secret code of {name} is {code}."))
+        facts.append(ids_of(tokenizer, f" The secret code of {name} is {code}."))
         question = f"\n\nQuestion: What is the secret code of {name}?\nAnswer:"
         questions.append((depth, question, code))
     body = tokens[: len(tokens) - sum(map(len, facts))]
@@ -57,10 +68,10 @@ def retrieve(
     """Ask for every fact in a text that is read once; the cache is trimmed between."""
     text_ids, questions = haystack(tokenizer, tokens, depths)
     cache = factory()
-    _read(model, text_ids, cache, prefill)
+    read(model, text_ids, cache, prefill)
     answers = []
     for depth, question, code in questions:
-        question_ids = _ids(tokenizer, question)
+        question_ids = ids_of(tokenizer, question)
         answer_ids = continuation(model, question_ids, cache, _ANSWER_TOKENS)
         for layer in cache:
             layer.trim(len(question_ids) + _ANSWER_TOKENS - 1)
@@ -103,7 +114,7 @@ def greedy(
 ) -> list[int]:
     """What is written greedily after ``tokens``, through a fresh cache."""
     cache = factory()
-    _read(model, tokens[:-1], cache, prefill)
+    read(model, tokens[:-1], cache, prefill)
     return continuation(model, tokens[-1:], cache, count)
 
 
@@ -115,12 +126,14 @@ def common_prefix(one: list[int], other: list[int]) -> int:
     return min(len(one), len(other))
 
 
-def _read(model: nn.Module, tokens: list[int], cache: list[Any], prefill: int) -> None:
+def read(model: nn.Module, tokens: list[int], cache: list[Any], prefill: int) -> None:
+    """Read a text into a cache, ``prefill`` tokens at a time."""
     ids = mx.array(tokens)[None]
     for start in range(0, len(tokens), prefill):
         model(ids[:, start : start + prefill], cache=cache)
         mx.eval([layer.state for layer in cache])
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that goes on another one."""
     return list(tokenizer.encode(text, add_special_tokens=False))

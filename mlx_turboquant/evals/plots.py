@@ -1,4 +1,4 @@
-"""Plots of an `Evaluation` as PNG: KLD by stored bits, needles, cost of layers.
+"""Plots of an `Evaluation` as PNG: KLD by stored bits and position, needles, layers.
 
 They need matplotlib, an extra of this package (``plots``).
 """
@@ -25,6 +25,7 @@ def write(results: Evaluation, folder: Path) -> list[Path]:
         "kld-by-bits": _kld_by_bits,
         "needles": _needles,
         "layers": _layers,
+        "long": _long,
     }
     paths = []
     for name, draw in plots.items():
@@ -123,6 +124,24 @@ def _layers(figure: Any, results: Evaluation) -> bool:
         axes.plot([job["layer"] for job in own], kld, marker="o", label=name)
     axes.set_yscale("log")
     axes.set_xlabel("the one layer that is compressed")
+    axes.set_ylabel("KL divergence, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return True
+
+
+def _long(figure: Any, results: Evaluation) -> bool:
+    jobs = results.of_kind("long")
+    if not jobs:
+        return False
+    axes = figure.subplots()
+    for name in dict.fromkeys(job["name"] for job in jobs if job["name"] != "fp"):
+        klds = [np.array(job["kld"]) for job in jobs if job["name"] == name]
+        parts = np.array_split(np.mean(klds, axis=0), 16)
+        ends = np.cumsum([len(part) for part in parts])
+        axes.plot(ends, [part.mean() for part in parts], marker="o", label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens behind the prompt, up to")
     axes.set_ylabel("KL divergence, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from rich.table import Table
 
 from ..atomic import replacing
 from ..explanation import table_text
+from . import long
+from .long_report import bound_cells, long_cells
 from .results import Evaluation, Row
 
 _HEAD = (
@@ -97,13 +99,9 @@ def as_text(results: Evaluation) -> str:
         f"{about['machine']}",
         "KLD in nats per token against the uncompressed cache; bits are all stored "
         "bits per element at that length",
-        "",
-        _text(_HEAD, cells(results)),
     ]
-    head, rows = pathology_cells(results)
-    if rows:
-        lines += ["", "KLD under transforms that leave the output as it is", ""]
-        lines.append(_text(head, rows))
+    for title, head, rows in _tables(results):
+        lines += ["", *([title, ""] if title else []), _text(head, rows)]
     return "\n".join(lines)
 
 
@@ -118,6 +116,22 @@ def write(results: Evaluation, folder: Path) -> list[Path]:
         with replacing(path) as file:
             file.write_text(content, encoding="utf-8")
     return [*paths, *images]
+
+
+def _tables(results: Evaluation) -> Iterator[tuple[str, Sequence[str], Cells]]:
+    """Title, head and rows of every table there is something for."""
+    plan = results.about["plan"]
+    main = cells(results)
+    if main:
+        yield "", _HEAD, main
+    for title, (head, rows) in {
+        "KLD under transforms that leave the output as it is": pathology_cells(results),
+        f"The model's own text of {plan['long']} tokens, behind a prompt of "
+        f"{long.PROMPT}": long_cells(results),
+        "Errors of attention's output in decode steps, relative": bound_cells(results),
+    }.items():
+        if rows:
+            yield title, head, rows
 
 
 def _text(head: Sequence[str], rows: Cells) -> str:
@@ -160,7 +174,10 @@ def _greedy(results: Evaluation, name: str) -> str:
 
 
 def _page(results: Evaluation, images: list[Path]) -> str:
-    head, rows = pathology_cells(results)
+    tables = [
+        (f"<h2>{html.escape(title)}</h2>" if title else "") + _html(list(head), rows)
+        for title, head, rows in _tables(results)
+    ]
     pictures = "".join(
         f'<figure><img alt="{path.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode()}"></figure>'
@@ -170,7 +187,6 @@ def _page(results: Evaluation, images: list[Path]) -> str:
         f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>"
         for key, value in results.about.items()
     )
-    pathologies = f"<h2>Hard caches</h2>{_html(head, rows)}" if rows else ""
     return (
         "<!doctype html><meta charset=utf-8><title>KV-cache quality</title><style>"
         "body{font:15px/1.5 system-ui;margin:2rem auto;max-width:75rem}"
@@ -179,7 +195,7 @@ def _page(results: Evaluation, images: list[Path]) -> str:
         "td:first-child,th:first-child{text-align:left}img{max-width:100%}"
         "dt{float:left;clear:left;width:6rem;color:#666}</style>"
         f"<h1>KV-cache quality: {html.escape(results.about['model'])}</h1>"
-        f"{_html(list(_HEAD), cells(results))}{pictures}{pathologies}<dl>{about}</dl>\n"
+        f"{''.join(tables[:1])}{pictures}{''.join(tables[1:])}<dl>{about}</dl>\n"
     )
 
 

@@ -128,8 +128,13 @@ class Evaluation:
                 rows.append(_row(name, length, mode, own))
         return rows
 
+    def own_texts(self) -> dict[int, list[int]]:
+        """Tokens that the uncompressed cache has written for ``long``, by window."""
+        jobs = self.of_kind("long")
+        return {job["window"]: job["written"] for job in jobs if job["name"] == "fp"}
+
     def of_kind(self, kind: str) -> list[Job]:
-        """Jobs of one kind: ``score``, ``needle``, ``greedy`` or ``layer``."""
+        """Jobs of one kind: score, needle, greedy, layer, long or bound."""
         return [job for job in self.jobs.values() if job["kind"] == kind]
 
 

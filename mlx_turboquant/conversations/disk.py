@@ -20,6 +20,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,15 +130,30 @@ class DiskFolder:
         That one is forgotten.
         """
         found: list[Bytes] = []
+        digests: list[tuple[str, bytes]] = []
         maps: dict[str, mmap.mmap] = {}
         with self._errors("read"):
             for key in keys:
                 row = self._catalog.find(key)
-                data = None if row is None else self._mapped(maps, key, *row)
-                if data is None:
+                data = None if row is None else self._mapped(maps, *row[:-1])
+                if row is None or data is None:
                     self._catalog.forget(key)
                     return None
                 found.append(data)
+                digests.append((row[1], row[-1]))
+            # Hashing takes longer than reading, and lets other threads run.
+            with ThreadPoolExecutor() as pool:
+                right = pool.map(digest_of, keys, ([data.data] for data in found))
+                for key, digest, (name, wanted) in zip(
+                    keys, right, digests, strict=True
+                ):
+                    if digest != wanted:
+                        logging.warning(
+                            f"KV folder: {self.folder / name} is damaged; what it held "
+                            "is read again"
+                        )
+                        self._catalog.forget(key)
+                        return None
             self._catalog.touch(keys)
             return found
         return None
@@ -145,12 +161,10 @@ class DiskFolder:
     def _mapped(
         self,
         maps: dict[str, mmap.mmap],
-        key: bytes,
         file: int,
         name: str,
         start: int,
         size: int,
-        digest: bytes,
     ) -> Bytes | None:
         path = self.folder / name
         try:
@@ -164,11 +178,10 @@ class DiskFolder:
             logging.warning(f"KV folder: cannot read {path} ({error}); a miss")
             self._catalog.drop_file(file)
             return None
-        data = None if is_short else np.frombuffer(maps[name], np.uint8, size, start)
-        if data is None or digest_of(key, [data.data]) != digest:
+        if is_short:
             logging.warning(f"KV folder: {path} is damaged; what it held is read again")
             return None
-        return data
+        return np.frombuffer(maps[name], np.uint8, size, start)
 
     # Writing.
 

@@ -258,7 +258,7 @@ class SavedTexts:
 
     def _caches(self, data: Sequence[Bytes], pages: int) -> list[Any]:
         head = unpack(data[0])
-        matrix = np.stack(data[1 : 1 + pages])
+        of_pages = data[1 : 1 + pages]
         tail = unpack(data[1 + pages]) if len(data) > 1 + pages else None
         at, made = 0, {}
         for i, layer in enumerate(head["layers"]):
@@ -266,7 +266,7 @@ class SavedTexts:
             state = {**layer, **rest}
             for name, dtype, heads, rows, width in head["layout"][i]:
                 size = heads * rows * width * getattr(mx, dtype).size
-                part = np.ascontiguousarray(matrix[:, at : at + size]).reshape(-1)
+                part = np.concatenate([page[at : at + size] for page in of_pages])
                 at += size
                 array = array_of(part, dtype, (pages, heads, rows * width))
                 array = array.swapaxes(0, 1).reshape(1, heads, pages * rows, width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -18,7 +19,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file to write or to replace; its folder must exist.
+
+    Raises:
+        OSError: if there is something that is no file, such as a device.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and no file", str(path))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name
         yield written

@@ -56,7 +56,8 @@ def files(folder):
 def test_a_wheel_has_the_package_the_kernels_and_nothing_else(built):
     _, wheel, _ = built
     assert wheel.name == f"mlx_tq-{tq.__version__}-py3-none-any.whl"
-    assert wheel.stat().st_size < 1_000_000
+    # Half of it is the held-out text that `mlx_tq.eval` reads by default.
+    assert wheel.stat().st_size < 1_200_000
     names = set(zipfile.ZipFile(wheel).namelist())
     about = {name for name in names if ".dist-info/" in name}
     kernels = {

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -189,6 +190,18 @@ def test_foreign_folders_and_indices(tmp_path, caplog):
     assert "damaged" in caplog.text
     assert again.nbytes == bytes_in(again) == 0
     assert again.write([record(1)])
+
+
+def test_a_folder_of_another_version_is_left_as_it_is(tmp_path):
+    folder = DiskFolder(tmp_path / "kv", 10**6)
+    folder.write([record(1)])
+    folder.close()
+    with sqlite3.connect(tmp_path / "kv" / "index.sqlite") as index:
+        index.execute("PRAGMA user_version = 2")
+    index.close()
+    with pytest.raises(SpecError, match=r"is of version 2, this package writes 1"):
+        DiskFolder(tmp_path / "kv", 10**6)
+    assert len(list((tmp_path / "kv").glob("*.kv"))) == 1
 
 
 def test_forgetting_empties_it_while_others_use_it(folder):
@@ -482,6 +495,24 @@ def test_the_command_forgets_and_refuses_in_words(tmp_path, run_cli):
 
 
 @pytest.mark.slow
+def test_what_a_folder_does_not_take_is_offered_again(tiny, tmp_path, monkeypatch):
+    model = tiny("llama")
+    folder = DiskFolder(tmp_path / "kv", 10**7, hourly=0)
+    store = prompt_store.PromptStore(folder=folder)
+    store.open("m", [model], tq.make_prompt_cache(model, SPEC))
+    caches = tq.make_prompt_cache(model, SPEC)
+    read(model, caches, TEXT[:300])
+    store.insert_cache("m", TEXT[:300].tolist(), caches)
+    monkeypatch.setattr(prompt_store, "PAGES_AFTER", 0.0)
+    store.idle()
+    assert folder.nbytes == 0
+    folder.hourly = None
+    store.idle()
+    assert folder.nbytes == 0  # a minute later
+    store.close()
+    assert bytes_in(folder) > 0
+
+
 def test_a_killed_server_s_successor_goes_on(tmp_path):
     """Its pages were written; the tail of its text was not."""
     path = agents.save_tiny("llama", tmp_path / "llama")

@@ -143,3 +143,21 @@ def test_rows_of_uncompressed_caches_are_as_long_as_the_longest():
             assert made.ask(prompt=[5] * 10, max_tokens=240)[0] == 200
     finally:
         made.close()
+
+
+def test_the_text_that_is_gone_on_from_stays():
+    """Its pages are what the next turn needs, and are not counted twice."""
+    made = Running(kv_memory=BUDGET)
+    try:
+        story, cached = STORY * 2, []
+        for turn in range(3):
+            done = made.complete(story, max_tokens=16)
+            cached.append(done.usage.prompt_tokens_details.cached_tokens)
+            count = done.usage.prompt_tokens
+            made.complete(f"Another {turn}. {STORY[:900]}", max_tokens=4)
+            story += done.choices[0].text + " And then he went on. "
+        assert made.cache.nbytes > BUDGET // 4
+        assert cached[0] == 0
+        assert cached[2] > count // 2
+    finally:
+        made.close()

@@ -109,11 +109,11 @@ def evaluate(
         max(
             *plan.lengths,
             *plan.needles,
-            plan.lengths[0] + plan.greedy,
+            *(length + plan.greedy for length in plan.lengths[:1]),
             PROMPT + plan.long if plan.long else 0,
         ),
         subject="the longest text has",
-        remedy="lower --lengths, --needles, --greedy or --long",
+        remedy="lower --lengths, --needles or --long, or --greedy",
     )
     if select.awaits_proof():
         # Begun before the first job, so that every job is measured on one backend.

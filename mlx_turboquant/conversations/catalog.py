@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..errors import SpecError
+
 #: Its name in the folder; SQLite puts files beside it whose names begin so.
 INDEX = "index.sqlite"
 _VERSION = 1
@@ -43,6 +45,7 @@ class Catalog:
 
     Raises:
         sqlite3.Error: in all methods, if the index cannot be read or written.
+        SpecError: likewise, if another version of this package wrote it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,12 +59,16 @@ class Catalog:
             index.execute("PRAGMA journal_mode=WAL")
             index.execute("PRAGMA synchronous=NORMAL")
             index.execute("PRAGMA foreign_keys=ON")
+            index.execute("PRAGMA secure_delete=ON")  # notes hold ids of tokens
             version = index.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 index.executescript(_SCHEMA)
             elif version != _VERSION:
                 index.close()
-                raise sqlite3.DatabaseError(f"its version {version} is not {_VERSION}")
+                raise SpecError(
+                    f"--kv-dir {self._path.parent} is of version {version}, this "
+                    f"package writes {_VERSION}; give another folder, or remove it"
+                )
             self._opened = index
         return self._opened
 

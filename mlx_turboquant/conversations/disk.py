@@ -112,10 +112,12 @@ class DiskFolder:
     def known(self, keys: Sequence[bytes]) -> int:
         """How many of these keys, from the first on, have records."""
         with self._errors("read"):
-            for count, key in enumerate(keys):
-                if not self._catalog.has(key):
-                    return count
-            return len(keys)
+            count = 0
+            while count < len(keys) and self._catalog.has(keys[count]):
+                count += 1
+            # What a text goes on from is not the first to go.
+            self._catalog.touch(keys[:count])
+            return count
         return 0
 
     def children(self, parent: bytes, kind: int) -> list[tuple[bytes, bytes]]:
@@ -209,7 +211,13 @@ class DiskFolder:
 
     def _may_write(self, size: int) -> bool:
         hour = int(time.time() // 3600)
-        if size > self.limit or time.monotonic() < self._paused_until:
+        if size > self.limit:
+            logging.info(
+                f"KV folder: {decimal(size)} of a text do not fit in --kv-disk "
+                f"{decimal(self.limit)}"
+            )
+            return False
+        if time.monotonic() < self._paused_until:
             return False
         written = self._catalog.written(hour)
         if self.hourly is None or written + size <= self.hourly:
@@ -217,8 +225,9 @@ class DiskFolder:
         if self.hourly and self._told_hour != hour:
             self._told_hour = hour
             logging.info(
-                f"KV folder: {decimal(written)} were written within this hour, "
-                f"--kv-disk-hourly is {decimal(self.hourly)}; no more until it is over"
+                f"KV folder: {decimal(written)} were written within this hour, and "
+                f"{decimal(size)} more of a text would be above --kv-disk-hourly "
+                f"{decimal(self.hourly)}; it waits for the next"
             )
         return False
 

@@ -47,6 +47,7 @@ class Admission:
         provider: Provider,
         prompt_tokens: int,
         max_tokens: int,
+        shared_tokens: int = 0,
     ) -> None:
         """Set memory aside for a request, or refuse it.
 
@@ -55,6 +56,7 @@ class Admission:
             provider: Has the model loaded.
             prompt_tokens: Tokens of its prompt.
             max_tokens: Tokens of its longest answer.
+            shared_tokens: Tokens whose pages a kept text has, which counts them.
 
         Raises:
             RequestError: 413 if it cannot fit at all, 503 if it does not fit now.
@@ -85,6 +87,8 @@ class Admission:
                 code="kv_memory_in_use",
                 retry_after=RETRY_AFTER,
             )
+        if shared_tokens and provider.spec is not None:
+            needed = max(0, needed - self.bytes_of(provider, shared_tokens))
         ticket.reserve(needed, self._share_out)
         self._share_out()
         self._store.trim_to(n_bytes=self._store.max_bytes)

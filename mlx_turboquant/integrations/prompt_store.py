@@ -36,6 +36,8 @@ _UNBOUNDED = 1 << 63
 #: Seconds without use after which a text's pages are written, and all of it: what the
 #: next turn would make needless is not.
 PAGES_AFTER, ALL_AFTER = 2.0, 300.0
+#: Seconds until a folder that did not take a text is asked again.
+_PAUSE = 60.0
 #: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
 _TEXT, _PLACE, _SYSTEM = "assistant", "user", "system"
 
@@ -110,6 +112,8 @@ class PromptStore:
         self._kept: list[KeptText] = []
         self._clock = itertools.count(1)
         self._nbytes: int | None = 0
+        # What a folder did not take is offered again from then on.
+        self._idle_from = 0.0
 
     def __len__(self) -> int:
         """Whole texts that are kept."""
@@ -145,6 +149,13 @@ class PromptStore:
     def in_reach(self, model: Any, tokens: Tokens) -> int:
         """How much of that a fork would have seen."""
         return self._index.longest(model, tokens[:-1], KeptText.usable)[0]
+
+    def reuse(self, model: Any, tokens: Tokens) -> int:
+        """As `in_reach`; what is gone on from then is dropped last."""
+        length, entry = self._index.longest(model, tokens[:-1], KeptText.usable)
+        if entry is not None:
+            self._use(entry)
+        return length
 
     def fetch_nearest_cache(
         self, model: Any, tokens: list[int]
@@ -285,6 +296,8 @@ class PromptStore:
     def idle(self) -> None:
         """Write a text that nobody has used for a while, for callers with time."""
         now = time.monotonic()
+        if now < self._idle_from:
+            return
         for entry in self._kept:
             if entry.kind != _TEXT or entry.saved == "all":
                 continue
@@ -303,8 +316,10 @@ class PromptStore:
         if whole and not _keeps_all(entry.caches):
             for place in self._likely_places(entry):
                 saved.save(place.tokens, place.caches, whole=True)
-        saved.save(entry.tokens, entry.caches, whole)
-        entry.saved = "all" if whole else "pages"
+        if saved.save(entry.tokens, entry.caches, whole):
+            entry.saved = "all" if whole else "pages"
+        else:
+            self._idle_from = time.monotonic() + _PAUSE
 
     def _likely_places(self, entry: KeptText) -> list[KeptText]:
         """The end of a text's system prompt, and of its last prompt."""

@@ -16,7 +16,7 @@ import mlx_lm.server as host_server
 
 from ..conversations.index import BLOCK, Tokens, as_tokens, common_length
 from ..conversations.snapshots import CLOSE
-from .places import Parts, cut_at_places, parts_of
+from .places import Parts, cut_at_places, in_pieces, parts_of
 
 #: A prompt's tokens, its segments, their kinds, the answer's first state, images.
 Tokenized = tuple[list[int], list[list[int]], list[str], str, Any]
@@ -107,7 +107,8 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         taken: Request | None = super()._next_request(soon)
         if taken is None and timeout and not self._waiting:
             self.prompt_cache.idle()
-        if taken is None or self._is_distributed or not self._reading:
+        counts_only = taken is not None and taken[2].max_tokens == 0
+        if taken is None or counts_only or self._is_distributed or not self._reading:
             return taken
         text = self._tokens_of_request(taken)
         if text is not None and self._is_read_elsewhere(taken, text):
@@ -149,7 +150,9 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         key = provider.model_key
         store.open(key, [n for n in networks if n], provider.empty_caches)
         if provider.keeps_all:
-            return tokenized
+            # What a client that hangs up has had read is kept.
+            segments, kinds = in_pieces(tokenized[1], tokenized[2])
+            return prompt, segments, kinds, state, None
         parts = Parts()
         if request.request_type == "chat" and tokenizer.has_chat_template:
             options = {

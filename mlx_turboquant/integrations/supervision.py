@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.server as host_server
 
+from ..conversations.index import as_tokens
 from ..errors import RequestError, TurboQuantError, UnsupportedModelError
 from .admission import Admission
 from .loading import context_length
@@ -196,8 +197,9 @@ class SupervisedGenerator(Generator):
         host_server._make_sampler(args, tokenizer)
         host_server._make_logits_processors(args)
         if self.admission is not None:
+            shared = self.prompt_cache.reuse(key, as_tokens(prompt))
             self.admission.admit(
-                self._ticket, self.model_provider, len(prompt), args.max_tokens
+                self._ticket, self.model_provider, len(prompt), args.max_tokens, shared
             )
         return tokenized
 

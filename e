@@ -1,1 +1,0 @@
-On the CPU: weights are loaded as float32.

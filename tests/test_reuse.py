@@ -226,5 +226,5 @@ def test_long_prompts_are_kept_in_pieces():
     segments, kinds = in_pieces([prompt[:9000], prompt[9000:]], ["system", "assistant"])
     assert [len(segment) for segment in segments] == [4096, 4096, 808, 1000]
     assert kinds == ["user", "user", "system", "assistant"]
-    assert sum(segments, []) == prompt
+    assert [token for segment in segments for token in segment] == prompt
     assert in_pieces([[1]], ["assistant"]) == ([[1]], ["assistant"])

@@ -40,7 +40,7 @@ Image = Annotated[
     list[str] | None,
     typer.Option(
         help="A path or URL of an image in the prompt, once for each; the model is "
-        "loaded by mlx-vlm (pip install 'mlx-tq[vlm]')."
+        "loaded by mlx-vlm (the extra vlm)."
     ),
 ]
 PrefillResponse = Annotated[

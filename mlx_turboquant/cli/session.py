@@ -54,7 +54,7 @@ class Session:
     ) -> None:
         if seed is not None:
             mx.random.seed(seed)
-        self.name = model or options.DEFAULT_MODEL
+        self.name = options.DEFAULT_MODEL if model is None else model
         self.adapter_path = adapter_path
         self.template_options = template_options or {}
         self.is_verbose = is_verbose

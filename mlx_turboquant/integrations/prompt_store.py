@@ -10,13 +10,11 @@ those that `Generator` asks for. Pages that texts share are held, and counted, o
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache
@@ -25,10 +23,10 @@ from ..conversations import BLOCK, PrefixIndex, common_length, spread
 from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, as_tokens
 from ..conversations.snapshots import CLOSE
-from ..errors import UnsupportedError
+from .kept_text import PLACE, SYSTEM, TEXT, KeptText
 from .saved_texts import SavedTexts
 from .sharing import held_nbytes
-from .stock import can_go_back, keeps_all, labelled_leaves, length_of
+from .stock import keeps_all, labelled_leaves, length_of
 
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
@@ -38,56 +36,6 @@ _UNBOUNDED = 1 << 63
 PAGES_AFTER, ALL_AFTER = 2.0, 300.0
 #: Seconds until a folder that did not take a text is asked again.
 _PAUSE = 60.0
-#: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
-_TEXT, _PLACE, _SYSTEM = "assistant", "user", "system"
-
-
-@dataclass(eq=False)
-class KeptText:
-    """What is kept of one text.
-
-    Attributes:
-        model: Whose caches, as mlx-lm names it.
-        tokens: The text.
-        caches: A prompt cache that has seen all of it.
-        kind: ``"assistant"``: all of a text; ``"user"``: a place within one;
-            ``"system"``: one that other texts may part from it at.
-        used: When it was used last, by the store's own count.
-        at: The same in seconds.
-        saved: What a folder has of it: nothing, its pages, or all.
-    """
-
-    model: Any
-    tokens: Tokens
-    caches: list[Any]
-    kind: str = _TEXT
-    used: int = 0
-    at: float = 0.0
-    saved: Literal["", "pages", "all"] = ""
-
-    def usable(self, common: int) -> int:
-        """For how many tokens it is good, of ``common`` that it shares with a text."""
-        if len(self.tokens) <= common:
-            return len(self.tokens)
-        leaves = labelled_leaves(self.caches)
-        return common if all(can_go_back(leaf) for _, leaf in leaves) else 0
-
-    def fork(self, length: int) -> list[Any]:
-        """A cache of its first ``length`` tokens.
-
-        Raises:
-            UnsupportedError: if it is not `usable` for them.
-        """
-        caches: list[Any] = copy.deepcopy(list(self.caches))
-        extra = len(self.tokens) - length
-        for label, leaf in labelled_leaves(caches) if extra else ():
-            if not can_go_back(leaf) or leaf.trim(extra) != extra:
-                raise UnsupportedError(
-                    f"cache {label}, a {type(leaf).__name__}, stands at token "
-                    f"{len(self.tokens)} and cannot go back to {length}",
-                    "read on from a place before",
-                )
-        return caches
 
 
 class PromptStore:
@@ -117,7 +65,7 @@ class PromptStore:
 
     def __len__(self) -> int:
         """Whole texts that are kept."""
-        return sum(entry.kind == _TEXT for entry in self._kept)
+        return sum(entry.kind == TEXT for entry in self._kept)
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +149,7 @@ class PromptStore:
         tokens: list[int],
         prompt_cache: list[Any],
         *,
-        cache_type: str = _TEXT,
+        cache_type: str = TEXT,
     ) -> None:
         """Keep a text's cache, or nothing if its layers differ and cannot be cut.
 
@@ -234,8 +182,8 @@ class PromptStore:
         replaced = self._index.add(kept.model, kept.tokens, kept)
         if replaced is not None:
             self._kept.remove(replaced)
-            if replaced.kind == _TEXT:
-                kept.kind = _TEXT
+            if replaced.kind == TEXT:
+                kept.kind = TEXT
         self._kept.append(kept)
         self._nbytes = None
         self._drop_beginnings(kept)
@@ -249,12 +197,12 @@ class PromptStore:
                 self._drop(entry)
             return
         for entry in beginnings:
-            if kept.kind == entry.kind == _TEXT:
-                entry.kind = _PLACE
+            if kept.kind == entry.kind == TEXT:
+                entry.kind = PLACE
         by_length = {
             len(entry.tokens): entry
             for entry in [*beginnings, kept]
-            if entry.kind != _SYSTEM or entry is kept
+            if entry.kind != SYSTEM or entry is kept
         }
         for length in spread(list(by_length), MAX_PLACES):
             self._drop(by_length[length])
@@ -271,9 +219,9 @@ class PromptStore:
         texts = _UNBOUNDED if n_sequences is None else max(0, n_sequences)
         size = _UNBOUNDED if n_bytes is None else max(0, n_bytes)
         while len(self) > texts:
-            self._drop_oldest(lambda entry: entry.kind == _TEXT)
+            self._drop_oldest(lambda entry: entry.kind == TEXT)
         while len(self._kept) - len(self) > MAX_PLACES * texts:
-            self._drop_oldest(lambda entry: entry.kind != _TEXT)
+            self._drop_oldest(lambda entry: entry.kind != TEXT)
         while size < _UNBOUNDED and self._kept and self.nbytes > size:
             self._drop_oldest(lambda entry: True)
 
@@ -299,7 +247,7 @@ class PromptStore:
         if now < self._idle_from:
             return
         for entry in self._kept:
-            if entry.kind != _TEXT or entry.saved == "all":
+            if entry.kind != TEXT or entry.saved == "all":
                 continue
             if entry.model not in self._saved:
                 continue
@@ -311,7 +259,7 @@ class PromptStore:
     def _save(self, entry: KeptText, whole: bool) -> None:
         """Write a text, and with all of it the places that it is gone back to."""
         saved = self._saved.get(entry.model)
-        if saved is None or entry.kind != _TEXT or entry.saved == "all":
+        if saved is None or entry.kind != TEXT or entry.saved == "all":
             return
         if whole and not _keeps_all(entry.caches):
             for place in self._likely_places(entry):

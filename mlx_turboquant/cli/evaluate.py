@@ -107,10 +107,12 @@ def evaluate(
     session = Session(model, adapter_path, trust_remote_code)
     session.check_context(
         max(
-            *plan.lengths,
-            *plan.needles,
-            *(length + plan.greedy for length in plan.lengths[:1]),
-            PROMPT + plan.long if plan.long else 0,
+            (
+                *plan.lengths,
+                *plan.needles,
+                *(length + plan.greedy for length in plan.lengths[:1]),
+                PROMPT + plan.long if plan.long else 0,
+            )
         ),
         subject="the longest text has",
         remedy="lower --lengths, --needles or --long, or --greedy",

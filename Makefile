@@ -13,7 +13,7 @@ COMMA := ,
 DEV := dev$(if $(VLM),-vlm)
 MODEL := examples/books-20m
 
-.PHONY: demo test test-all check bench docs dist clean
+.PHONY: demo test test-all sweeps check bench docs dist clean
 
 demo: $(VENV)/demo
 	$(BIN)/mlx_tq.generate --model $(MODEL) --kv-bits 3 --max-tokens 40 --temp 0.7 \
@@ -22,10 +22,14 @@ demo: $(VENV)/demo
 # Every law and every executed line of the kernels, on less data than `test-all`.
 test: $(VENV)/$(DEV)
 	@tests/system_packages.sh
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not sweep" $(PYTEST_ARGS)
 
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(PYTEST_ARGS)
+
+# 2,000 requests of any fields, and 500 with clients that hang up: some ten minutes.
+sweeps: $(VENV)/dev
+	$(BIN)/python -m pytest -m sweep $(PYTEST_ARGS)
 
 check: $(VENV)/dev
 	$(BIN)/ruff check .

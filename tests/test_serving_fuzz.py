@@ -223,7 +223,7 @@ def test_any_field_may_be_anything(running, request):
     check(running, request)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @settings(max_examples=2000, suppress_health_check=list(HealthCheck))
 @given(request=requests())
 def test_any_field_may_be_anything_at_length(running, request):

@@ -62,7 +62,7 @@ class Server:
         self.log.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_a_soak_with_cancellations_ends_in_time_with_flat_memory():
     server, dice = Server(), random.Random(0)
     whole = {}

@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: if there is something that is no file, such as a device.
     """
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "it is there and no file", str(path))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / path.name

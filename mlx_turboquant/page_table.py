@@ -179,16 +179,15 @@ class PageTable:
         old = self.pool
         if old.thread == threading.get_ident():
             return False
-        if not self.pages or self.is_alone:
+        if self.is_alone:
             old.thread = threading.get_ident()
             return False
         pages, runs, deadline = self.pages, self.runs, time.monotonic() + _PATIENCE
-        new = PagePool(old.page)
-        places = new.take(len(pages))
         while True:
+            new = PagePool(old.page)
+            places = new.take(len(pages))
             try:
                 with old.lock:
-                    mx.eval(old.snapshot(pages))
                     new.copy_from(old, pages, places)
                     mx.eval(new.groups)
                 break

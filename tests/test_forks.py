@@ -127,6 +127,21 @@ def test_a_fork_goes_on_in_another_thread():
     assert set(holders(first) + holders(fork)) == {1}
 
 
+def test_a_fork_without_pages_leaves_the_pool_to_its_thread():
+    first = grown(1, 300)
+    fork = first.fork()
+    fork.trim(295)
+    mx.eval(fork.state)
+    pool, new = first._tokens.table.pool, text(1, 5)
+    mx.eval(new)
+    here = pool.thread
+    with ThreadPoolExecutor(1) as there:
+        there.submit(feed, fork, *new).result()
+    assert pool.thread == here
+    assert fork._tokens.table.pool is not pool
+    feed(first, *new)
+
+
 def test_forks_choose_bits_of_their_own():
     """Each by its own text, all layers of a fork together."""
     spec = tq.CacheSpec.parse("auto,budget=4,page=32,window=5,sink=2")

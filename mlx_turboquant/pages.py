@@ -220,14 +220,6 @@ class PagePool:
                 yield low, high
             count, first = count - (high - low), 0
 
-    def snapshot(self, pages: Sequence[int]) -> list[mx.array]:
-        """Rows of these pages, of every array."""
-        return [
-            self.rows(group, name, pages, self._rows_of_page[group] * len(pages))
-            for group, arrays in self.groups.items()
-            for name in arrays
-        ]
-
     def copy(self, source: int, target: int) -> None:
         """Write one page into another."""
         for group, arrays in self.groups.items():

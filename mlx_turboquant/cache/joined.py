@@ -110,8 +110,11 @@ class JoinedRows:
 
         A proof may have come meanwhile that changes what attends to a row.
         """
+        # They are in one pool: looking at one row of many is enough.
+        if self.rows[0].enter_thread():
+            for row in self.rows[1:]:
+                row.enter_thread()
         for index, row in enumerate(self.rows):
-            row.enter_thread()
             row.make_room()
             if row.offset >= row._schedule.next_page_at:
                 self._pack(index)

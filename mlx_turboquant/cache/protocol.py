@@ -61,10 +61,16 @@ class SequenceCache(Forks):
         """What it stores: with bits of its own once they are chosen."""
         return self._quantizers.spec
 
-    def enter_thread(self) -> None:
-        """Take pages that another thread's caches share into a pool of this one."""
-        if self._tokens.enter_thread():
+    def enter_thread(self) -> bool:
+        """Take pages that another thread's caches share into a pool of this one.
+
+        Returns:
+            Whether there were any to take.
+        """
+        moved = self._tokens.enter_thread()
+        if moved:
             self._prepared = PreparedSteps()
+        return moved
 
     def is_trimmable(self) -> bool:
         """Always: codes are independent of their neighbours."""

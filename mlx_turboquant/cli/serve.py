@@ -17,8 +17,6 @@ from ..errors import SpecError
 from . import options as opt
 from .entry import standalone
 
-_UNBOUNDED = 1 << 63
-
 if TYPE_CHECKING:
     from ..conversations.disk import DiskFolder
 
@@ -161,7 +159,7 @@ def serve(
     import mlx.core as mx
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
-    from ..integrations.prompt_store import PromptStore
+    from ..integrations.prompt_store import UNBOUNDED, PromptStore
     from ..integrations.server import Provider
     from ..serving import guard, names, run, service
 
@@ -188,7 +186,7 @@ def serve(
             "--kv-dir is for one machine: ranks could find different texts in theirs; "
             "leave it out"
         )
-    budget = options.prompt_cache_bytes or _UNBOUNDED
+    budget = options.prompt_cache_bytes or UNBOUNDED
     store = PromptStore(prompt_cache_size, budget, folder)
     run.serve(Provider(options, spec, draft_spec, max_kv_size), store, settings)
 

@@ -30,7 +30,8 @@ from .stock import keeps_all, labelled_leaves, length_of
 
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
-_UNBOUNDED = 1 << 63
+#: Bytes, or texts, where there is no limit.
+UNBOUNDED = 1 << 63
 #: Seconds without use after which a text's pages are written, and all of it: what the
 #: next turn would make needless is not.
 PAGES_AFTER, ALL_AFTER = 2.0, 300.0
@@ -50,7 +51,7 @@ class PromptStore:
     def __init__(
         self,
         max_size: int = 10,
-        max_bytes: int = _UNBOUNDED,
+        max_bytes: int = UNBOUNDED,
         folder: DiskFolder | None = None,
     ) -> None:
         self.max_size, self.max_bytes, self.folder = max_size, max_bytes, folder
@@ -96,14 +97,18 @@ class PromptStore:
 
     def in_reach(self, model: Any, tokens: Tokens) -> int:
         """How much of that a fork would have seen."""
-        return self._index.longest(model, tokens[:-1], KeptText.usable)[0]
+        return self._longest(model, tokens)[0]
 
     def reuse(self, model: Any, tokens: Tokens) -> int:
         """As `in_reach`; what is gone on from then is dropped last."""
-        length, entry = self._index.longest(model, tokens[:-1], KeptText.usable)
+        length, entry = self._longest(model, tokens)
         if entry is not None:
             self._use(entry)
         return length
+
+    def _longest(self, model: Any, tokens: Tokens) -> tuple[int, KeptText | None]:
+        """What is good for most of a text, whose last token is always read."""
+        return self._index.longest(model, tokens[:-1], KeptText.usable)
 
     def fetch_nearest_cache(
         self, model: Any, tokens: list[int]
@@ -120,7 +125,7 @@ class PromptStore:
             A fork, and the rest; None and all of the text if nothing fits.
         """
         text = as_tokens(tokens)
-        length, entry = self._index.longest(model, text[:-1], KeptText.usable)
+        length, entry = self._longest(model, text)
         saved = self._saved.get(model)
         restored = saved.load(text[:-1], length + BLOCK) if saved else None
         if restored is not None:
@@ -216,13 +221,13 @@ class PromptStore:
             n_sequences: Whole texts; places within them are a few for each.
             n_bytes: Bytes.
         """
-        texts = _UNBOUNDED if n_sequences is None else max(0, n_sequences)
-        size = _UNBOUNDED if n_bytes is None else max(0, n_bytes)
+        texts = UNBOUNDED if n_sequences is None else max(0, n_sequences)
+        size = UNBOUNDED if n_bytes is None else max(0, n_bytes)
         while len(self) > texts:
             self._drop_oldest(lambda entry: entry.kind == TEXT)
         while len(self._kept) - len(self) > MAX_PLACES * texts:
             self._drop_oldest(lambda entry: entry.kind != TEXT)
-        while size < _UNBOUNDED and self._kept and self.nbytes > size:
+        while size < UNBOUNDED and self._kept and self.nbytes > size:
             self._drop_oldest(lambda entry: True)
 
     def _drop_oldest(self, among: Callable[[KeptText], bool]) -> None:

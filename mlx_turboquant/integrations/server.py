@@ -21,11 +21,10 @@ from ..spec import CacheSpec
 from . import proofs
 from .factory import apply
 from .loading import cast_for_device, check_context
+from .prompt_store import UNBOUNDED
 from .reading import SharedReading
 from .speculation import check_rewinds, check_split
 from .stock import keeps_all, labelled_leaves
-
-_UNBOUNDED = 1 << 63
 
 
 class Provider(host_server.ModelProvider):  # type: ignore[misc]
@@ -100,5 +99,5 @@ class Generator(SharedReading):
     def _log_cache_stats(self) -> None:
         store = self.prompt_cache
         budget = store.max_bytes
-        of = f" of {decimal(budget)}" if budget < _UNBOUNDED else ""
+        of = f" of {decimal(budget)}" if budget < UNBOUNDED else ""
         logging.debug(f"Prompt cache: {len(store)} texts, {decimal(store.nbytes)}{of}")

@@ -1,5 +1,6 @@
 """Who may ask the server, by which names, and what it reads for them."""
 
+import contextlib
 import gc
 import http.client
 import json
@@ -115,6 +116,26 @@ def test_bodies_are_bounded_in_size_and_time(running):
     assert time.monotonic() - start < 20
     for wrong in ("-5", "ten"):
         assert running.raw(None, {**KEY, "Content-Length": wrong})[0] == 400
+
+
+@pytest.mark.parametrize("key", ["one", "two"])
+def test_a_client_that_sends_on_reads_why_it_was_refused(running, key):
+    """Not a reset connection, which a socket closed with bytes unread would give."""
+    sock = socket.create_connection(("127.0.0.1", running.port), timeout=30)
+    with contextlib.closing(sock):
+        head = (
+            "POST /v1/completions HTTP/1.1",
+            "Host: localhost",
+            f"Authorization: Bearer {key}",
+            "Transfer-Encoding: chunked",
+        )
+        sock.sendall("\r\n".join((*head, "", "")).encode())
+        for _ in range(40):
+            sock.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+            time.sleep(0.01)
+        sock.sendall(b"0\r\n\r\n")
+        answer = sock.recv(10_000)
+    assert b" 413 " in answer if key == "one" else b" 401 " in answer
 
 
 def test_only_what_the_server_was_started_with_is_loaded(running):

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from ..errors import RequestError
 from .guard import Access, Guard, error_response
+from .lingering import Lingering
 from .service import Service
 
 
@@ -69,6 +70,7 @@ def application(service: Service, access: Access) -> Starlette:
     return Starlette(
         routes=routes,
         middleware=[
+            Middleware(Lingering),
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(access.origins),

@@ -6,11 +6,14 @@ The chat itself is ``integrations/conversation.py``'s.
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import SpecError, TurboQuantError
+from ..errors import SpecError, TurboQuantError, UnsupportedError
+from . import kv_folder
 from . import options as opt
 from .entry import standalone
 from .progress import wait_for_proofs
@@ -24,10 +27,14 @@ _HELP = """\
 /stats       what the cache stores, layer by layer
 /save FILE   write chat and cache to a file
 /load FILE   go on from one
+/undo        take the last turn back
+/system TEXT another system prompt; without TEXT none
 /reset       start over
 /help        this
 /quit        leave (so does an end of input)
-Ctrl-C stops an answer."""
+r, h and q are the last three, as in mlx-lm. Ctrl-C stops an answer."""
+#: mlx-lm's commands.
+_SHORT = {"r": "/reset", "h": "/help", "q": "/quit"}
 
 
 def chat(
@@ -46,6 +53,10 @@ def chat(
     max_kv_size: opt.MaxKvSize = None,
     prefill_step_size: opt.PrefillStepSize = 2048,
     max_tokens: opt.MaxTokens = 256,
+    kv_dir: kv_folder.KvDir = None,
+    kv_disk: kv_folder.KvDisk = kv_folder.DISK,
+    kv_disk_hourly: kv_folder.KvDiskHourly = kv_folder.HOURLY,
+    forget: kv_folder.Forget = False,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
@@ -56,6 +67,9 @@ def chat(
         "--chat-template-config", chat_template_config
     )
     opt.checked_text("--system-prompt", system_prompt or "")
+    folder = kv_folder.opened(
+        kv_dir, kv_disk, kv_disk_hourly, forget, spec, max_kv_size
+    )
 
     import mlx.core as mx
 
@@ -68,6 +82,7 @@ def chat(
 
     from ..integrations.conversation import Conversation
     from ..integrations.factory import caches_for
+    from ..integrations.prompt_store import PromptStore
     from .session import Session
 
     session = Session(
@@ -89,6 +104,7 @@ def chat(
         session.name,
         session.template_options,
         session.adapter_path,
+        PromptStore(max_size=1, folder=folder),
     )
     if conversation.context is not None and max_kv_size is None:
         session.warn_if_tight(conversation.context, spec, conversation.cache)
@@ -109,24 +125,54 @@ def chat(
         "prefill_step_size": prefill_step_size,
         "sampler": sampler,
     }
-    for line in _read_turns(console, conversation):
-        try:
-            if line in ("/quit", "/q"):
-                break
-            if line.startswith("/"):
-                _run_command(console, conversation, line)
-            elif opt.checked_text("what you typed", line):
-                _answer(console, conversation, line, answer_options)
-        except TurboQuantError as error:
-            line = " ".join(str(error).splitlines())
-            console.print(f"error: {line}", style="red", soft_wrap=True, markup=False)
+    try:
+        _talk(console, conversation, answer_options, ends_by_signal=folder is not None)
+    finally:
+        conversation.store.close()
+
+
+def _talk(
+    console: Console,
+    conversation: Conversation,
+    answer_options: dict[str, Any],
+    ends_by_signal: bool,
+) -> None:
+    with _signals_that_end() if ends_by_signal else contextlib.nullcontext():
+        for line in _read_turns(console, conversation):
+            line = _SHORT.get(line.removeprefix("/"), line)
+            try:
+                if line == "/quit":
+                    break
+                if line.startswith("/"):
+                    _run_command(console, conversation, line)
+                elif opt.checked_text("what you typed", line):
+                    _answer(console, conversation, line, answer_options)
+            except TurboQuantError as error:
+                line = " ".join(str(error).splitlines())
+                console.print(
+                    f"error: {line}", style="red", soft_wrap=True, markup=False
+                )
+
+
+@contextlib.contextmanager
+def _signals_that_end() -> Iterator[None]:
+    """Let a closed window end the chat as /quit does: with all of it written."""
+
+    def end(number: int, frame: Any) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP")]
+    before = {number: signal.signal(number, end) for number in numbers if number}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
     """What the user types, until there is no more; asks only at a terminal."""
     if sys.stdin is not None and sys.stdin.isatty():
-        import contextlib
-
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives the prompt a history)
     while True:
@@ -163,6 +209,8 @@ def _meter(conversation: Conversation) -> str:
 
 
 def _run_command(console: Console, conversation: Conversation, line: str) -> None:
+    from rich.filesize import decimal
+
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     if command in ("/save", "/load") and not argument:
@@ -173,15 +221,27 @@ def _run_command(console: Console, conversation: Conversation, line: str) -> Non
     elif command == "/load":
         conversation.load(argument)
         console.print(f"loaded {conversation.tokens} tokens")
+        if not conversation.has_own_bits:
+            console.print(
+                "its cache keeps the bits it was saved with until /reset, in memory"
+            )
         for message in conversation.messages[-2:]:
             console.print(f"{message['role']}: {message['content']}", markup=False)
     elif command == "/stats":
         console.print(str(conversation.explain()), markup=False, soft_wrap=True)
-    elif command in ("/reset", "/r"):
+        kept = decimal(conversation.store.nbytes)
+        console.print(f"with what is kept to go back to: {kept}")
+    elif command == "/undo":
+        said = conversation.undo()
+        console.print(f"taken back: {said}", markup=False, soft_wrap=True)
+    elif command == "/system":
+        conversation.change_system(opt.checked_text("what you typed", argument) or None)
+        console.print("from the next turn on")
+    elif command == "/reset":
         conversation.reset()
         console.print("started over")
     else:
-        if command not in ("/help", "/h"):
+        if command != "/help":
             console.print(f"{command} is no command", markup=False)
         console.print(_HELP, markup=False)
 
@@ -189,19 +249,42 @@ def _run_command(console: Console, conversation: Conversation, line: str) -> Non
 def _answer(
     console: Console, conversation: Conversation, text: str, options: dict[str, Any]
 ) -> None:
-    answer = conversation.say(text, **options)
+    answer, before = conversation.say(text, **options), conversation.messages
     last = None
     try:
-        for last in answer:
+        for last in _spoken(answer):
             console.print(last.text, end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         answer.close()
-    console.print()
-    if last is not None:
+    finally:
+        console.print()
+    if conversation.messages is before:
+        console.print("[dim]stopped before the answer began; the turn is not kept[/]")
+    elif last is not None:
         console.print(
-            f"[dim]{last.prompt_tokens} tokens read at {last.prompt_tps:.0f}/s, "
+            f"[dim]{conversation.cached_tokens} tokens reused, "
+            f"{last.prompt_tokens} read at {last.prompt_tps:.0f}/s, "
             f"{last.generation_tokens} written at {last.generation_tps:.1f}/s[/]"
         )
+
+
+def _spoken(answer: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """The same answer; what ends it too early is an error that says what became of it.
+
+    Raises:
+        UnsupportedError: for errors of any kind.
+    """
+    try:
+        yield from answer
+    except TurboQuantError as error:
+        raise UnsupportedError(str(error), "the turn is not kept") from error
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UnsupportedError(
+            f"the answer failed ({type(error).__name__}: {reason})",
+            "the turn is not kept, and the chat is as before; say it again, shorter if "
+            "memory was short",
+        ) from error
 
 
 main = standalone(chat)

@@ -229,22 +229,33 @@ def _make_cache(
     """The stored cache if there is one, once it is sure to fit; else an empty one.
 
     Raises:
-        SpecError: if the stored cache has another spec than was asked for.
+        SpecError: if the stored cache has another spec or size than was asked for.
         UnsupportedModelError: if the model cannot use such caches.
     """
     from ..cache import TurboQuantCache
     from ..integrations.factory import caches_for
     from ..integrations.prompt_files import check_cache
+    from ..integrations.stock import keeps_all, labelled_leaves
 
     if stored is None:
         return caches_for(session.network, spec, max_kv_size)
     check_cache(session.network, stored, "the prompt cache")
     stored_specs = {c.spec for c in stored if isinstance(c, TurboQuantCache)}
-    if spec is not None and not spec.adaptive and stored_specs != {spec}:
+    if spec is not None and stored_specs != {spec}:
         raise SpecError(
             f"--kv-bits asks for {spec}, but the prompt cache holds "
-            f"{', '.join(map(str, stored_specs)) or 'no compressed layer'}; "
+            f"{', '.join(sorted(map(str, stored_specs))) or 'no compressed layer'}; "
             "leave --kv-bits out"
+        )
+    leaves = [leaf for _, leaf in labelled_leaves(stored)]
+    sizes = {getattr(leaf, "max_size", None) for leaf in leaves}
+    if max_kv_size is not None and (
+        max_kv_size not in sizes or any(map(keeps_all, leaves))
+    ):
+        raise SpecError(
+            f"--max-kv-size {max_kv_size} is for a new cache, and the prompt cache was "
+            "made without it; leave it out, or make the file with it "
+            f"(mlx_tq.cache_prompt --max-kv-size {max_kv_size})"
         )
     return stored
 

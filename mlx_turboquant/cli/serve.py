@@ -8,17 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.filesize import decimal
 
 from ..errors import SpecError
+from . import kv_folder
 from . import options as opt
 from .entry import standalone
-
-if TYPE_CHECKING:
-    from ..conversations.disk import DiskFolder
 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -65,16 +62,10 @@ def serve(
     prompt_cache_bytes: Annotated[
         str | None, typer.Option(help="Bytes they may take, as 4GB.")
     ] = None,
-    kv_dir: Annotated[
-        str | None, typer.Option(help="Folder that idle texts' codes are kept in.")
-    ] = None,
-    kv_disk: Annotated[str, typer.Option(help="Bytes it may take.")] = "20GB",
-    kv_disk_hourly: Annotated[
-        str, typer.Option(help="Bytes written to it in an hour; 0 for none.")
-    ] = "10GB",
-    forget: Annotated[
-        bool, typer.Option("--forget", help="Empty --kv-dir, and serve nothing.")
-    ] = False,
+    kv_dir: kv_folder.KvDir = None,
+    kv_disk: kv_folder.KvDisk = kv_folder.DISK,
+    kv_disk_hourly: kv_folder.KvDiskHourly = kv_folder.HOURLY,
+    forget: kv_folder.Forget = False,
     kv_memory: Annotated[
         str | None,
         typer.Option(help="Bytes all caches may take, as 4GB; more is refused."),
@@ -124,14 +115,9 @@ def serve(
         raise SpecError(
             "--max-kv-size needs --kv-bits here; add for example --kv-bits 3"
         )
-    folder = _folder(kv_dir, kv_disk, kv_disk_hourly)
-    if forget:
-        if folder is None:
-            raise SpecError("--forget needs --kv-dir, the folder to empty")
-        typer.echo(f"{decimal(folder.forget())} forgotten")
-        return
-    if folder is not None and spec is None:
-        raise SpecError("--kv-dir keeps codes: add for example --kv-bits 3")
+    folder = kv_folder.opened(
+        kv_dir, kv_disk, kv_disk_hourly, forget, spec, max_kv_size
+    )
     # mlx-lm's server reads its options by name, and they are this command's; those
     # below have another form there.
     options = argparse.Namespace(**context.params)
@@ -206,18 +192,6 @@ def _keys_in(file: str | None) -> list[str]:
     if not keys:
         raise SpecError(f"--api-key-file {file} is empty; write a key on each line")
     return keys
-
-
-def _folder(path: str | None, size: str, hourly: str) -> DiskFolder | None:
-    """What ``--kv-dir`` and its limits ask for."""
-    limit = opt.size("--kv-disk", size)
-    most = opt.size("--kv-disk-hourly", hourly)
-    if path is None:
-        return None
-    from ..conversations.disk import DiskFolder
-
-    assert limit is not None, "it has a default"
-    return DiskFolder(Path(path).expanduser(), limit, most)
 
 
 main = standalone(serve)

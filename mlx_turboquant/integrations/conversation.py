@@ -1,41 +1,56 @@
-"""`Conversation`: a long chat whose cache goes along with its text.
+"""`Conversation`: a long chat that reads nothing twice.
 
-A turn reads only what the cache has not seen, whatever a chat template rewrites: caches
-that can be cut are cut where the texts part, of others the states at the ends of turns
-are kept. Asking and showing is the command line's.
+A turn goes on from the text in its `PromptStore` that has most of its beginning: the
+turn before, a chat that was started over, a turn that was taken back, another chat of
+the store, or a text in its folder. It works on a fork, so a turn that fails has changed
+nothing. Asking and showing is the command line's, files are ``chat_files.py``'s.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import itertools
-import json
-import time
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import stream_generate
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..conversations import stops
-from ..errors import FormatError, SpecError
+from ..conversations import common_length
+from ..conversations.index import as_tokens
+from ..entries import PromptCache
+from ..errors import SpecError
 from ..explanation import Explanation, explain
+from .chat_files import SavedChat, load_chat, save_chat
 from .chat_template import render
 from .compiled_step import compiled
+from .fingerprint import fingerprint
+from .kept_text import KeptText
 from .loading import check_context, context_length
 from .model_folder import check_tokens
-from .model_identity import is_same, metadata_of
 from .places import Parts, parts_of
-from .prompt_files import load_prompt_cache, save_prompt_cache
+from .prompt_reading import PartRead, read_prompt, segments_of
 from .prompt_store import PromptStore
-from .stock import keeps_all, labelled_leaves, length_of
+from .stock import length_of
 
-_KIND = "mlx_turboquant chat"
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Reached:
+    """A cache on its way through a text.
+
+    Attributes:
+        key: Whose it is, as the store has it.
+        cache: The prompt cache.
+        length: Tokens of the text that it has seen.
+    """
+
+    key: bytes
+    cache: list[Any]
+    length: int
 
 
 class Conversation:
@@ -49,6 +64,14 @@ class Conversation:
         name: The model's, kept in saved chats.
         template: Options of the chat template.
         adapter: The folder of adapters that the model was loaded with, or None.
+        store: Where it keeps what it has read and looks for what others have; chats of
+            one thread may share it. Whoever made it closes it. By default one of its
+            own, with room for one text.
+
+    Attributes:
+        messages: Roles and contents, in the order of the chat.
+        cached_tokens: Tokens of the latest prompt that were reused.
+        store: As given.
     """
 
     def __init__(
@@ -60,29 +83,44 @@ class Conversation:
         name: str = "",
         template: dict[str, Any] | None = None,
         adapter: str | None = None,
+        store: PromptStore | None = None,
     ) -> None:
         self.network, self.tokenizer, self.name = network, tokenizer, name
         self._adapter = adapter
         self._stepping = compiled(network)
         self._make_cache, self._template = make_cache, template or {}
         self._system = system
+        self.store = PromptStore(max_size=1) if store is None else store
+        empty = make_cache()
+        self._own_key = fingerprint([network], empty)
+        self.store.open(self._own_key, [network], empty)
         self.reset()
 
     def reset(self) -> None:
-        """Start over."""
-        self.messages: list[dict[str, str]] = []
+        """Start over; the next turn reuses what it has in common with this chat."""
+        self.messages: list[Message] = []
         if self._system is not None:
             self.messages.append({"role": "system", "content": self._system})
-        self.cache = self._make_cache()
-        self._places = PromptStore(max_size=1)
+        self.cached_tokens = 0
         self._text_tokens: list[int] = []
-        # The cache has seen all of them but, usually, the last one of an answer.
-        self._cached_tokens: list[int] = []
+        # Tokens of the text before each turn.
+        self._turns: list[int] = []
+        self._reached = _Reached(self._own_key, self._make_cache(), 0)
 
     @property
     def tokens(self) -> int:
         """Tokens the cache holds."""
-        return len(self._cached_tokens)
+        return self._reached.length
+
+    @property
+    def cache(self) -> list[Any]:
+        """A prompt cache that has seen the chat. The next turn works on another."""
+        return self._reached.cache
+
+    @property
+    def has_own_bits(self) -> bool:
+        """Whether the cache is as `make_cache` makes them, not a file's of others."""
+        return self._reached.key == self._own_key
 
     @property
     def context(self) -> int | None:
@@ -96,17 +134,18 @@ class Conversation:
     def say(self, text: str, **options: Any) -> Generator[Any, None, None]:
         """Answer ``text``, and remember both; yields mlx-lm's responses.
 
-        An answer that the caller stops, by closing this, is kept as far as it came.
+        Their ``prompt_tokens`` are those that were read; `cached_tokens` were reused.
+        An answer that the caller stops, by closing this, is kept as far as it came, and
+        so is one in which Ctrl-C is hit. A turn that ends in any other way, or in
+        Ctrl-C before its answer has begun, is not kept: the chat is as it was before.
 
         Args:
             text: The user's turn.
             options: For ``mlx_lm.stream_generate``.
 
         Raises:
-            UnsupportedError: if the chat would be longer than the model's context; the
-                turn is not kept then.
-            SpecError: if it has no tokens, or the chat template cannot write it;
-                likewise.
+            UnsupportedError: if the chat would be longer than the model's context.
+            SpecError: if it has no tokens, or the chat template cannot write it.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         tokens = self._encode(messages, text)
@@ -119,87 +158,140 @@ class Conversation:
         if self.context is not None and "max_tokens" in options:
             room = max(1, self.context - len(tokens))
             options["max_tokens"] = min(options["max_tokens"], room)
-        start = self._rewind_to(tokens)
-        begun, answer, generated = time.perf_counter(), "", []
+        at = self._nearest(tokens)
+        self.cached_tokens = at.length
+        answer, generated = "", list[int]()
         try:
-            read = self._read_places(messages, tokens, start, **options)
-            seconds = time.perf_counter() - begun
-            rest = tokens[start + read :]
+            step = options.get("prefill_step_size", 2048)
+            read = self._read(messages, tokens, at, step)
+            rest, options["prompt_cache"] = tokens[at.length + read.tokens :], at.cache
             for response in stream_generate(
-                self._stepping, self.tokenizer, rest, prompt_cache=self.cache, **options
+                self._stepping, self.tokenizer, rest, **options
             ):
                 answer += response.text
                 generated.append(int(response.token))
-                yield _with_read(response, read, seconds)
-        finally:
-            self.messages = [*messages, {"role": "assistant", "content": answer}]
-            self._text_tokens = [*tokens, *generated]
-            seen = length_of(self.cache)
-            self._cached_tokens = self._text_tokens[: -1 if seen is None else seen]
+                yield read.added_to(response)
+        except GeneratorExit:
+            pass  # the caller has enough
+        except KeyboardInterrupt:
+            if generated:  # in some layers the cache may have seen one more
+                self._turns.append(len(self._text_tokens))
+                self._stand(_answered(messages, answer), [*tokens, *generated])
+            raise
+        self._turns.append(len(self._text_tokens))
+        text_tokens = [*tokens, *generated]
+        self._keep(_answered(messages, answer), text_tokens, at.key, at.cache)
 
-    def _encode(self, messages: list[dict[str, str]], text: str) -> list[int]:
+    def _encode(self, messages: list[Message], text: str) -> list[int]:
         if self.tokenizer.has_chat_template:
-            written = render(self.tokenizer, messages, self._template)
-            return list(self.tokenizer.encode(written, add_special_tokens=False))
+            return self._encode_chat(messages)
         if not self._text_tokens and len(messages) > 1:
             text = f"{messages[0]['content']}\n{text}"
         first = not self._text_tokens
         new = self.tokenizer.encode(text, add_special_tokens=first)
         return [*self._text_tokens, *new]
 
-    def _rewind_to(self, tokens: list[int]) -> int:
-        """Make the cache hold a prefix of ``tokens``; returns its length."""
-        shared = 0
-        for cached, token in zip(self._cached_tokens, tokens[:-1], strict=False):
-            if cached != token:
-                break
-            shared += 1
-        extra = len(self._cached_tokens) - shared
-        if extra and can_trim_prompt_cache(self.cache):
-            trim_prompt_cache(self.cache, extra)
-        elif extra:  # a state that cannot go back
-            found, rest = self._places.fetch_nearest_cache(None, tokens)
-            self.cache = self._make_cache() if found is None else found
-            shared = len(tokens) - len(rest)
-        self._cached_tokens = self._cached_tokens[:shared]
-        return shared
+    def _encode_chat(self, messages: list[Message], answers: bool = True) -> list[int]:
+        written = render(self.tokenizer, messages, self._template, answers)
+        return list(self.tokenizer.encode(written, add_special_tokens=False))
 
-    def _read_places(
-        self,
-        messages: list[dict[str, str]],
-        tokens: list[int],
-        start: int,
-        prefill_step_size: int = 2048,
-        **ignored: Any,
-    ) -> int:
-        """Keep states that cannot go back while a turn is read; how many tokens were.
+    def _nearest(self, tokens: list[int]) -> _Reached:
+        """A cache that has seen most of ``tokens``, the last of which is always read.
 
-        That is all but the last if there are such states, else none.
-
-        Args:
-            messages: The chat.
-            tokens: Its text.
-            start: Tokens that the cache has seen.
-            prefill_step_size: Tokens to read at once.
-            ignored: Other options of the answer.
+        What the store has is forked, and so is this chat's own cache if the store could
+        not keep it.
         """
-        if all(keeps_all(leaf) for _, leaf in labelled_leaves(self.cache)):
-            return 0
-        parts = Parts()
-        if self.tokenizer.has_chat_template:
+        text, own = as_tokens(tokens)[:-1], self._reached
+        kept = KeptText(own.key, as_tokens(self._text_tokens[: own.length]), own.cache)
+        length = kept.usable(common_length(kept.tokens, text))
+        for key in dict.fromkeys((own.key, self._own_key)):
+            found, rest = self.store.fetch_nearest_cache(key, tokens)
+            if key == own.key and len(tokens) - len(rest) < length:
+                found, rest = kept.fork(length), tokens[length:]
+            if found is not None:
+                break
+        # What is known of its layers stays with a list of this class.
+        cache = PromptCache((), ()) if key != self._own_key else self._make_cache()
+        if found is not None:
+            cache[:] = found
+        return _Reached(key, cache, len(tokens) - len(rest))
+
+    def _read(
+        self, messages: list[Message], tokens: list[int], at: _Reached, step: int
+    ) -> PartRead:
+        """Read a turn's text but for the last token, and keep what was read."""
+
+        def find_parts() -> Parts:
+            if not self.tokenizer.has_chat_template:
+                return Parts()
             options = {**self._template, "tokenize": True}
             options["add_generation_prompt"] = False
-            render = functools.partial(self.tokenizer.apply_chat_template, **options)
-            parts = parts_of(render, messages, tokens)
-        places, before = stops(len(tokens), parts.ends, parts.beginning), start
-        for place in [place for place in places if place > start]:
-            steps = [*range(start, place, prefill_step_size), place]
-            for first, last in itertools.pairwise(steps):
-                self.network(mx.array(tokens[first:last])[None], cache=self.cache)
-                mx.eval([cache.state for cache in self.cache])
-            start, kept = place, copy.deepcopy(self.cache)
-            self._places.insert_cache(None, tokens[:place], kept, cache_type="user")
-        return start - before
+            write = functools.partial(self.tokenizer.apply_chat_template, **options)
+            return parts_of(write, messages, tokens)
+
+        def keep(place: int, kind: str) -> None:
+            kept = copy.deepcopy(at.cache)
+            self.store.insert_cache(at.key, tokens[:place], kept, cache_type=kind)
+
+        parted = self.store.parted(at.key, as_tokens(tokens))
+        segments = segments_of(tokens, at.cache, find_parts, parted)
+        return read_prompt(self.network, at.cache, segments, at.length, step, keep)
+
+    def _keep(
+        self, messages: list[Message], text: list[int], key: bytes, cache: list[Any]
+    ) -> None:
+        """Be at the end of a text that this cache has seen, and keep that."""
+        seen = length_of(cache)
+        length = len(text) if seen is None else min(seen, len(text))
+        self.messages, self._text_tokens = messages, text
+        self._reached = _Reached(key, cache, length)
+        self.store.insert_cache(key, text[:length], cache)
+        self.store.write()
+
+    def _stand(self, messages: list[Message], text: list[int]) -> None:
+        """Be at the end of a text of which something is kept, or nothing."""
+        self._reached = self._nearest([*text, 0])
+        self.messages, self._text_tokens = messages, text
+
+    def undo(self) -> str:
+        """Take the last turn back; returns what the user had said.
+
+        Raises:
+            SpecError: if there is none, or it is not known where it begins.
+        """
+        users = [i for i, said in enumerate(self.messages) if said["role"] == "user"]
+        if not users:
+            raise SpecError("there is no turn to take back")
+        before = self.messages[: users[-1]]
+        if self.tokenizer.has_chat_template:
+            text = self._encode_chat(before, answers=False) if users[1:] else []
+        elif self._turns:
+            text = self._text_tokens[: self._turns[-1]]
+        else:
+            raise SpecError(
+                "where the last turn begins is not kept in a file, and there is no "
+                "chat template to say it; /reset starts over"
+            )
+        said = self.messages[users[-1]]["content"]
+        self._turns = self._turns[:-1]
+        self._stand(before, text)
+        return said
+
+    def change_system(self, system: str | None) -> None:
+        """Have another system prompt, or none, from the next turn on.
+
+        Raises:
+            SpecError: if the text has begun, and no chat template writes it anew.
+        """
+        if self._text_tokens and not self.tokenizer.has_chat_template:
+            raise SpecError(
+                "without a chat template the system prompt is the text's beginning, "
+                "which is written; /reset first"
+            )
+        self._system = system
+        rest = [said for said in self.messages if said["role"] != "system"]
+        first = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = [*first, *rest]
 
     def save(self, path: str | Path) -> None:
         """Write messages and cache to a prompt-cache file.
@@ -207,83 +299,25 @@ class Conversation:
         Raises:
             SpecError: if there can be no such file.
         """
-        mx.eval([cache.state for cache in self.cache])
-        save_prompt_cache(
-            path,
-            self.cache,
-            {
-                "kind": _KIND,
-                **metadata_of(self.name, self._adapter),
-                "messages": json.dumps(self.messages),
-                "held": json.dumps(self._cached_tokens),
-                "tokens": json.dumps(self._text_tokens),
-            },
-        )
+        held = self._text_tokens[: self.tokens]
+        chat = SavedChat(self.messages, self._text_tokens, held, self.cache)
+        save_chat(path, chat, self.name, self._adapter)
 
     def load(self, path: str | Path) -> None:
         """Go on from a file that `save` wrote; a failure changes nothing.
+
+        A cache of other bits than this chat's stays out of the store's folder.
 
         Raises:
             FormatError: if it is none, or of another model.
             UnsupportedModelError: if the cache is another model's.
             UnsupportedError: if this is one machine of several.
         """
-        cache, metadata = load_prompt_cache(path, self.network, return_metadata=True)
-        if metadata.get("kind") != _KIND:
-            raise FormatError(
-                f"{path} is a prompt cache but no chat; use --prompt-cache-file of "
-                "mlx_tq.generate"
-            )
-        if not is_same(metadata, self.name, self._adapter):
-            raise FormatError(
-                f"{path} is a chat with {metadata.get('model')!r}, not {self.name!r} "
-                "as it is here; start mlx_tq.chat with that model"
-            )
-        seen = length_of(cache)
-        messages, held, tokens = _said(metadata, str(path))
-        if held != tokens[: len(held)] or seen not in (None, len(held)):
-            raise FormatError(
-                f"{path} is damaged: {len(held)} tokens are said to be in a cache of "
-                f"{seen}; its chat cannot go on"
-            )
-        check_tokens(self.network, tokens, str(path))
-        self.messages, self._cached_tokens, self._text_tokens = messages, held, tokens
-        self.cache = cache
+        chat = load_chat(path, self.network, self.name, self._adapter)
+        self._turns = []
+        key = fingerprint([self.network], chat.cache)
+        self._keep(chat.messages, chat.tokens, key, chat.cache)
 
 
-def _said(
-    metadata: dict[str, str], path: str
-) -> tuple[list[dict[str, str]], list[int], list[int]]:
-    """Messages, tokens that the cache has seen and all tokens, of a saved chat.
-
-    Raises:
-        FormatError: if they are something else.
-    """
-    try:
-        messages, held, tokens = (
-            json.loads(metadata[name]) for name in ("messages", "held", "tokens")
-        )
-        are_tokens = all(
-            isinstance(ids, list) and all(type(token) is int for token in ids)
-            for ids in (held, tokens)
-        )
-        are_messages = isinstance(messages, list) and all(
-            isinstance(message, dict)
-            and set(message) == {"role", "content"}
-            and all(isinstance(text, str) for text in message.values())
-            for message in messages
-        )
-    except (KeyError, ValueError, RecursionError):
-        are_tokens = are_messages = False
-    if not (are_tokens and are_messages):
-        raise FormatError(f"{path} is damaged: its messages or tokens are none")
-    return messages, held, tokens
-
-
-def _with_read(response: Any, tokens: int, seconds: float) -> Any:
-    """A response of mlx-lm's, with tokens of the prompt that were read before it."""
-    if not tokens:
-        return response
-    seconds += response.prompt_tokens / max(response.prompt_tps, 1e-9)
-    count = response.prompt_tokens + tokens
-    return replace(response, prompt_tokens=count, prompt_tps=count / seconds)
+def _answered(messages: list[Message], answer: str) -> list[Message]:
+    return [*messages, {"role": "assistant", "content": answer}]

@@ -63,6 +63,8 @@ class PromptStore:
         self._nbytes: int | None = 0
         # What a folder did not take is offered again from then on.
         self._idle_from = 0.0
+        # When `write` writes all of a text the next time.
+        self._whole_from = 0.0
 
     def __len__(self) -> int:
         """Whole texts that are kept."""
@@ -98,6 +100,14 @@ class PromptStore:
     def in_reach(self, model: Any, tokens: Tokens) -> int:
         """How much of that a fork would have seen."""
         return self._longest(model, tokens)[0]
+
+    def parted(self, model: Any, tokens: Tokens) -> list[int]:
+        """Where a text should be kept since one parted there from others.
+
+        It will again, or a little before: a line with the time, say.
+        """
+        place = self.in_common(model, tokens) - CLOSE
+        return [place] if place > self.in_reach(model, tokens) else []
 
     def reuse(self, model: Any, tokens: Tokens) -> int:
         """As `in_reach`; what is gone on from then is dropped last."""
@@ -260,6 +270,22 @@ class PromptStore:
             if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
                 self._save(entry, whole)
                 return
+
+    def write(self) -> None:
+        """Write what is new, for callers with no time of their own for `idle`.
+
+        Pages go at once, the rest of a text as seldom as there: the next turn makes it
+        needless.
+        """
+        now = time.monotonic()
+        if now < self._idle_from:
+            return
+        whole = now >= self._whole_from
+        for entry in list(self._kept):
+            if entry.kind == TEXT and (whole or not entry.saved):
+                self._save(entry, whole)
+        if whole:
+            self._whole_from = now + ALL_AFTER
 
     def _save(self, entry: KeptText, whole: bool) -> None:
         """Write a text, and with all of it the places that it is gone back to."""

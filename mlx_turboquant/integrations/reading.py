@@ -15,7 +15,6 @@ import mlx.core as mx
 import mlx_lm.server as host_server
 
 from ..conversations.index import BLOCK, Tokens, as_tokens, common_length
-from ..conversations.snapshots import CLOSE
 from .places import Parts, cut_at_places, in_pieces, parts_of
 
 #: A prompt's tokens, its segments, their kinds, the answer's first state, images.
@@ -164,9 +163,5 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
             }
             render = functools.partial(tokenizer.apply_chat_template, **options)
             parts = parts_of(render, request.messages, prompt)
-        # Where texts have parted once they will again, or a little before: a line with
-        # the time, say.
-        parted = store.in_common(key, text) - CLOSE
-        others = [parted] if parted > store.in_reach(key, text) else []
-        segments, kinds = cut_at_places(prompt, parts, others)
+        segments, kinds = cut_at_places(prompt, parts, store.parted(key, text))
         return prompt, segments, kinds, state, None

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from .codecs import CodecInfo as CodecInfo
     from .codecs import codec_for as codec_for
     from .codecs import register_codec as register_codec
+    from .conversations.disk import DiskFolder as DiskFolder
     from .evals import EvalPlan as EvalPlan
     from .evals import evaluate as evaluate
     from .explanation import explain as explain
     from .integrations.compiled_step import compiled as compiled
+    from .integrations.conversation import Conversation as Conversation
     from .integrations.factory import apply as apply
     from .integrations.factory import make_prompt_cache as make_prompt_cache
     from .integrations.factory import uninstall as uninstall
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .integrations.loading import load as load
     from .integrations.prompt_files import load_prompt_cache as load_prompt_cache
     from .integrations.prompt_files import save_prompt_cache as save_prompt_cache
+    from .integrations.prompt_store import PromptStore as PromptStore
     from .quantizer import Quantizer as Quantizer
     from .spec import CacheSpec as CacheSpec
     from .spec import CodecSpec as CodecSpec
@@ -53,7 +56,10 @@ _HOMES = {
     "CacheSpec": "spec",
     "CodecInfo": "codecs",
     "CodecSpec": "spec",
+    "Conversation": "integrations.conversation",
+    "DiskFolder": "conversations.disk",
     "EvalPlan": "evals",
+    "PromptStore": "integrations.prompt_store",
     "Quantizer": "quantizer",
     "RotatingTurboQuantCache": "cache",
     "TokenArrays": "tokens",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,12 +175,9 @@ class Conversation:
             pass  # the caller has enough
         except KeyboardInterrupt:
             if generated:  # in some layers the cache may have seen one more
-                self._turns.append(len(self._text_tokens))
-                self._stand(_answered(messages, answer), [*tokens, *generated])
+                self._end_turn(messages, answer, [*tokens, *generated], None)
             raise
-        self._turns.append(len(self._text_tokens))
-        text_tokens = [*tokens, *generated]
-        self._keep(_answered(messages, answer), text_tokens, at.key, at.cache)
+        self._end_turn(messages, answer, [*tokens, *generated], at)
 
     def _encode(self, messages: list[Message], text: str) -> list[int]:
         if self.tokenizer.has_chat_template:
@@ -237,19 +234,41 @@ class Conversation:
         segments = segments_of(tokens, at.cache, find_parts, parted)
         return read_prompt(self.network, at.cache, segments, at.length, step, keep)
 
-    def _keep(
-        self, messages: list[Message], text: list[int], key: bytes, cache: list[Any]
+    def _end_turn(
+        self,
+        messages: list[Message],
+        answer: str,
+        text: list[int],
+        at: _Reached | None,
     ) -> None:
-        """Be at the end of a text that this cache has seen, and keep that."""
-        seen = length_of(cache)
-        length = len(text) if seen is None else min(seen, len(text))
-        self.messages, self._text_tokens = messages, text
-        self._reached = _Reached(key, cache, length)
-        self.store.insert_cache(key, text[:length], cache)
+        """Be at the end of an answer, and give up the text of the turn before.
+
+        Args:
+            messages: The chat up to the answer.
+            answer: The answer.
+            text: Tokens of all.
+            at: What has seen them; None if that is not known.
+        """
+        if at is None:
+            at = self._nearest([*text, 0])
+        else:
+            seen = length_of(at.cache)
+            length = len(text) if seen is None else min(seen, len(text))
+            at = replace(at, length=length)
+        before = self._reached
+        # A template that cuts its thinking would have it written for nothing.
+        self.store.give_up(before.key, self._text_tokens[: before.length])
+        self._turns.append(len(self._text_tokens))
+        self._keep([*messages, {"role": "assistant", "content": answer}], text, at)
+
+    def _keep(self, messages: list[Message], text: list[int], at: _Reached) -> None:
+        """Be at the end of a text, and keep what has seen it."""
+        self.messages, self._text_tokens, self._reached = messages, text, at
+        self.store.insert_cache(at.key, text[: at.length], at.cache)
         self.store.write()
 
     def _stand(self, messages: list[Message], text: list[int]) -> None:
-        """Be at the end of a text of which something is kept, or nothing."""
+        """Be at the end of a text of which something is kept already, or nothing."""
         self._reached = self._nearest([*text, 0])
         self.messages, self._text_tokens = messages, text
 
@@ -314,10 +333,7 @@ class Conversation:
             UnsupportedError: if this is one machine of several.
         """
         chat = load_chat(path, self.network, self.name, self._adapter)
-        self._turns = []
         key = fingerprint([self.network], chat.cache)
-        self._keep(chat.messages, chat.tokens, key, chat.cache)
-
-
-def _answered(messages: list[Message], answer: str) -> list[Message]:
-    return [*messages, {"role": "assistant", "content": answer}]
+        self._turns = []
+        at = _Reached(key, chat.cache, len(chat.held))
+        self._keep(chat.messages, chat.tokens, at)

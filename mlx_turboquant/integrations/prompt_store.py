@@ -251,6 +251,15 @@ class PromptStore:
         self._kept.remove(entry)
         self._nbytes = None
 
+    def give_up(self, model: Any, tokens: list[int]) -> None:
+        """Drop a text that another takes the place of, unwritten; its places stay."""
+        text = as_tokens(tokens)
+        for entry in list(self._kept):
+            if entry.kind != TEXT or entry.model != model:
+                continue
+            if len(entry.tokens) == len(text) == common_length(entry.tokens, text):
+                self._drop(entry)
+
     def forget(self) -> None:
         """Drop all that is kept; nothing of it is written any more."""
         for entry in list(self._kept):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from inspect import signature
@@ -174,15 +175,19 @@ def test_states_without_a_length_have_seen_the_answer_s_last_token(make):
     name = "recurrent"
     agents.MODELS[name] = ("mamba2", {})
     try:
-        talk = make(name, None)
+        talk, fresh = make(name, None), make(name, None)
     finally:
         del agents.MODELS[name]
+    talk.tokenizer = fresh.tokenizer = tq.load(str(MODEL))[1]  # without a template
     assert length_of(talk.cache) is None
-    counted = Counted(talk)
-    counted.ask(STORY)
-    expected = afresh(make, talk, "And then?", name, None)
-    assert counted.ask("And then?") == expected
-    assert counted.read[1] < counted.new[1] + CLOSE
+    answer(talk, STORY)
+    count = len(talk._text_tokens)
+    said = answer(talk, " And then?")
+    assert talk.cached_tokens == count
+    text = talk._text_tokens[:-10]
+    fresh._encode = lambda messages, new: text
+    assert answer(fresh, "") == said
+    assert fresh.cached_tokens == 0
 
 
 # Without a template.
@@ -209,6 +214,8 @@ def test_a_turn_is_taken_back_without_a_template(make, tmp_path):
     talk.change_system("Another.")
     answer(talk, STORY)
     assert talk.tokenizer.decode(talk._text_tokens).startswith("Another.\n" + STORY)
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Another."}]
 
 
 # Turns that end too early.
@@ -341,52 +348,56 @@ def test_a_restart_changes_no_answer(make, tmp_path, name):
         assert read[1][1] < 150
 
 
-def test_a_killed_chat_s_successor_reads_what_was_not_written(tmp_path, run_chat):
-    """Killed in an answer: the turn before was written. Ended: all of it."""
-    options = {"--kv-bits": LOSSY, "--kv-dir": str(tmp_path / "kv")}
-    command = [sys.executable, "-u", "-m", "mlx_turboquant", "chat", "-m", "2000"]
-    command += ["--model", str(MODEL), *(w for pair in options.items() for w in pair)]
+def test_a_chat_that_is_killed_loses_a_turn_and_one_that_is_ended_none(
+    tmp_path, run_chat
+):
     story = "".join(f"{i} men went to sea in {i + 7} boats. " for i in range(30))
 
-    def talk(number):
+    def options(name):
+        return {"--kv-bits": LOSSY, "--kv-dir": str(tmp_path / name)}
+
+    def talk(name, is_killed):
+        """Two turns, the second not yet over if it is killed."""
+        words = [word for pair in options(name).items() for word in pair]
+        command = [sys.executable, "-u", "-m", "mlx_turboquant", "chat", "-m", "2000"]
         process = subprocess.Popen(
-            command,
+            [*command, "--model", str(MODEL), *words],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        process.stdin.write(f"{story}\n".encode())
-        process.stdin.flush()
         out = b""
-        while len(out) < 400:  # some of the answer
-            out += os.read(process.stdout.fileno(), 100)
-        process.send_signal(signal.SIGINT)
-        while b"written at" not in out:
-            out += os.read(process.stdout.fileno(), 100)
-        process.stdin.write(b"And then?\n")
-        process.stdin.flush()
-        while out.count(b">>> ") < 2 or out.endswith(b">>> "):  # until it answers
-            out += os.read(process.stdout.fileno(), 1)
+        for turn, text in enumerate((story, "And then?"), 1):
+            process.stdin.write(f"{text}\n".encode())
+            process.stdin.flush()
+            while out.count(b">>> ") < turn or out.endswith(b">>> "):
+                out += os.read(process.stdout.fileno(), 1)  # until it answers
+            if is_killed and turn == 2:
+                break
+            process.send_signal(signal.SIGINT)
+            while out.count(b">>> ") < turn + 1:
+                out += os.read(process.stdout.fileno(), 1)
+        number = signal.SIGKILL if is_killed else signal.SIGTERM
         process.send_signal(number)
         process.wait(60)
         process.stdin.close()
         process.stdout.close()
-        assert process.returncode == (-number if number == signal.SIGKILL else 143)
-        return tokens(out.decode())
+        assert process.returncode == (-number if is_killed else 128 + number)
+        assert out.count(b"written at") == 2 - is_killed
+        with sqlite3.connect(tmp_path / name / "index.sqlite") as index:
+            count = "SELECT count(*) FROM records WHERE kind=3"  # ends of texts
+            ends = index.execute(count).fetchone()[0]
+        index.close()
+        return ends
 
-    def tokens(out):
-        found = re.search(r"(\d+) tokens reused, (\d+) read", out)
-        return int(found[1]), int(found[2])
-
-    assert talk(signal.SIGKILL)[0] == 0
-    reused, read = talk(signal.SIGTERM)
-    assert reused > 300
-    assert read <= 32
-    out = run_chat(story, **options)[1]
-    assert sum(tokens(out)) == reused + read
-    assert tokens(out)[1] <= read
+    assert talk("killed", is_killed=True) == 1
+    assert talk("ended", is_killed=False) == 2
+    out = run_chat(story, **options("killed"))[1]
+    reused, read = re.search(r"(\d+) tokens reused, (\d+) read", out).groups()
+    assert int(reused) > 300
+    assert int(read) <= 32
 
 
 def test_what_is_written_between_turns(make, tmp_path):

@@ -47,7 +47,8 @@ def test_a_chat_from_end_to_end(run_cli, tmp_path):
     assert meters[5] == meters[1]  # after /load
     assert meters[6] > meters[5] + 12
     assert "k3v3 in 8 of 8 layers" in out
-    assert re.search(r"\d+ tokens read at \d+/s, 12 written at [\d.]+/s", out)
+    statistics = r"\d+ tokens reused, \d+ read at \d+/s, 12 written at [\d.]+/s"
+    assert len(re.findall(statistics, out)) == 2
     assert "error: cannot read a prompt cache" in out
     assert "/save needs a file" in out
     assert "/dance is no command" in out

@@ -223,7 +223,8 @@ def _run_command(console: Console, conversation: Conversation, line: str) -> Non
         console.print(f"loaded {conversation.tokens} tokens")
         if not conversation.has_own_bits:
             console.print(
-                "its cache has other bits than this chat's and keeps them until /reset"
+                "its cache keeps the bits it was saved with until /reset, and stays "
+                "out of --kv-dir"
             )
         for message in conversation.messages[-2:]:
             console.print(f"{message['role']}: {message['content']}", markup=False)

@@ -9,7 +9,6 @@ nothing. Asking and showing is the command line's, files are ``chat_files.py``'s
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from .fingerprint import fingerprint
 from .kept_text import KeptText
 from .loading import check_context, context_length
 from .model_folder import check_tokens
-from .places import Parts, parts_of
+from .places import Parts, parts_of_chat
 from .prompt_reading import PartRead, read_prompt, segments_of
 from .prompt_store import PromptStore
 from .stock import length_of
@@ -207,7 +206,7 @@ class Conversation:
                 found, rest = kept.fork(length), tokens[length:]
             if found is not None:
                 break
-        # What is known of its layers stays with a list of this class.
+        # A list that knows what was decided on its layers.
         cache = PromptCache((), ()) if key != self._own_key else self._make_cache()
         if found is not None:
             cache[:] = found
@@ -219,12 +218,7 @@ class Conversation:
         """Read a turn's text but for the last token, and keep what was read."""
 
         def find_parts() -> Parts:
-            if not self.tokenizer.has_chat_template:
-                return Parts()
-            options = {**self._template, "tokenize": True}
-            options["add_generation_prompt"] = False
-            write = functools.partial(self.tokenizer.apply_chat_template, **options)
-            return parts_of(write, messages, tokens)
+            return parts_of_chat(self.tokenizer, messages, tokens, self._template)
 
         def keep(place: int, kind: str) -> None:
             kept = copy.deepcopy(at.cache)
@@ -235,26 +229,17 @@ class Conversation:
         return read_prompt(self.network, at.cache, segments, at.length, step, keep)
 
     def _end_turn(
-        self,
-        messages: list[Message],
-        answer: str,
-        text: list[int],
-        at: _Reached | None,
+        self, messages: list[Message], answer: str, text: list[int], at: _Reached | None
     ) -> None:
         """Be at the end of an answer, and give up the text of the turn before.
 
-        Args:
-            messages: The chat up to the answer.
-            answer: The answer.
-            text: Tokens of all.
-            at: What has seen them; None if that is not known.
+        ``at`` is what has seen the text; None if it is not known how much of it.
         """
         if at is None:
             at = self._nearest([*text, 0])
         else:
             seen = length_of(at.cache)
-            length = len(text) if seen is None else min(seen, len(text))
-            at = replace(at, length=length)
+            at = replace(at, length=len(text) if seen is None else min(seen, len(text)))
         before = self._reached
         # A template that cuts its thinking would have it written for nothing.
         self.store.give_up(before.key, self._text_tokens[: before.length])
@@ -267,8 +252,16 @@ class Conversation:
         self.store.insert_cache(at.key, text[: at.length], at.cache)
         self.store.write()
 
-    def _stand(self, messages: list[Message], text: list[int]) -> None:
-        """Be at the end of a text of which something is kept already, or nothing."""
+    def _stand(self, messages: list[Message], text: list[int] | None = None) -> None:
+        """Be at the end of a chat of which something is kept already, or nothing.
+
+        Args:
+            messages: The chat.
+            text: Its tokens; None to ask the chat template.
+        """
+        if text is None:
+            is_empty = all(said["role"] != "user" for said in messages)
+            text = [] if is_empty else self._encode_chat(messages, answers=False)
         self._reached = self._nearest([*text, 0])
         self.messages, self._text_tokens = messages, text
 
@@ -281,19 +274,17 @@ class Conversation:
         users = [i for i, said in enumerate(self.messages) if said["role"] == "user"]
         if not users:
             raise SpecError("there is no turn to take back")
-        before = self.messages[: users[-1]]
-        if self.tokenizer.has_chat_template:
-            text = self._encode_chat(before, answers=False) if users[1:] else []
-        elif self._turns:
+        text = None
+        if not self.tokenizer.has_chat_template:
+            if not self._turns:
+                raise SpecError(
+                    "where the last turn begins is not kept in a file, and there is no "
+                    "chat template to say it; /reset starts over"
+                )
             text = self._text_tokens[: self._turns[-1]]
-        else:
-            raise SpecError(
-                "where the last turn begins is not kept in a file, and there is no "
-                "chat template to say it; /reset starts over"
-            )
         said = self.messages[users[-1]]["content"]
+        self._stand(self.messages[: users[-1]], text)
         self._turns = self._turns[:-1]
-        self._stand(before, text)
         return said
 
     def change_system(self, system: str | None) -> None:
@@ -307,10 +298,10 @@ class Conversation:
                 "without a chat template the system prompt is the text's beginning, "
                 "which is written; /reset first"
             )
-        self._system = system
         rest = [said for said in self.messages if said["role"] != "system"]
         first = [] if system is None else [{"role": "system", "content": system}]
-        self.messages = [*first, *rest]
+        self._stand([*first, *rest])
+        self._system = system
 
     def save(self, path: str | Path) -> None:
         """Write messages and cache to a prompt-cache file.

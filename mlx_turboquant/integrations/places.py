@@ -6,9 +6,10 @@ Models with recurrent states or windows can only be gone on with where these wer
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,27 @@ def parts_of(
     beginning = max(tools, end_of([*messages[:system], nothing]))
     last = [end_of(list(messages[:n])) for n in (len(messages) - 1, len(messages)) if n]
     return Parts((tools, beginning, *last), beginning)
+
+
+def parts_of_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    prompt: Sequence[int],
+    options: Mapping[str, Any],
+) -> Parts:
+    """As `parts_of`, by the tokenizer's chat template; none without one.
+
+    Args:
+        tokenizer: Of mlx-lm's wrapper class.
+        messages: The chat.
+        prompt: Its tokens, with what begins an answer.
+        options: Of the template, tools among them.
+    """
+    if not tokenizer.has_chat_template:
+        return Parts()
+    fixed = {"tokenize": True, "add_generation_prompt": False}
+    render = functools.partial(tokenizer.apply_chat_template, **{**options, **fixed})
+    return parts_of(render, messages, prompt)
 
 
 def cut_at_places(

@@ -8,14 +8,13 @@ goes on from there when that is done, instead of reading the same beside it.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.server as host_server
 
 from ..conversations.index import BLOCK, Tokens, as_tokens, common_length
-from .places import Parts, cut_at_places, in_pieces, parts_of
+from .places import Parts, cut_at_places, in_pieces, parts_of_chat
 
 #: A prompt's tokens, its segments, their kinds, the answer's first state, images.
 Tokenized = tuple[list[int], list[list[int]], list[str], str, Any]
@@ -153,15 +152,12 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
             segments, kinds = in_pieces(tokenized[1], tokenized[2])
             return prompt, segments, kinds, state, None
         parts = Parts()
-        if request.request_type == "chat" and tokenizer.has_chat_template:
+        if request.request_type == "chat":
             options = {
                 **provider.cli_args.chat_template_args,
                 **(args.chat_template_kwargs or {}),
                 "tools": request.tools,
-                "tokenize": True,
-                "add_generation_prompt": False,
             }
-            render = functools.partial(tokenizer.apply_chat_template, **options)
-            parts = parts_of(render, request.messages, prompt)
+            parts = parts_of_chat(tokenizer, request.messages, prompt, options)
         segments, kinds = cut_at_places(prompt, parts, store.parted(key, text))
         return prompt, segments, kinds, state, None

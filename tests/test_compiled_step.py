@@ -12,6 +12,7 @@ import warnings
 import weakref
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny_models
 from helpers import MODEL, backend
@@ -29,6 +30,7 @@ from mlx_turboquant.integrations.factory import make_prompt_cache
 from mlx_turboquant.kernels.attention import AttendArguments
 from mlx_turboquant.tiles import in_tiles
 
+STORY = "Once upon a time there was an old king who had three sons. " * 5
 SPEC = "k3v3,page=32,window=16,sink=4"
 RECENT = AttendArguments._fields.index("recent")
 pytestmark = pytest.mark.usefixtures("hooked")
@@ -402,3 +404,27 @@ def test_generate_and_chat_use_it(gpu, books, monkeypatch):
     for _ in talk.say(text, max_tokens=8):
         pass
     assert len(replays) == 8
+
+
+def test_a_turn_said_again_replays_on_its_own_cache(gpu, books):
+    """It reads one token: a step, over a fork of what was traced last."""
+    model, tokenizer = books
+    said = []
+
+    def codes(caches):
+        return [np.array(cache.state["packed:keys_words"]) for cache in caches]
+
+    for is_compiled in (True, False):
+        talk = Conversation(model, tokenizer, lambda: make_prompt_cache(model, SPEC))
+        if not is_compiled:
+            talk._stepping = model
+        for _ in range(2):
+            said.append([r.token for r in talk.say(STORY, max_tokens=40)])
+            kept, count, before = talk.cache, talk.tokens, codes(talk.cache)
+            talk.undo()
+        said.append([r.token for r in talk.say(STORY, max_tokens=20)])
+        assert talk.cached_tokens == count - 41
+        assert {cache.offset for cache in kept} == {count}
+        pairs = zip(before, codes(kept), strict=True)
+        assert all(np.array_equal(*pair) for pair in pairs)
+    assert said[:3] == said[3:]

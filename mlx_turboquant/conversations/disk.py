@@ -83,8 +83,11 @@ class DiskFolder:
         SpecError: if the folder cannot be used, or holds something else.
     """
 
-    def __init__(self, folder: Path, limit: int, hourly: int | None = None) -> None:
-        self.folder, self.limit, self.hourly = folder, limit, hourly
+    def __init__(
+        self, folder: str | Path, limit: int, hourly: int | None = None
+    ) -> None:
+        self.folder = folder = Path(folder)
+        self.limit, self.hourly = limit, hourly
         self._catalog = Catalog(folder)
         # Files of this process that can still be added to: end, name, bytes.
         self._ends: dict[int, tuple[bytes, str, int]] = {}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from helpers import MODEL, ROOT
 from mlx.utils import tree_flatten
+from serving_tools import options
 from test_bad_models import run
 
 import mlx_turboquant as tq
@@ -24,7 +25,10 @@ from mlx_turboquant.conversations.index import as_tokens, common_length
 from mlx_turboquant.conversations.snapshots import CLOSE, EVERY_IN_BEGINNING
 from mlx_turboquant.errors import SpecError
 from mlx_turboquant.integrations import conversation as module
+from mlx_turboquant.integrations import server
+from mlx_turboquant.integrations.fingerprint import fingerprint
 from mlx_turboquant.integrations.stock import length_of, stock_caches
+from mlx_turboquant.spec import CacheSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
 
@@ -51,9 +55,11 @@ def models(tmp_path_factory):
             if name != "books":
                 folder = agents.save_tiny(name, tmp_path_factory.mktemp("tiny"))
             config = {"chat_template": TEMPLATE}
+            get.folders[name] = folder
             loaded[name] = tq.load(str(folder), tokenizer_config=config)
         return loaded[name]
 
+    get.folders = {}
     return get
 
 
@@ -401,6 +407,29 @@ def test_a_chat_that_is_killed_loses_a_turn_and_one_that_is_ended_none(
     reused, read = re.search(r"(\d+) tokens reused, (\d+) read", out).groups()
     assert int(reused) > 300
     assert int(read) <= 32
+
+
+def test_a_server_finds_what_a_chat_has_written(models, make):
+    """Its caches are made another way."""
+    models("llama")
+    given = options(model=str(models.folders["llama"]))
+    provider = server.Provider(given, CacheSpec.parse(LOSSY))
+    provider.load_default()
+    key = fingerprint([provider.model], provider.empty_caches)
+    assert key == make("llama", LOSSY)._own_key
+    assert key != make("llama", CLOSE_TO_IT)._own_key
+
+
+def test_another_system_prompt_and_the_first_again(make):
+    """Each text stays for the other."""
+    counted = Counted(make("books", EXACT, system=SHORT, store=tq.PromptStore()))
+    counted.ask(STORY)
+    counted.talk.change_system("Be kind. " + SHORT)
+    counted.ask("And then?")
+    counted.talk.change_system(SHORT)
+    counted.ask("And then?")
+    assert counted.read == counted.new
+    assert counted.read[2] < 50 < 200 < counted.read[1]
 
 
 def test_what_is_written_between_turns(make, tmp_path):

@@ -436,15 +436,20 @@ def test_what_is_written_between_turns(make, tmp_path):
     """Pages at once, all of it now and then and at the end; once each."""
     folder = DiskFolder(tmp_path / "kv", 10**9)
     talk = make("books", LOSSY, store=tq.PromptStore(max_size=1, folder=folder))
+    talk.store.write()  # there is nothing yet
     answer(talk, STORY * 2)
+    assert folder.nbytes == 0
+    talk.store.write()
     first = folder.nbytes
     assert first > 0
     assert talk.store._kept[0].saved == "all"
     answer(talk, STORY)
+    talk.store.write()
     second = folder.nbytes
     assert talk.store._kept[0].saved == "pages"
     assert first < second < 2 * first  # the first has a tail, too
     answer(talk, "So?", count=2)
+    talk.store.write()
     assert folder.nbytes <= second + (second - first) / 3
     talk.store.close()
     assert talk.store._kept[0].saved == "all"
@@ -461,12 +466,14 @@ def test_a_file_of_other_bits_stays_out_of_the_folder(make, tmp_path):
     assert not talk.has_own_bits
     assert answer(talk, "And then?") == answer(other, "And then?")
     assert talk.cache[0].spec.keys.bits == 8
+    talk.store.write()
     assert folder.nbytes == 0
     talk.reset()
     assert talk.has_own_bits
     answer(talk, STORY)
     assert talk.cached_tokens == 0
     assert talk.cache[0].spec.keys.bits == 4
+    talk.store.write()
     assert folder.nbytes > 0
     talk.store.close()
 

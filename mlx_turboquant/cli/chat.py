@@ -179,6 +179,7 @@ def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:
         try:
             meter = f"\n[dim]{_meter(conversation)}[/]\n[bold green]>>>[/] "
             console.print(meter, end="")
+            conversation.store.write()  # while the user thinks
             line = _typed()
         except KeyboardInterrupt:
             continue

@@ -64,8 +64,8 @@ class Conversation:
         template: Options of the chat template.
         adapter: The folder of adapters that the model was loaded with, or None.
         store: Where it keeps what it has read and looks for what others have; chats of
-            one thread may share it. Whoever made it closes it. By default one of its
-            own, with room for one text.
+            one thread may share it. Whoever made it writes and closes it. By default
+            one of its own, with room for one text.
 
     Attributes:
         messages: Roles and contents, in the order of the chat.
@@ -250,7 +250,6 @@ class Conversation:
         """Be at the end of a text, and keep what has seen it."""
         self.messages, self._text_tokens, self._reached = messages, text, at
         self.store.insert_cache(at.key, text[: at.length], at.cache)
-        self.store.write()
 
     def _stand(self, messages: list[Message], text: list[int] | None = None) -> None:
         """Be at the end of a chat of which something is kept already, or nothing.

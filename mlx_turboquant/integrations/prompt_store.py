@@ -293,8 +293,8 @@ class PromptStore:
         for entry in list(self._kept):
             if entry.kind == TEXT and (whole or not entry.saved):
                 self._save(entry, whole)
-        if whole:
-            self._whole_from = now + ALL_AFTER
+            if whole and entry.saved == "all":
+                self._whole_from = now + ALL_AFTER
 
     def _save(self, entry: KeptText, whole: bool) -> None:
         """Write a text, and with all of it the places that it is gone back to."""

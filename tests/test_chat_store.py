@@ -25,7 +25,7 @@ from mlx_turboquant.conversations.index import as_tokens, common_length
 from mlx_turboquant.conversations.snapshots import CLOSE, EVERY_IN_BEGINNING
 from mlx_turboquant.errors import SpecError
 from mlx_turboquant.integrations import conversation as module
-from mlx_turboquant.integrations import server
+from mlx_turboquant.integrations import places, server
 from mlx_turboquant.integrations.fingerprint import fingerprint
 from mlx_turboquant.integrations.stock import length_of, stock_caches
 from mlx_turboquant.spec import CacheSpec
@@ -283,6 +283,19 @@ def test_a_turn_that_fails_changes_nothing(make, name, error, calls):
     assert answer(talk, "And then? " + SHORT) == expected
     if calls == 6:
         assert talk.cached_tokens > 200  # what was read before it is not lost
+
+
+def test_of_a_long_text_whose_reading_is_stopped_the_pieces_stay(make, monkeypatch):
+    monkeypatch.setattr(places, "PIECE", 64)
+    talk = make("books", EXACT)
+    network, talk.network = talk.network, Failing(talk.network, 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        answer(talk, STORY * 2)
+    assert talk.messages == []
+    talk.network = network
+    expected = afresh(make, talk, STORY * 2, "books", EXACT)
+    assert answer(talk, STORY * 2) == expected
+    assert talk.cached_tokens == 128
 
 
 def test_a_chat_that_fails_says_so_and_goes_on(monkeypatch, run_chat):

@@ -162,12 +162,15 @@ def _signals_that_end() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     numbers = [getattr(signal, n, None) for n in ("SIGTERM", "SIGHUP")]
-    before = {number: signal.signal(number, end) for number in numbers if number}
+    # nohup ignores one of them, and means it.
+    usual = [n for n in numbers if n and signal.getsignal(n) is signal.SIG_DFL]
+    for number in usual:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in usual:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _read_turns(console: Console, conversation: Conversation) -> Iterator[str]:

@@ -38,6 +38,14 @@ def in_index(folder):
     return size
 
 
+def begun_anew(folder):
+    """Another server's, which has found the index damaged."""
+    for path in folder.folder.glob("index.sqlite*"):
+        path.unlink()
+    (folder.folder / "index.sqlite").write_bytes(b"no index" * 1000)
+    return DiskFolder(folder.folder, 10**6)
+
+
 # What fits of a text.
 
 
@@ -169,6 +177,26 @@ def test_a_file_dropped_before_it_is_opened_is_written_anew(folder, monkeypatch)
     other.close()
 
 
+def test_an_index_begun_anew_while_one_writes_is_found(folder, monkeypatch):
+    """The number that its file had is another server's file by then."""
+    folder.write([record(1)])
+    append, others = disk.append, []
+
+    def append_and_begin_anew(path, start, records):
+        rows = append(path, start, records)
+        if not others:
+            others.append(begun_anew(folder))
+            assert others[0].write([record(9)])
+        return rows
+
+    monkeypatch.setattr(disk, "append", append_and_begin_anew)
+    assert folder.write([record(2)], behind=key(1))
+    found = folder.read([key(2), key(9)])
+    assert [one.tobytes() for one in found] == [whole(record(2)), whole(record(9))]
+    assert bytes_in(folder) == folder.nbytes == 2000
+    others[0].close()
+
+
 @pytest.mark.parametrize("when", ["at the start", "at the next write"])
 def test_files_that_no_index_has_are_removed(folder, when):
     folder.write([record(1)])
@@ -224,10 +252,7 @@ def test_what_is_written_while_one_looks_around_is_not_removed(folder, monkeypat
 def test_an_index_begun_anew_is_found_by_who_had_the_old_one(folder, caplog):
     """Its file of number 1 is not theirs; what is in no index is removed."""
     folder.write([record(1)])
-    for path in folder.folder.glob("index.sqlite*"):
-        path.unlink()
-    (folder.folder / "index.sqlite").write_bytes(b"no index" * 1000)
-    other = DiskFolder(folder.folder, 10**6)
+    other = begun_anew(folder)
     assert "begun anew" in caplog.text
     assert other.write([record(2)])
     assert folder.write([record(3)], behind=key(1))

@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
+import sys
+import time
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -27,7 +30,7 @@ from .guard import Access
 from .names import Names
 from .service import Limits, Service
 
-#: Seconds for errors to be sent to who is cut off.
+#: Seconds behind the grace, for errors to be sent to who is cut off, and for texts.
 _LAST_WORDS = 5
 
 
@@ -90,6 +93,9 @@ class WebServer(uvicorn.Server):
         app: The application.
         generator: Has the requests that run.
         grace: Seconds that they get when the server is told to end.
+
+    Attributes:
+        end_by: When all has to be over, `time.monotonic`.
     """
 
     def __init__(
@@ -107,10 +113,13 @@ class WebServer(uvicorn.Server):
         )
         super().__init__(config)
         self._generator, self._grace = generator, grace
+        self.end_by = 0.0
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for answers; those that take too long end with an error."""
+        self.end_by = time.monotonic() + self._grace + _LAST_WORDS
+        self._generator.begin_end()
         loop = asyncio.get_running_loop()
         cut = loop.call_later(self._grace, self._generator.cut_off)
         try:
@@ -153,6 +162,7 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger().addFilter(SaidOnce())
     generator = SupervisedGenerator(provider, store, settings.kv_memory)
+    web = None
     try:
         generator.wait_until_loaded()
         if bound is None:
@@ -171,8 +181,22 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
         logging.info("Listening on http://%s:%d", place, port)
         # Uvicorn ends running requests first, then raises the signal again.
         with contextlib.suppress(KeyboardInterrupt):
-            WebServer(app, generator, settings.grace).run(sockets=[bound])
+            web = WebServer(app, generator, settings.grace)
+            web.run(sockets=[bound])
     finally:
         if bound is not None:
             bound.close()
-        generator.stop_and_join()
+        if not generator.end(web.end_by if web else time.monotonic() + _LAST_WORDS):
+            _leave(0 if web else 128 + signal.SIGINT)
+
+
+def _leave(code: int) -> None:
+    """End the process although a thread cannot be ended: it is within MLX.
+
+    What the folder has is whole: it would be after ``kill -9``.
+    """
+    logging.warning("Ended in the middle of a step; what was not written is lost")
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

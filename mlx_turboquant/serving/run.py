@@ -186,7 +186,8 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
     finally:
         if bound is not None:
             bound.close()
-        if not generator.end(web.end_by if web else time.monotonic() + _LAST_WORDS):
+        by = web.end_by if web and store.folder else time.monotonic()
+        if not generator.end(by):
             _leave(0 if web else 128 + signal.SIGINT)
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import MODEL, ROOT
 from mlx_lm import generate
 from mlx_lm.server import CompletionRequest, GenerationContext
-from serving_tools import SPEC, STORY, Running
+from serving_tools import LIMIT, SPEC, STORY, Running, until
 
 import mlx_turboquant as tq
 from mlx_turboquant import pacing
@@ -20,8 +20,6 @@ from mlx_turboquant.errors import RequestError
 from mlx_turboquant.integrations import supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
 from mlx_turboquant.integrations.tickets import Ticket
-
-LIMIT = 60
 
 
 class Asked:
@@ -54,13 +52,6 @@ class Asked:
         assert self.over.wait(LIMIT)
         (context,) = (i for i in self.items if isinstance(i, GenerationContext))
         return context.prompt_cache_count
-
-
-def until(condition):
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def text_of(running, length, seed=0):

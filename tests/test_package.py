@@ -37,7 +37,7 @@ LAYERS = (
     ("packed_codes", "pool_shelf"),
     ("page_table",),
     ("quantizer",),
-    ("segments", "cold"),
+    ("segments",),
     ("batch_handles",),
     ("kernels",),
     ("proof",),

@@ -82,6 +82,19 @@ def test_files_are_no_longer_than_a_part_of_the_folder(tmp_path):
     folder.close()
 
 
+def test_what_makes_room_first_is_a_text_s_end(tmp_path):
+    """Its beginning is of use without that, and not the other way round."""
+    folder = DiskFolder(tmp_path / "kv", 80_000)
+    keys = [key(i) for i in range(35)]
+    folder.write([record(i) for i in range(35)])
+    assert folder.write([record(i) for i in range(100, 150)])
+    assert folder.known(keys) == 30
+    assert folder.write([record(i) for i in range(200, 210)])
+    assert folder.known(keys) == 30
+    assert folder.known([key(i) for i in range(100, 150)]) == 40
+    folder.close()
+
+
 def test_a_text_s_first_pages_are_written_and_the_rest_in_the_next_hour(
     llama, tmp_path, hooked, monkeypatch
 ):

@@ -153,11 +153,13 @@ class DiskFolder:
         """
         with self._errors("write"):
             room, new, size = self._room(), list[Record](), 0
+            all_fit, keys = True, list[bytes]()
             for record in records:
+                keys.append(record.key)
                 if self._catalog.has(record.key):
-                    self._catalog.touch([record.key])
                     continue
-                if record.size > room:
+                all_fit = record.size <= room
+                if not all_fit:
                     self._tell(record.size)
                     break
                 new.append(record)
@@ -165,10 +167,9 @@ class DiskFolder:
                 if size >= self._file_bytes:
                     behind = self._append(new, behind)
                     new, size = [], 0
-            else:
-                self._append(new, behind)
-                return True
             self._append(new, behind)
+            self._catalog.touch(keys)
+            return all_fit
         return False
 
     def _room(self) -> int:

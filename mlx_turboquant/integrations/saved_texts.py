@@ -136,7 +136,9 @@ class SavedTexts:
             if whole:
                 yield self._tail(tokens, leaves, states, growing, keys)
 
-        return self.folder.write(records(), [head.key, *keys][first])
+        done = self.folder.write(records(), [head.key, *keys][first])
+        self.folder.known([head.key, *keys])  # used alike, what came before included
+        return done
 
     def _first_key(self, tokens: Tokens) -> bytes:
         first = np.ascontiguousarray(tokens[: self._sink + self._page])

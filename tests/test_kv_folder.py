@@ -145,7 +145,7 @@ def test_an_hour_s_bytes_are_all_that_is_written(tmp_path, caplog, monkeypatch):
     assert other.write([record(2)])
     assert not folder.write([record(3)])
     assert not folder.write([record(3)])
-    assert caplog.text.count("waits for the next") == 1
+    assert caplog.text.count("more of texts in the next hour") == 1
     assert folder.write([record(1)]), "what is there needs no writing"
     monkeypatch.setattr(time, "time", lambda: now + 3600)
     assert folder.write([record(3)])

@@ -4,8 +4,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import agents
+import mlx.core as mx
 import pytest
 from helpers import MODEL, ROOT
 from mlx_lm import generate
@@ -342,6 +345,8 @@ def test_when_time_is_over_the_last_used_texts_are_written(tmp_path, caplog):
 #: A server whose every step takes a minute.
 HANGS = f"""
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from mlx_turboquant.integrations import supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
 from mlx_turboquant.serving import run
@@ -354,38 +359,35 @@ serve.main(["--model", {str(MODEL)!r}, "--port", "0", "--grace", "0.2"])
 
 def test_a_step_that_cannot_be_given_up_does_not_hold_the_end():
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGS],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
+        [sys.executable, "-c", HANGS], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
+    line = next(line for line in process.stderr if "Listening on" in line)
+    url = line.split()[-1]
+
+    def read(path, body=None):
+        with urllib.request.urlopen(url + path, body, timeout=LIMIT) as answer:
+            return answer.read().decode()
+
     try:
-        url = next(line for line in process.stderr if "Listening on" in line).split()[
-            -1
-        ]
-        asked = subprocess.Popen(
-            ["curl", "-s", f"{url}/v1/completions", "-d", '{"prompt": "The"}'],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        time.sleep(1.0)
-        begun = time.monotonic()
-        process.terminate()
-        _, log = process.communicate(timeout=LIMIT)
-        seconds = time.monotonic() - begun
-        answer, _ = asked.communicate(timeout=LIMIT)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(read, "/v1/completions", b'{"prompt": "The"}')
+            until(lambda: "\nmlx_tq_requests_waiting 1.0\n" in read("/metrics"))
+            begun = time.monotonic()
+            process.terminate()
+            _, log = process.communicate(timeout=LIMIT)
+            seconds = time.monotonic() - begun
+            error = asked.exception()
     finally:
         process.kill()
     assert process.returncode == 0
     assert seconds < 30, "not the minute of a step"
     assert "Ended in the middle of a step" in log
-    assert "the server is shutting down" in answer
+    assert error.code == 503
+    error.close()
 
 
 @pytest.mark.parametrize("is_over", [False, True])
 def test_steps_are_given_up_in_their_own_thread_only(is_over):
-    import mlx.core as mx
-
     pacing.give_up_when(lambda: is_over)
     raised = []
 

@@ -190,8 +190,8 @@ class DiskFolder:
         elif self.hourly and self._told_hour != _hour():
             self._told_hour = _hour()
             logging.info(
-                f"KV folder: --kv-disk-hourly {decimal(self.hourly)} are written; more "
-                "of texts in the next hour"
+                f"KV folder: --kv-disk-hourly {decimal(self.hourly)} are written; "
+                "more of texts in the next hour"
             )
 
     def _make_room(self, size: int) -> None:

@@ -20,7 +20,7 @@ import mlx.core as mx
 from rich.filesize import decimal
 
 from .backends.reference import SLICE_BYTES
-from .cache.schedule import DECODE_TOKENS
+from .cache.schedule import DECODE_TOKENS, SHORT_TEXT
 from .codecs import codec_for, codec_info
 from .entries import CacheEntry
 from .pages import GROWTH
@@ -178,6 +178,8 @@ def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int,
     if window is not None and tokens > window:
         quantizable += spec.page  # its first page may be hidden in part
     pages = quantizable // spec.page
+    if pages and quantizable < SHORT_TEXT:
+        pages = -(-quantizable // spec.page)  # a prompt may have begun another
     capacity = spec.page * capacity_of(pages, max(1, GROWTH // spec.page)) * (pages > 0)
     keys = codec_for(spec.keys, k_dim, "keys")
     values = codec_for(spec.values, v_dim, "values")

@@ -45,33 +45,41 @@ class PageMeans:
     Args:
         page: Tokens to a mean.
         table: The pages that hold them, beside codes; pages of their own if None.
+        sample: Tokens at a page's beginning that the means of new pages are of; all
+            if None.
+
+    Attributes:
+        table, sample: As given.
     """
 
-    def __init__(self, page: int, table: PageTable | None = None) -> None:
-        self._table = PageTable(PagePool(page)) if table is None else table
+    def __init__(
+        self, page: int, table: PageTable | None = None, sample: int | None = None
+    ) -> None:
+        self.table = PageTable(PagePool(page)) if table is None else table
+        self.sample = page if sample is None else min(sample, page)
 
     @property
     def page(self) -> int:
         """Tokens to a mean."""
-        return self._table.pool.page
+        return self.table.pool.page
 
     @property
     def rows(self) -> mx.array | None:
         """The pool's buffer (B, H, capacity, D) float16; None before the first page."""
-        return self._table.pool.groups.get("means", {}).get("keys")
+        return self.table.pool.groups.get("means", {}).get("keys")
 
     @property
     def count(self) -> int:
         """Pages that have one."""
-        return self._table.means
+        return self.table.means
 
     def append(self, means_rot: mx.array) -> None:
         """Add means (B, H, pages, D) of the pages that follow."""
-        self._table.append_means(means_rot.astype(mx.float16))
+        self.table.append_means(means_rot.astype(mx.float16))
 
     def of_pages(self, first: int, stop: int, heads: slice = slice(None)) -> mx.array:
         """Means (B, heads, stop - first, D) float16 of some pages of the text."""
-        return self._table.mean_rows(first, stop, heads)
+        return self.table.mean_rows(first, stop, heads)
 
     def of_tokens(self, first: int, count: int, heads: slice = slice(None)) -> mx.array:
         """Each token's mean (B, heads, count, D) float32, from token ``first`` on."""
@@ -82,7 +90,7 @@ class PageMeans:
 
     def keep(self, tokens: int) -> None:
         """Forget the pages that begin behind the first ``tokens`` tokens."""
-        self._table.keep_means(tokens)
+        self.table.keep_means(tokens)
 
     @property
     def state(self) -> dict[str, mx.array]:
@@ -91,9 +99,9 @@ class PageMeans:
 
     @state.setter
     def state(self, arrays: dict[str, mx.array]) -> None:
-        self._table.keep_means(0)
+        self.table.keep_means(0)
         if arrays:
-            self._table.append_means(arrays["keys"])
+            self.table.append_means(arrays["keys"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,42 +153,49 @@ class Quantizer:
         return tile_layout(self.codec, self.side)
 
     def pages_begun(self, x: mx.array, first: int) -> mx.array | None:
-        """The vectors (B, H, whole pages, D) of x whose pages have no mean yet, if any.
+        """What the means of pages that begin in x are of: (B, H, pages * sample, D).
 
         A page that was cut by a trim keeps the mean it had.
 
         Args:
-            x: Vectors (B, H, N, D); if a page begins in them, they end where one does.
+            x: Vectors (B, H, N, D); of a page that begins in them, they hold what its
+                mean is of: all of it, or its first `PageMeans.sample`.
             first: Encoded vectors before them.
 
+        Returns:
+            Those vectors; None if no page begins.
+
         Raises:
-            ValueError: if they end elsewhere.
+            ValueError: if they end too early.
         """
         if self.means is None:
             return None
-        page = self.means.page
+        page, sample = self.means.page, self.means.sample
         start = max(0, self.means.count * page - first)
         count = max(0, x.shape[2] - start)
-        if count % page:
+        if 0 < count % page < sample:
             raise ValueError(
-                f"{x.shape[2]} tokens behind {first} do not end where a page of {page} "
-                "does; encode whole pages"
+                f"{x.shape[2]} tokens behind {first} end within the first {sample} of "
+                f"a page of {page}, which its mean is of; encode {sample} at least"
             )
-        return x[:, :, start:] if count else None
+        if sample == page:
+            return x[:, :, start:] if count else None
+        begun = [x[:, :, at : at + sample] for at in range(start, start + count, page)]
+        return mx.concatenate(begun, axis=2) if begun else None
 
     def add_means(self, x: mx.array, first: int) -> None:
         """Add the means of the pages that begin within x; see `pages_begun`."""
         begun = self.pages_begun(x, first)
         if begun is not None and self.means is not None:
             batch, heads, _, dim = begun.shape
-            shape = batch, heads, -1, self.means.page, dim
+            shape = batch, heads, -1, self.means.sample, dim
             pages = begun.astype(mx.float32).reshape(shape)
             self.means.append(self.transform.encode(mx.mean(pages, axis=3)))
 
     def encode(self, x: mx.array, first: int = 0) -> TokenArrays:
         """Codes of vectors x (B, H, N, D), any float dtype.
 
-        With means, x must end where a page does.
+        With means, x must end where a page does, or behind what its mean is of.
 
         Args:
             x: The vectors, in the model's basis.
@@ -236,3 +251,13 @@ class Quantizer:
         if self.means is None:
             return self
         return replace(self, means=PageMeans(self.means.page, table))
+
+    def sampling(self, sample: int) -> Quantizer:
+        """The same, taking the means of new pages from their first ``sample`` tokens.
+
+        Pages that it encodes are its own, too.
+        """
+        means = self.means
+        if means is None or sample == means.sample:
+            return self
+        return replace(self, means=PageMeans(means.page, means.table, sample))

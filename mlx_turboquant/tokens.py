@@ -163,18 +163,27 @@ class TokenArrays:
         """Forget the last ``count`` tokens; the buffers stay."""
         self.length -= count
 
-    def drop_first(self, count: int) -> None:
-        """Forget the first ``count`` tokens; what is left moves to new buffers."""
-        self.replace({name: a[:, :, count:] for name, a in self.views().items()})
+    def drop_first(self, count: int, room: int = 0) -> None:
+        """Forget the first ``count`` tokens; what is left moves to new buffers.
+
+        Args:
+            count: Tokens to forget.
+            room: Capacity of those, if that is enough.
+        """
+        left = {name: a[:, :, count:] for name, a in self.views().items()}
+        self.replace(left, room)
 
     def fork(self) -> TokenArrays:
         """The same arrays, until one of the two is written to."""
         arrays = {name: a.reshape(a.shape) for name, a in self.arrays.items()}
         return TokenArrays(arrays, self.length, self.growth, self.layout, self.first)
 
-    def replace(self, tokens: Mapping[str, mx.array]) -> None:
-        """Start over in new buffers holding just ``tokens``, which may be empty."""
-        self.arrays, self.length, self.first = {}, 0, 0
+    def replace(self, tokens: Mapping[str, mx.array], room: int = 0) -> None:
+        """Start over in new buffers holding just ``tokens``, which may be empty.
+
+        With capacity for ``room``, if that is enough.
+        """
+        self.arrays, self.length, self.first = {}, 0, room
         self.append(tokens)
 
     @property

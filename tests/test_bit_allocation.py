@@ -133,7 +133,8 @@ def test_layers_wait_for_one_another_and_differ(first):
             mx.eval(step(cache, first, 10 * at + index, loud=(0.1, 1.0, 5.0)[index]))
     for index, cache in enumerate(caches):
         mx.eval(step(cache, 1, 5000 + index))
-        assert cache.packed_length == 256
+        # A prompt that ends in a short text goes on to its last tile.
+        assert cache.packed_length == (352 if first == 400 else 256)
         assert not cache.spec.adaptive
     bits = [(c.spec.keys.bits, c.spec.values.bits) for c in caches]
     assert np.mean(bits) == pytest.approx(3.25, abs=0.1)

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError, UnsupportedError
+from mlx_turboquant.evals.caches import stored_bits
 from mlx_turboquant.segments import CompressedTokens
 from mlx_turboquant.tokens import TokenArrays
 
@@ -56,12 +57,35 @@ def same_state(one, other):
 @each_spec
 @pytest.mark.parametrize("steps", [[1], [8], [3, 1], [64], [200, 1], [300]])
 def test_codes_do_not_depend_on_how_tokens_came(spec, steps):
-    """Prefill n + decode 1 == prefill n + 1, bit for bit, for any cut."""
-    keys, values = tokens(300), tokens(300, DV, seed=1)
-    whole = feed(tq.TurboQuantCache(spec), keys, values, [300])
-    cut = feed(tq.TurboQuantCache(spec), keys, values, steps)
-    assert cut.offset == whole.offset == 300
+    """Prefill n + decode 1 == prefill n + 1, bit for bit, for any cut.
+
+    Of a short text, where prompts go on to the last tile, once a prompt follows.
+    """
+    keys, values = tokens(340), tokens(340, DV, seed=1)
+    whole = feed(tq.TurboQuantCache(spec), keys, values, [340])
+    cut = feed(tq.TurboQuantCache(spec), keys[:, :, :300], values[:, :, :300], steps)
+    feed(cut, keys[:, :, 300:], values[:, :, 300:], [40])
+    assert cut.offset == whole.offset == 340
     same_state(settle(cut), settle(whole))
+
+
+@pytest.mark.parametrize("spec", ["3", "3,page=96", "k4v2,sink=0,window=0"])
+@pytest.mark.parametrize("steps", [[1], [300, 1], [700], [2600]])
+def test_codes_do_not_depend_on_where_a_short_text_ends(spec, steps):
+    """Nor the means: those of the first pages are of one tile, of the others not."""
+    keys, values = tokens(2600), tokens(2600, DV, seed=1)
+    keys = keys + mx.arange(2600)[:, None] / 500  # means that move within a page
+    whole = feed(tq.TurboQuantCache(spec), keys, values, [2600])
+    cut = feed(tq.TurboQuantCache(spec), keys, values, steps)
+    same_state(settle(cut), settle(whole))
+    page, sink = whole.spec.page, whole.spec.sink
+    short = 2048 // page * page
+    q = whole._quantizers.sides.keys
+    for start, sample in ((short - page, 32), (short, page)):
+        held = q.means.of_pages(start // page, start // page + 1)
+        rows = keys[:, :, sink + start : sink + start + sample]
+        want = q.transform.encode(mx.mean(rows, axis=2, keepdims=True))
+        assert mx.abs(held - want).max() < 1e-3 * mx.abs(want).max()
 
 
 @each_spec
@@ -70,9 +94,24 @@ def test_segments_hold_what_the_spec_says(spec):
     s = cache.spec
     settle(cache)
     assert cache.sink_length == s.sink
-    assert cache.packed_length % s.page == 0
+    assert cache.packed_length % 32 == 0
     assert s.window <= cache.recent_length < s.window + s.page
     assert cache.sink_length + cache.packed_length + cache.recent_length == 500
+    feed(cache, tokens(40), tokens(40, DV), [40])
+    assert s.window <= cache.recent_length < s.window + 32  # behind a prompt
+    feed(cache, tokens(2500), tokens(2500, DV), [2500])
+    assert cache.packed_length % s.page == 0
+    assert s.window <= cache.recent_length < s.window + s.page
+
+
+def test_a_prompt_of_1000_tokens_has_few_that_are_not_compressed():
+    """Its buffers too: they end where the next page will be full."""
+    keys, values = tokens(1000, 128), tokens(1000, 128, seed=1)
+    layer = feed(tq.TurboQuantCache("3"), keys, values, [1000])
+    bits, elements = stored_bits([layer])
+    assert bits / elements < 4.0
+    assert layer.recent_length == 36 - 4 + (1000 - 36) % 32
+    assert layer.keys.shape[2] == 32 + 64 + 16
 
 
 def test_a_rejected_draft_never_touches_the_codes():

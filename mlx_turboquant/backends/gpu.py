@@ -265,7 +265,7 @@ class Gpu(Reference):
             return
         batch, kv_heads, tokens, dim = begun.shape
         arguments = PageMeansArguments(
-            tokens // means.page, means.page, kv_heads, batch
+            tokens // means.sample, means.sample, kv_heads, batch
         )
         launch = page_means_launch(dim, x.dtype, arguments)
         signs = specialize.key_signs(transform, batch * kv_heads)

@@ -3,12 +3,12 @@
 Its tokens are in three segments, in the order of the text:
 
     sink     the first ``spec.sink`` tokens, as the model gave them
-    packed   codes, encoded a page at a time
+    packed   codes, encoded a page at a time; tiles of it in a short text
     recent   between ``window`` and ``window + page`` last tokens, likewise
 
 The first page calibrates the quantizers, which are frozen from then on (`quantizers`).
 When tokens move is `schedule`'s. A token's codes never depend on what came after its
-page, and the layout depends only on the token count.
+page, nor on the steps that tokens came in.
 
 Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``).
 """
@@ -121,9 +121,10 @@ class TurboQuantCache(SequenceCache):
         spare = is_short(step) or self.offset + step < schedule.next_page_at
         self._tokens.recent.append({"keys": keys, "values": values}, spare)
         self.offset += step
+        schedule.store(self.offset, step)
         fetched = self.keys_and_values() if self.returns_arrays else self.compressed()
         # The handles keep the buffers they have: packing puts the rest in new ones.
-        if self.offset >= schedule.next_page_at and schedule.packs_after_step(step):
+        if schedule.is_due(self.offset, step) and schedule.packs_after_step(step):
             self._pack(step)
         return fetched
 
@@ -162,7 +163,7 @@ class TurboQuantCache(SequenceCache):
         self._quantizers.observe_queries(q, scale, kv_heads, self.offset)
         schedule = self._schedule
         step = q.shape[2]
-        if self.offset >= schedule.next_page_at and schedule.packs_after_queries(step):
+        if schedule.is_due(self.offset, step) and schedule.packs_after_queries(step):
             self._pack(step)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
@@ -199,24 +200,25 @@ class TurboQuantCache(SequenceCache):
         if self._shelf is not None and (changed or not schedule.packed):
             kind = self._quantizers.kind, *pending["keys"].shape[:2]
             self.move_to(self._shelf.pool_for(kind, self.spec.page), {})
-        count = schedule.tokens_due(self.offset)
-        first, start = tokens.packed_length, 0
-        if not first and not tokens.sink:
-            start = self.spec.sink
-        stop = start + count
-        codes = self._quantizers.encode(
-            pending["keys"][:, :, start:stop],
-            pending["values"][:, :, start:stop],
-            first,
-        )
-        tokens.pack(codes, sink=start)
-        self._set_packed(schedule.packed + count)
+        start = 0 if tokens.packed_length or tokens.sink else self.spec.sink
+        first, at, codes = tokens.packed_length, start, []
+        while count := schedule.tokens_due(self.offset):
+            part = slice(at, at + count)
+            keys, values = pending["keys"][:, :, part], pending["values"][:, :, part]
+            codes.append(self._quantizers.encode(keys, values, first))
+            schedule.set_packed(schedule.packed + count)
+            first, at = first + count, at + count
+        tokens.pack(codes, sink=start, room=schedule.room)
+        self._codes_changed()
         if step >= PACED_TOKENS:
             pace(tokens.arrays)
 
     def _set_packed(self, count: int) -> None:
-        """The packed tokens have changed: ``count`` are, or were, codes."""
+        """Other tokens are packed: ``count`` are, or were, codes."""
         self._schedule.set_packed(count)
+        self._codes_changed()
+
+    def _codes_changed(self) -> None:
         packed = self._tokens.packed_length
         self._backend = self._quantizers.choice.backend if packed else None
         self._prepared = PreparedSteps()
@@ -261,6 +263,7 @@ class TurboQuantCache(SequenceCache):
             self._decode_cut_tile()
             self._set_packed(self._schedule.packed - before + tokens.packed_length)
         self._quantizers.trim(self.offset)
+        self._schedule.trim(self.offset)
         return n
 
     def _decode_cut_tile(self) -> None:

@@ -192,13 +192,15 @@ class LayerQuantizers:
     ) -> Sides[TokenArrays]:
         """Codes of tokens (B, H, N, D) that follow ``first`` encoded ones.
 
-        They end where a page does; `advance` came first.
+        They end where `PackingSchedule.tokens_due` says; `advance` came first.
         """
         if self.sides is None:
             raise ValueError("advance comes before encode")
         backend = self.choice.backend
         return Sides(
-            backend.encode(self.sides.keys, keys, first),
+            backend.encode(
+                self.sides.keys.sampling(self._schedule.mean_sample), keys, first
+            ),
             backend.encode(self.sides.values, values, first),
         )
 

@@ -1,7 +1,11 @@
 """`PackingSchedule`: when tokens become codes. The one place that decides it.
 
 When a step begins after n tokens, ``page * ((n - sink - window) // page)`` of them are
-codes, whatever the steps they came in; a long step makes that true before it ends. A
+codes at least, whatever the steps they came in; a long step makes that true before it
+ends. In a short text, where a page of uncompressed tokens would be much of it, a
+long step goes on to its last whole tile, ``32 * ((n - sink - window) // 32)``; steps of
+a few tokens wait for whole pages, each a stop for the host. So that codes do not depend
+on where a step ended, the means of these first pages are of their first tile. A
 layer goes through these phases:
 
     COLLECTING   the first page is not full
@@ -25,10 +29,13 @@ from __future__ import annotations
 from enum import Enum
 
 from ..spec import CacheSpec
+from ..tokens import TILE
 
 #: Steps of at most this many tokens are decoding (kernels verify so many at once);
 #: longer ones are prefill.
 DECODE_TOKENS = 16
+#: Codes up to which a text is short, rounded down to whole pages.
+SHORT_TEXT = 2048
 
 
 def is_short(step: int) -> bool:
@@ -60,8 +67,10 @@ class PackingSchedule:
     """
 
     def __init__(self, spec: CacheSpec) -> None:
-        self._uncompressed = spec.sink + spec.window
+        self._sink, self._uncompressed = spec.sink, spec.sink + spec.window
         self._page = spec.page
+        self._short = SHORT_TEXT // spec.page * spec.page
+        self._prompt_end = 0  # tokens seen when the last long step was stored
         self.enter(Phase.COLLECTING)
         self.set_packed(0)
 
@@ -94,7 +103,44 @@ class PackingSchedule:
         """Whether it is packed when the queries of that step were seen."""
         return not is_short(step) and not self.is_calibrated
 
+    def store(self, stored: int, step: int) -> None:
+        """Say that ``stored`` tokens were seen by the end of a step of ``step``."""
+        if not is_short(step):
+            self._prompt_end = stored
+
+    def trim(self, stored: int) -> None:
+        """Say that all tokens but the first ``stored`` were forgotten."""
+        self._prompt_end = min(self._prompt_end, stored)
+
     def tokens_due(self, stored: int) -> int:
-        """Tokens to encode, so that all that should be codes are."""
+        """Tokens to encode, so that all that should be codes are.
+
+        Of those that end a short text no more: the rest is due next.
+
+        Args:
+            stored: Tokens seen.
+        """
         settled = max(0, stored - self._uncompressed)
-        return max(0, settled // self._page * self._page - self.packed)
+        due = settled // self._page * self._page
+        if self.packed < self._short:
+            if due:
+                prompt = self._prompt_end - self._uncompressed
+                due = max(due, prompt // TILE * TILE)
+            due = min(due, self._short)
+        return max(0, due - self.packed)
+
+    def is_due(self, stored: int, step: int) -> bool:
+        """Whether anything is to be encoded when a step of ``step`` was stored."""
+        return stored >= self.next_page_at or (
+            not is_short(step) and self.tokens_due(stored) > 0
+        )
+
+    @property
+    def room(self) -> int:
+        """Recent tokens that there are at most before a step packs some."""
+        return self.next_page_at - self._sink - self.packed + DECODE_TOKENS
+
+    @property
+    def mean_sample(self) -> int:
+        """Tokens that the mean of a page is of that is encoded next."""
+        return min(TILE, self._page) if self.packed < self._short else self._page

@@ -9,7 +9,7 @@ When tokens move is `schedule`'s, what codes are made with `quantizers`'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -132,12 +132,13 @@ class StoredTokens:
             ),
         )
 
-    def pack(self, codes: Sides[TokenArrays], sink: int) -> None:
+    def pack(self, codes: Sequence[Sides[TokenArrays]], sink: int, room: int) -> None:
         """Put codes in the place of the oldest recent tokens.
 
         Args:
-            codes: Of the tokens behind the first ``sink`` recent ones.
+            codes: Of the tokens behind the first ``sink`` recent ones, in order.
             sink: Recent tokens that become the sink: all of it, or 0 if there is one.
+            room: Recent tokens that there will be before more are packed.
         """
         if sink:
             # Contiguous, or the sink would keep the prompt's buffer alive.
@@ -145,9 +146,10 @@ class StoredTokens:
                 name: mx.contiguous(tokens[:, :, :sink])
                 for name, tokens in self.recent.views().items()
             }
-        self.table.extend(dict(codes.items()))
+        for part in codes:
+            self.table.extend(dict(part.items()))
         self._codes_changed()
-        self.recent.drop_first(sink + codes.keys.length)
+        self.recent.drop_first(sink + sum(part.keys.length for part in codes), room)
 
     def drop_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, of as many as there are at least."""

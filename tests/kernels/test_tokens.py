@@ -110,8 +110,25 @@ def test_means_are_added_as_pages_begin(launcher):
         b = want.encode(x[:, :, first:stop], first)
         assert got.means.count == want.means.count == stop // 32
         assert_same_choice(codec, centred(want, x[:, :, first:stop], first), a, b)
-    with pytest.raises(ValueError, match="do not end where a page of 32 does"):
+    with pytest.raises(ValueError, match="within the first 32 of a page of 32"):
         backend.encode(got, x[:, :, :50], 96)
+
+
+def test_means_of_a_sample_are_those_of_whole_pages_tiles(launcher):
+    (codec, _) = codecs_of("k4v4", (64, 64))
+    x = mx.random.normal((2, 1, 160, 64)) + mx.arange(160)[:, None] / 20
+    transform = ChannelTransform(codec.rotation)
+    made = []
+    for backend in (Reference(), Gpu(launcher)):
+        quantizer = Quantizer(codec, transform, "keys", PageMeans(64))
+        for first, stop in ((0, 96), (96, 160)):  # ends within a page
+            backend.encode(quantizer.sampling(32), x[:, :, first:stop], first)
+        made.append(quantizer.means.of_pages(0, 3))
+    tiles = mx.stack([x[:, :, at : at + 32] for at in (0, 64, 128)], axis=2)
+    want = transform.encode(mx.mean(tiles, axis=3))
+    for got in made:
+        assert got.shape == want.shape == (2, 1, 3, 64)
+        assert mx.abs(got - want).max() < 2e-3 * mx.abs(want).max()
 
 
 def centred(quantizer, x, first):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +21,7 @@ from mlx_turboquant import pacing
 from mlx_turboquant.cache import layer
 from mlx_turboquant.conversations.disk import DiskFolder
 from mlx_turboquant.errors import RequestError
-from mlx_turboquant.integrations import supervision
+from mlx_turboquant.integrations import prompt_store, supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
 from mlx_turboquant.integrations.tickets import Ticket
 
@@ -320,24 +321,31 @@ def test_texts_are_written_while_the_last_answers_are(tmp_path):
         running.close()
 
 
-def test_when_time_is_over_the_last_used_texts_are_written(tmp_path, caplog):
+def test_when_time_is_over_the_last_used_texts_are_written(
+    tmp_path, caplog, monkeypatch
+):
     folder = DiskFolder(tmp_path / "kv", 10**9)
     running = Running(folder=folder)
     for i in range(3):
         running.complete(f"{i} {STORY}", max_tokens=1)
+    running.settled()
+    monkeypatch.setattr(running.generator, "begin_end", lambda: None)
+    running.http.should_exit = True
+    running._thread.join()
+    running.client.close()
     saved, save = [], running.cache._save
     latest = max(entry.used for entry in running.cache._kept)
 
-    def slowly(entry, whole):
+    def save_and_tell(entry, whole):
         saved.append(entry.used)
-        time.sleep(0.3)
         save(entry, whole)
 
-    running.cache._save = slowly
-    running.http.should_exit = True
-    running._thread.join()
-    assert running.generator.end(time.monotonic() + 0.2)
-    running.client.close()
+    # It is late as soon as one is written.
+    clock = types.SimpleNamespace(monotonic=lambda: LIMIT + len(saved))
+    monkeypatch.setattr(prompt_store, "time", clock)
+    monkeypatch.setattr(running.cache, "_save", save_and_tell)
+    running.generator._end_by = LIMIT + 1
+    running.generator.stop_and_join()
     assert saved == [latest]
     assert "no time was left to write 2 texts" in caplog.text
 
@@ -345,9 +353,10 @@ def test_when_time_is_over_the_last_used_texts_are_written(tmp_path, caplog):
 #: A server whose every step takes a minute.
 HANGS = f"""
 import time
+import types
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from mlx_turboquant.integrations import supervision
+from mlx_turboquant.integrations import prompt_store, supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
 from mlx_turboquant.serving import run
 from mlx_turboquant.cli import serve

@@ -105,7 +105,8 @@ def test_a_soak_with_cancellations_ends_in_time_with_flat_memory():
 
     try:
         with ThreadPoolExecutor(6) as pool:
-            list(pool.map(one, range(300)))
+            # Until as many texts are kept as there is room for.
+            list(pool.map(one, range(600)))
             early = resident(server.process)
             begun = time.monotonic()
             kinds = list(pool.map(one, range(REQUESTS)))

@@ -178,7 +178,8 @@ class SupervisedGenerator(Generator):
             Whether it has; if not, only the process's end can end it.
         """
         self._end_by, self._stop = by, True
-        self._generation_thread.join(max(0.0, by - time.monotonic()) + _LAST_TEXT)
+        left = max(0.0, by - time.monotonic()) + _LAST_TEXT
+        self._generation_thread.join(min(left, threading.TIMEOUT_MAX))
         return not self._generation_thread.is_alive()
 
     def _serve_single(self, request: Any, stream: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -32,6 +33,8 @@ from .service import Limits, Service
 
 #: Seconds behind the grace, for errors to be sent to who is cut off, and for texts.
 _LAST_WORDS = 5
+#: Seconds for a step to end where there is no folder to write to.
+_LAST_STEP = 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger().addFilter(SaidOnce())
     generator = SupervisedGenerator(provider, store, settings.kv_memory)
-    web = None
+    by, code = math.inf, 0  # a start that failed has ended the thread
     try:
         generator.wait_until_loaded()
         if bound is None:
@@ -180,15 +183,18 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
         place = f"[{host}]" if ":" in host else host
         logging.info("Listening on http://%s:%d", place, port)
         # Uvicorn ends running requests first, then raises the signal again.
+        web = WebServer(app, generator, settings.grace)
         with contextlib.suppress(KeyboardInterrupt):
-            web = WebServer(app, generator, settings.grace)
             web.run(sockets=[bound])
+        by = web.end_by if store.folder else time.monotonic() + _LAST_STEP
+    except KeyboardInterrupt:
+        by, code = time.monotonic(), 128 + signal.SIGINT  # while it was loading
+        raise
     finally:
         if bound is not None:
             bound.close()
-        by = web.end_by if web and store.folder else time.monotonic()
         if not generator.end(by):
-            _leave(0 if web else 128 + signal.SIGINT)
+            _leave(code)
 
 
 def _leave(code: int) -> None:

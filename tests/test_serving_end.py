@@ -1,5 +1,6 @@
 """Requests that are given up, faults beside others, and the end: what is kept."""
 
+import signal
 import subprocess
 import sys
 import threading
@@ -393,6 +394,36 @@ def test_a_step_that_cannot_be_given_up_does_not_hold_the_end():
     assert "Ended in the middle of a step" in log
     assert error.code == 503
     error.close()
+
+
+#: A server whose model takes a minute to load.
+LOADS = f"""
+import sys, time
+from mlx_turboquant.integrations import server, supervision
+from mlx_turboquant.cli import serve
+def load(self):
+    print("it loads", file=sys.stderr, flush=True)
+    time.sleep(60)
+server.Provider.load_default = load
+supervision._LAST_TEXT = 0.2
+serve.main(["--model", {str(MODEL)!r}, "--port", "0"])
+"""
+
+
+def test_a_model_that_is_loaded_does_not_hold_the_end():
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADS], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert process.stderr.readline() == "it loads\n"
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=LIMIT)
+    finally:
+        process.kill()
+    assert time.monotonic() - begun < 30, "not a minute"
+    assert process.returncode == 130
+    assert "Traceback" not in log
 
 
 @pytest.mark.parametrize("is_over", [False, True])

@@ -27,7 +27,8 @@ test: $(VENV)/$(DEV)
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(PYTEST_ARGS)
 
-# 2,000 requests of any fields, and 500 with clients that hang up: some ten minutes.
+# 2,000 requests of any fields, 500 with clients that hang up, and servers that are killed:
+# some fifteen minutes.
 sweeps: $(VENV)/dev
 	$(BIN)/python -m pytest -m sweep $(PYTEST_ARGS)
 

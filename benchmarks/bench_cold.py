@@ -20,8 +20,9 @@ import mlx_turboquant as tq  # before MLX: on Linux it loads a faster BLAS
 
 # isort: split
 import mlx.core as mx
+from cold_prediction import CodePredictor
+from cold_records import freeze, restore
 
-from mlx_turboquant.cold import CodePredictor, freeze, restore
 from mlx_turboquant.evals import text
 from mlx_turboquant.integrations.hook import install
 from mlx_turboquant.quantizer import Sides

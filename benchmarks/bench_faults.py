@@ -87,19 +87,10 @@ class Server:
         self._process.wait()
 
 
-def requests() -> list[dict[str, object]]:
-    """All of them: what is to be refused first."""
+def tried() -> list[dict[str, object]]:
+    """What each request has beside the base: what is to be refused first."""
     wrong = [{name: value} for name, of in REFUSED.items() for value, _ in of]
-    base = {"prompt": "The sea", **BASE}
-    return [{**base, **fields} for fields in [*wrong, *ACCEPTED]]
-
-
-def shown(fields: dict[str, object]) -> str:
-    """What a request has beside the base."""
-    own = {name: value for name, value in fields.items() if BASE.get(name) != value}
-    if len(own) > 1:
-        own.pop("prompt")
-    return json.dumps(own)
+    return [*wrong, *ACCEPTED]
 
 
 def main() -> None:
@@ -107,11 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--server", choices=[*COMMANDS], action="append")
     names = parser.parse_args().server or [*COMMANDS]
-    rows = [[shown(fields)] for fields in requests()]
+    base = {"prompt": "The sea", **BASE}
+    rows = [[json.dumps(fields)] for fields in tried()]
     for name in names:
         server, deaths = Server(name), 0
-        for fields, row in zip(requests(), rows, strict=True):
-            status, _ = server.ask("/v1/completions", **fields)
+        for fields, row in zip(tried(), rows, strict=True):
+            status, _ = server.ask("/v1/completions", **{**base, **fields})
             lived = server.is_well()
             row.append(f"{status or 'no answer'}{'' if lived else ', and it is dead'}")
             if not lived:

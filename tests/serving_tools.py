@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import http.client
 import json
+import re
 import threading
+import time
 
 import openai
 from helpers import MODEL
@@ -19,7 +21,17 @@ SPEC = CacheSpec.parse("k8v8,page=32,window=8")
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 )
+#: Seconds for what takes a moment: machines that run tests are busy.
+LIMIT = 120
 STORY = "The old man looked at the sea and thought of the years that had gone. " * 8
+
+
+def until(condition):
+    """Wait until something is so."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.01)
 
 
 def options(**changes):
@@ -115,6 +127,22 @@ class Running:
     def ask(self, path="/v1/completions", **fields):
         """The same of fields."""
         return self.raw(json.dumps(fields), path=path)
+
+    def settled(self):
+        """(texts, bytes) that are kept, once all that was asked for is over.
+
+        An answer ends for its client before its text is kept.
+        """
+        generator = self.generator
+        until(lambda: not generator.open_tickets())
+        begun = time.monotonic()
+        until(lambda: generator._counted_at > begun)
+        return generator.kept
+
+    def generated(self):
+        """Tokens that were written so far, of answers that are over."""
+        text = self.raw(None, method="GET", path="/metrics")[1].decode()
+        return float(re.search(r'tokens_total{kind="generated"} (\S+)', text)[1])
 
     def is_well(self):
         """It answers, and its thread has met nothing that it did not expect."""

@@ -1,19 +1,18 @@
 """Frozen pages: restored to the bit, as few bytes as theory says, refused in words."""
 
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
 pytest.importorskip("constriction")
 
+from cold_prediction import CodePredictor
+from cold_records import freeze, restore
+
 from mlx_turboquant.codecs import codec_for
-from mlx_turboquant.cold import CodePredictor, freeze, restore
-from mlx_turboquant.errors import FormatError, UnsupportedError
+from mlx_turboquant.errors import FormatError
 from mlx_turboquant.quantizer import Sides
 from mlx_turboquant.spec import CodecSpec
-from mlx_turboquant.tiles import in_tiles, tile_layout
 from mlx_turboquant.tokens import TokenArrays
 
 DIM = 32
@@ -103,23 +102,6 @@ def test_pages_come_back_to_the_bit(bits, vectors):
         assert same(restore(predictor, [record]), page)
 
 
-def test_tile_order_freezes_alike():
-    codecs = codecs_of((3, 4))
-    text = encoded(codecs, independent(1, 1))
-    predictor = CodePredictor.fit(codecs, [text])
-    tiles = [
-        Sides(
-            *(
-                in_tiles(codes, tile_layout(codec, side))
-                for (side, codes), codec in zip(sides.items(), own, strict=True)
-            )
-        )
-        for sides, own in zip(text, codecs, strict=True)
-    ]
-    assert tiles[0].keys.layout is not None
-    assert freeze(predictor, tiles) == freeze(predictor, text)
-
-
 def test_independent_codes_cost_their_entropy():
     """No more than 2% above what their frequencies say, and not less."""
     codecs = codecs_of((3, 3))
@@ -135,16 +117,6 @@ def test_independent_codes_cost_their_entropy():
         entropies.append(-(share * np.log2(share)).sum())
     bits = code_bits(freeze(predictor, text), text)
     assert 0.99 * np.mean(entropies) < bits < 1.02 * np.mean(entropies)
-
-
-def test_what_other_heads_and_layers_say_costs_nothing():
-    """A second layer that repeats the first costs under a tenth of its bits."""
-    codecs = codecs_of((3, 3), (3, 3))
-    first = independent(0, 1, tokens=2048)
-    predictor = CodePredictor.fit(codecs, [encoded(codecs, [first[0], first[0]])])
-    one = independent(1, 1, tokens=512)[0]
-    text = encoded(codecs, [one, one])
-    assert code_bits(freeze(predictor, text), text) < (2.85 + 0.285) / 2
 
 
 def test_a_related_head_costs_what_is_left_over():
@@ -170,15 +142,6 @@ def test_a_related_head_costs_what_is_left_over():
     assert 0.97 * np.mean(entropies) < bits < 1.03 * np.mean(entropies)
 
 
-def test_the_same_arrays_are_the_same_predictor():
-    codecs = codecs_of((3, 3), (3, 3))
-    text = encoded(codecs, related(0, 2))
-    predictor = CodePredictor.fit(codecs, [text])
-    again = CodePredictor(codecs, predictor.heads, predictor.arrays)
-    assert again.digest == predictor.digest
-    assert same(restore(again, [freeze(predictor, text)]), text)
-
-
 def test_damage_is_told_from_pages():
     codecs = codecs_of((3, 3))
     text = encoded(codecs, independent(0, 1))
@@ -197,23 +160,3 @@ def test_damage_is_told_from_pages():
         restore(other, [record])
     with pytest.raises(FormatError, match="fit it again"):
         CodePredictor(codecs, [Sides(3, 3)], predictor.arrays)
-
-
-def test_what_cannot_be_frozen_is_refused(monkeypatch):
-    with pytest.raises(UnsupportedError, match="codes of trellis"):
-        CodePredictor.fit(codecs_of((3, 3), name="trellis"), [])
-    with pytest.raises(UnsupportedError, match="at most 5 bits"):
-        CodePredictor.fit(codecs_of((6, 3)), [])
-    codecs = codecs_of((3, 3))
-    text = encoded(codecs, independent(0, 1))
-    predictor = CodePredictor.fit(codecs, [text])
-    wide = {
-        name: np.full(a.shape, 127, a.dtype) if name.endswith("weights") else a
-        for name, a in predictor.arrays.items()
-    }
-    monkeypatch.setattr("mlx_turboquant.cold.prediction._EXACT", 100_000)
-    with pytest.raises(UnsupportedError, match="float32 counts to"):
-        CodePredictor(codecs, predictor.heads, wide)
-    monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(UnsupportedError, match="constriction"):
-        freeze(predictor, text)

@@ -37,7 +37,7 @@ LAYERS = (
     ("packed_codes", "pool_shelf"),
     ("page_table",),
     ("quantizer",),
-    ("segments", "cold"),
+    ("segments",),
     ("batch_handles",),
     ("kernels",),
     ("proof",),
@@ -195,5 +195,5 @@ def test_explain_on_paper():
     lines = str(tq.explain([cache])).splitlines()
     assert "sink+packed+recent" in lines[0]
     assert "k3v3" in lines[1]
-    assert "4+384+112" in lines[1]
+    assert "4+448+48" in lines[1]
     assert lines[-1].endswith("k3v3 in 1 of 1 layers")

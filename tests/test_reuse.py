@@ -16,7 +16,7 @@ from mlx_turboquant.conversations.index import as_tokens, common_length
 from mlx_turboquant.conversations.snapshots import CLOSE
 from mlx_turboquant.errors import UnsupportedError
 from mlx_turboquant.integrations import server
-from mlx_turboquant.integrations.places import in_pieces, parts_of
+from mlx_turboquant.integrations.places import parts_of
 from mlx_turboquant.integrations.prompt_store import MAX_PLACES, KeptText, PromptStore
 from mlx_turboquant.spec import CacheSpec
 
@@ -218,13 +218,3 @@ def test_what_cannot_go_back_says_so(run, caplog):
     running.store._index.add(whole.model, whole.tokens, whole)
     session.ask([{"role": "user", "content": agents.SYSTEM * 3 + "No"}], tools=None)
     assert "cannot go back to where the texts part" in caplog.text
-
-
-def test_long_prompts_are_kept_in_pieces():
-    """Of a prompt whose reader leaves, what was read is not lost."""
-    prompt = list(range(10_000))
-    segments, kinds = in_pieces([prompt[:9000], prompt[9000:]], ["system", "assistant"])
-    assert [len(segment) for segment in segments] == [4096, 4096, 808, 1000]
-    assert kinds == ["user", "user", "system", "assistant"]
-    assert [token for segment in segments for token in segment] == prompt
-    assert in_pieces([[1]], ["assistant"]) == ([[1]], ["assistant"])

@@ -1,14 +1,15 @@
 """No request ends the server: what each wrong value gets, in OpenAI's error form."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 
+import bench_faults
 import mlx.core as mx
 import openai
 import pytest
+from helpers import ROOT
 from serving_faults import ACCEPTED, REFUSED
-from serving_tools import STORY, Running
+from serving_tools import STORY, Running, until
 
 from mlx_turboquant.integrations import supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
@@ -263,10 +264,17 @@ def test_an_answer_may_take_so_long_and_no_longer():
         status, answer = made.ask(prompt=STORY, max_tokens=8000)
         assert status == 504
         assert "longer than 1 s" in answer["error"]["message"]
-        deadline = time.monotonic() + 20
-        while made.generator.open_tickets():
-            assert time.monotonic() < deadline
+        until(lambda: not made.generator.open_tickets())
         made.service._limits = Limits()
         assert made.is_well()
     finally:
         made.close()
+
+
+def test_the_list_of_faults_names_what_was_tried():
+    """Each row, by all of its fields, in the order that they were asked in."""
+    text = (ROOT / "benchmarks" / "results" / "faults-cpu.txt").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| {")]
+    named = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert named == [json.dumps(fields) for fields in bench_faults.tried()]
+    assert len(set(named)) == len(named) == 75

@@ -2,13 +2,14 @@
 
 import re
 import threading
-import time
 
 import pytest
 from helpers import MODEL
-from serving_tools import SPEC, STORY, Running
+from serving_tools import SPEC, STORY, Running, until
 
+from mlx_turboquant.integrations.admission import Admission
 from mlx_turboquant.integrations.footprint import footprint
+from mlx_turboquant.integrations.prompt_store import PromptStore
 from mlx_turboquant.integrations.tickets import Ticket
 from mlx_turboquant.spec import CacheSpec
 
@@ -77,10 +78,7 @@ def test_a_request_that_does_not_fit_now_is_told_to_wait(running, fits):
     thread.join()
     assert got[0].choices[0].text == expected
     stream.close()
-    deadline = time.monotonic() + 20
-    while running.generator.open_tickets():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: not running.generator.open_tickets())
     status, _ = running.ask(prompt=STORY[:200], max_tokens=3)
     assert status == 200
     assert running.is_well()
@@ -90,18 +88,24 @@ def test_idle_texts_make_way_until_the_answer_has_ended(running, fits):
     """At once, before the prompt is read; what is finished finds its room again."""
     for i in range(4):
         running.complete(f"{i} {STORY}", max_tokens=1)
-    generator = running.generator
-    kept = running.cache.nbytes
+    running.settled()
+    # The server's own store is its thread's.
+    store, provider = PromptStore(), running.generator.model_provider
+    for entry in running.cache._kept:
+        store.insert_cache(
+            entry.model, entry.tokens.tolist(), entry.fork(len(entry.tokens))
+        )
+    kept = store.nbytes
     assert kept > BUDGET // 4
     ticket = Ticket(lambda item: None)
-    generator._open.add(ticket)
-    generator.admission.admit(ticket, generator.model_provider, 30, fits - 60)
+    admission = Admission(BUDGET, store, lambda: [ticket] if ticket.is_open else [])
+    admission.admit(ticket, provider, 30, fits - 60)
     assert ticket.reserved <= BUDGET
-    assert running.cache.max_bytes == BUDGET - ticket.reserved < kept
-    assert running.cache.nbytes <= BUDGET - ticket.reserved
+    assert store.max_bytes == BUDGET - ticket.reserved < kept
+    assert store.nbytes <= BUDGET - ticket.reserved
     # mlx-lm says that an answer has ended just before it stores the text.
     ticket.put(None)
-    assert running.cache.max_bytes == BUDGET
+    assert store.max_bytes == BUDGET
 
 
 def test_a_finished_text_is_kept(running, fits):

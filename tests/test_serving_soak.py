@@ -1,8 +1,14 @@
-"""Hundreds of requests, a third of which are given up: bounded time, flat memory."""
+"""Hundreds of requests, some given up, and servers that are killed.
 
+Time is bounded, memory flat, and no answer is another one for it.
+"""
+
+import contextlib
+import http.client
 import json
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers import MODEL
 from serving_tools import STORY
+
+from mlx_turboquant.conversations.disk import DiskFolder
 
 REQUESTS = 500
 
@@ -23,14 +31,13 @@ def resident(process):
 
 
 class Server:
-    """A server in a process of its own, with little room for old texts."""
+    """A server in a process of its own."""
 
-    def __init__(self):
+    def __init__(self, *options):
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "mlx_turboquant", "server", "--port", "0"),
-                *("--model", str(MODEL), "--kv-bits", "3", "--decode-concurrency", "4"),
-                *("--prompt-cache-bytes", "20MB", "--kv-memory", "60MB"),
+                *("--model", str(MODEL), "--decode-concurrency", "4", *options),
             ],
             stderr=subprocess.PIPE,
             text=True,
@@ -54,17 +61,25 @@ class Server:
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
-    def close(self):
-        self.process.terminate()
+    def close(self, kill=False):
+        """End it; returns what else it logged."""
+        if kill:
+            self.process.kill()
+        else:
+            self.process.terminate()
         self.process.wait(60)
-        self.rest.result()
+        rest = self.rest.result()
         self.process.stderr.close()
         self.log.shutdown()
+        return rest
 
 
 @pytest.mark.sweep
 def test_a_soak_with_cancellations_ends_in_time_with_flat_memory():
-    server, dice = Server(), random.Random(0)
+    dice = random.Random(0)
+    server = Server(
+        *("--kv-bits", "3", "--prompt-cache-bytes", "20MB", "--kv-memory", "60MB")
+    )
     whole = {}
 
     def one(number):
@@ -90,7 +105,8 @@ def test_a_soak_with_cancellations_ends_in_time_with_flat_memory():
 
     try:
         with ThreadPoolExecutor(6) as pool:
-            list(pool.map(one, range(300)))
+            # Until as many texts are kept as there is room for.
+            list(pool.map(one, range(600)))
             early = resident(server.process)
             begun = time.monotonic()
             kinds = list(pool.map(one, range(REQUESTS)))
@@ -112,3 +128,103 @@ def test_a_soak_with_cancellations_ends_in_time_with_flat_memory():
     assert late < 1.02 * early
     assert seconds < 600
     assert server.process.returncode == 0
+
+
+#: Lengths of prompts in tokens: some end within a page.
+LENGTHS = (130, 260, 390, 650)
+#: A folder in which not all of these fit: files are dropped all the time.
+TEXTS, KILLS, ROOM = 6, 10, 4_000_000
+#: What codes of 8 bits may change of a log probability, and what is no longer in doubt.
+NEAR, SURE = 0.1, 0.25
+
+
+def answer_of(server, prompt):
+    """Cached tokens; for each of the answer, its id and log probabilities by id."""
+    fields = {"prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 4}
+    with server.open(**fields) as got:
+        answer = json.loads(got.read())
+    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    said = [
+        (token["id"], {one["id"]: one["logprob"] for one in token["top_logprobs"]})
+        for token in answer["choices"][0]["logprobs"]["content"]
+    ]
+    return cached, said
+
+
+def same(said, wanted):
+    """Whether answers agree until two tokens are too close to tell."""
+    for (token, logprobs), (right, right_logprobs) in zip(said, wanted, strict=True):
+        for one, logprob in right_logprobs.items():
+            if abs(logprobs.get(one, logprob) - logprob) > NEAR:
+                return False
+        best, second, *_ = sorted(right_logprobs.values(), reverse=True)
+        if best - second < SURE:
+            return token in right_logprobs
+        if token != right:
+            return False
+    return True
+
+
+def records_of(folder):
+    """Keys of all records that its index has."""
+    with sqlite3.connect(folder / "index.sqlite") as index:
+        found = [key for (key,) in index.execute("SELECT key FROM records")]
+    index.close()
+    return found
+
+
+@pytest.mark.sweep
+def test_killed_servers_of_one_folder_give_no_wrong_byte(tmp_path, caplog):
+    """Answers are those of a server that keeps nothing; all that is kept is counted."""
+    dice, words = random.Random(0), STORY.split()
+    spec = ("--kv-bits", "k8v8,page=32,window=8")
+    texts = [" ".join(dice.choices(words, k=2000)) for _ in range(TEXTS)]
+    plain = Server(*spec, "--prompt-cache-bytes", "1KB")
+    prompts = [text[: 4 * length] for text in texts for length in LENGTHS]
+    wanted = {prompt: answer_of(plain, prompt)[1] for prompt in prompts}
+    plain.close()
+    kept = (*spec, "--prompt-cache-size", "3", "--kv-dir", str(tmp_path / "kv"))
+    kept = (*kept, "--kv-disk", str(ROOM))
+    answered, wrong, reused, log = [], [], 0, []
+
+    def ask(server, chance):
+        """One prompt after the other, with pauses in which texts are written."""
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            while True:
+                prompt = chance.choice(prompts)
+                cached, said = answer_of(server, prompt)
+                answered.append(cached)
+                if not same(said, wanted[prompt]):
+                    wrong.append((cached, prompt[:40], said, wanted[prompt]))
+                time.sleep(chance.choice((0, 0, 0, 3)))
+
+    for _ in range(KILLS):
+        servers = [Server(*kept) for _ in range(2)]
+        # Nobody has read anything here: what is cached is the folder's.
+        reused += any(answer_of(servers[0], text[:1000])[0] for text in texts[:3])
+        with ThreadPoolExecutor(4) as pool:
+            for server in servers * 2:
+                pool.submit(ask, server, random.Random(dice.random()))
+            enough = len(answered) + dice.randrange(8, 16)
+            deadline = time.monotonic() + 60
+            while len(answered) < enough:
+                assert time.monotonic() < deadline
+                time.sleep(dice.uniform(0, 0.3))
+            # They may be in the middle of anything.
+            log += [server.close(kill=True) for server in servers]
+        folder = DiskFolder(tmp_path / "kv", ROOM)
+        sizes = [path.stat().st_size for path in folder.folder.glob("*.kv")]
+        assert folder.nbytes == sum(sizes)
+        # Each may be about to write a file that the other one does not see yet.
+        assert sum(sizes) <= ROOM + 2 * (ROOM // 8 + 100_000)
+        for key in records_of(folder.folder):
+            assert folder.read([key]) is not None
+        folder.close()
+    assert not wrong, wrong[0]
+    assert not caplog.records
+    from_kept = sum(cached > 0 for cached in answered)
+    print(f"{len(answered)} answers, {from_kept} from texts kept, {reused} starts")
+    assert len(answered) >= 8 * KILLS
+    assert reused >= KILLS // 2
+    lines = (line for text in log for line in text.splitlines())
+    assert not [line for line in lines if " - INFO - " not in line]

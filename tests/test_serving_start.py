@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import MODEL
+from serving_tools import LIMIT, until
 
 from mlx_turboquant.serving.run import SaidOnce
 
@@ -78,13 +79,18 @@ class Process:
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(fields).encode()
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=LIMIT) as answer:
             return answer.read().decode()
+
+    def runs(self, count):
+        """Whether so many requests are read or answered."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=LIMIT) as answer:
+            return f"\nmlx_tq_requests_running {count}.0\n" in answer.read().decode()
 
     def end(self, sign):
         self.process.send_signal(sign)
         started = time.monotonic()
-        _, rest = self.process.communicate(timeout=60)
+        _, rest = self.process.communicate(timeout=LIMIT)
         self.log += rest.splitlines(keepends=True)
         return self.process.returncode, time.monotonic() - started
 
@@ -95,7 +101,7 @@ def test_sigterm_lets_answers_finish_and_the_log_is_quiet():
         made.ask(prompt="The sea " * 60, max_tokens=30)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(made.ask, prompt="The", max_tokens=150, stream=True)
-        time.sleep(0.5)
+        until(lambda: made.runs(1))
         code, _ = made.end(signal.SIGTERM)
         text = answer.result()
     assert code == 0
@@ -112,11 +118,11 @@ def test_answers_that_take_longer_than_the_grace_are_told_so():
     with ThreadPoolExecutor(2) as pool:
         stream = pool.submit(made.ask, prompt="The", max_tokens=8000, stream=True)
         whole = pool.submit(made.ask, prompt="The", max_tokens=8000)
-        time.sleep(0.5)
+        until(lambda: made.runs(2))
         code, seconds = made.end(signal.SIGINT)
         error = whole.exception()
     assert code == 0
-    assert seconds < 25
+    assert seconds < 25, "a second of grace, and some to end"
     assert "the server is shutting down" in stream.result().splitlines()[-2]
     assert error.code == 503
     assert "Traceback" not in "".join(made.log)

@@ -33,6 +33,9 @@ COMMIT;
 #: Seconds to wait for another server's transaction.
 _BUSY = 5.0
 
+#: Seconds by which files of one text are apart.
+_STEP = 1e-5
+
 #: A record's key, parent, kind, note, start, size, digest.
 Row = tuple[bytes, bytes, int, bytes, int, int, bytes]
 
@@ -51,9 +54,12 @@ class Catalog:
     def __init__(self, folder: Path) -> None:
         self._path = folder / INDEX
         self._opened: sqlite3.Connection | None = None
+        self._opened_as: tuple[int, int] | None = None
 
     @property
     def _index(self) -> sqlite3.Connection:
+        if self._opened is not None and self._opened_as != self._on_disk:
+            self.close()  # another server found it damaged, and began it anew
         if self._opened is None:
             index = sqlite3.connect(self._path, timeout=_BUSY)
             index.execute("PRAGMA journal_mode=WAL")
@@ -69,8 +75,17 @@ class Catalog:
                     f"--kv-dir {self._path.parent} is of version {version}, this "
                     f"package writes {_VERSION}; give another folder, or remove it"
                 )
-            self._opened = index
+            self._opened, self._opened_as = index, self._on_disk
         return self._opened
+
+    @property
+    def _on_disk(self) -> tuple[int, int] | None:
+        """Which file has its name now."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
 
     def close(self) -> None:
         """Close it; it is opened again by whoever asks next, in that one's thread."""
@@ -99,17 +114,21 @@ class Catalog:
         ).fetchall()
 
     def touch(self, keys: Iterable[bytes]) -> None:
-        """Records are in use now."""
+        """Records are in use now, those in front a little more than those behind.
+
+        These are of no use without them, so their files are to go first.
+        """
         index = self._index
         rows = (
             index.execute("SELECT file FROM records WHERE key=?", (key,)).fetchone()
             for key in keys
         )
-        files = {row[0] for row in rows if row is not None}
+        files = dict.fromkeys(row[0] for row in rows if row is not None)
+        now = time.time()
         with index:
             index.executemany(
                 "UPDATE files SET used=? WHERE id=?",
-                [(time.time(), file) for file in files],
+                [(now - _STEP * i, file) for i, file in enumerate(files)],
             )
 
     def forget(self, key: bytes) -> None:
@@ -128,16 +147,26 @@ class Catalog:
                 or 0
             )
 
-    def add(self, file: int, rows: Sequence[Row], size: int, hour: int) -> None:
-        """Name records of a file, which has ``size`` bytes with them."""
+    def add(
+        self, file: int, name: str, rows: Sequence[Row], size: int, hour: int
+    ) -> bool:
+        """Name records of a file, which has ``size`` bytes with them.
+
+        Returns:
+            Whether the file is still there; if not, nothing is named.
+        """
         inserted = [(*row[:4], file, *row[4:]) for row in rows]
         written = sum(row[5] for row in rows)
         with self._index as index:
+            # Its name, too: an index that was begun anew counts from 1 again.
+            found = index.execute(
+                "UPDATE files SET bytes=?, used=? WHERE id=? AND name=?",
+                (size, time.time(), file, name),
+            )
+            if not found.rowcount:
+                return False
             index.executemany(
                 "INSERT OR IGNORE INTO records VALUES (?,?,?,?,?,?,?,?)", inserted
-            )
-            index.execute(
-                "UPDATE files SET bytes=?, used=? WHERE id=?", (size, time.time(), file)
             )
             index.execute(
                 "INSERT INTO written VALUES (?, ?) "
@@ -145,6 +174,7 @@ class Catalog:
                 (hour, written),
             )
             index.execute("DELETE FROM written WHERE hour<?", (hour,))
+        return True
 
     def written(self, hour: int) -> int:
         """Bytes that all servers wrote within an hour."""
@@ -163,10 +193,12 @@ class Catalog:
         rows = self._index.execute("SELECT id, name FROM files ORDER BY used, id")
         return dict(rows.fetchall())
 
-    def set_size(self, file: int, size: int) -> None:
-        """Say how many bytes a file has."""
+    def grow(self, file: int, size: int) -> None:
+        """Say how many bytes a file has, if they are more than is known."""
         with self._index as index:
-            index.execute("UPDATE files SET bytes=? WHERE id=?", (size, file))
+            index.execute(
+                "UPDATE files SET bytes=max(bytes, ?) WHERE id=?", (size, file)
+            )
 
     def drop_file(self, file: int) -> None:
         """Forget a file and its records."""

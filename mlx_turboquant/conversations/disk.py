@@ -12,23 +12,20 @@ The folder is its owner's alone; names of files are random, keys are hashes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import mmap
 import os
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.filesize import decimal
 
 from ..errors import SpecError
-from .catalog import INDEX, Catalog, Row
+from .catalog import INDEX, Catalog
+from .record_files import Maps, Record, append, digest_of
 from .records import Bytes
 
 _SUFFIX = ".kv"
@@ -36,38 +33,6 @@ _SUFFIX = ".kv"
 FILE_BYTES = 64 << 20
 #: Seconds without writing after an error.
 _PAUSE = 60.0
-
-
-@dataclass(frozen=True)
-class Record:
-    """Something to write.
-
-    Attributes:
-        key: A hash of all it depends on.
-        parent: The key that it is found from.
-        kind: Its kind among those with that parent.
-        data: Its bytes, in turn.
-        note: What is to be known without reading it.
-    """
-
-    key: bytes
-    parent: bytes
-    kind: int
-    data: Sequence[memoryview]
-    note: bytes = b""
-
-    @property
-    def size(self) -> int:
-        """Bytes of its data."""
-        return sum(part.nbytes for part in self.data)
-
-
-def digest_of(key: bytes, data: Sequence[memoryview]) -> bytes:
-    """What a record's bytes are checked by: BLAKE2b of its key and of them."""
-    digest = hashlib.blake2b(key, digest_size=16)
-    for part in data:
-        digest.update(part.cast("B"))
-    return digest.digest()
 
 
 class DiskFolder:
@@ -91,6 +56,7 @@ class DiskFolder:
         self._catalog = Catalog(folder)
         # Files of this process that can still be added to: end, name, bytes.
         self._ends: dict[int, tuple[bytes, str, int]] = {}
+        self._file_bytes = min(FILE_BYTES, limit // 8)
         self._paused_until = 0.0
         self._told_hour = 0
         try:
@@ -136,7 +102,7 @@ class DiskFolder:
         """
         found: list[Bytes] = []
         digests: list[tuple[str, bytes]] = []
-        maps: dict[str, mmap.mmap] = {}
+        maps = Maps(self.folder)
         with self._errors("read"):
             for key in keys:
                 row = self._catalog.find(key)
@@ -164,117 +130,122 @@ class DiskFolder:
         return None
 
     def _mapped(
-        self,
-        maps: dict[str, mmap.mmap],
-        file: int,
-        name: str,
-        start: int,
-        size: int,
+        self, maps: Maps, file: int, name: str, start: int, size: int
     ) -> Bytes | None:
         path = self.folder / name
         try:
-            if name not in maps:
-                with path.open("rb") as opened:
-                    maps[name] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            # Of a file that somebody cut, what is gone cannot be touched.
-            is_short = path.stat().st_size < start + size
-            is_short = is_short or len(maps[name]) < start + size
+            found = maps.bytes_of(name, start, size)
         except (OSError, ValueError) as error:
             logging.warning(f"KV folder: cannot read {path} ({error}); a miss")
             self._catalog.drop_file(file)
             return None
-        if is_short:
+        if found is None:
             logging.warning(f"KV folder: {path} is damaged; what it held is read again")
-            return None
-        return np.frombuffer(maps[name], np.uint8, size, start)
+        return found
 
     # Writing.
 
-    def write(
-        self, records: Sequence[Record], behind: bytes = b"", end: bytes = b""
-    ) -> bool:
+    def write(self, records: Iterable[Record], behind: bytes = b"") -> bool:
         """Write records that are not there yet; whether all are there now.
 
+        If not all may be written now, the first ones are: the others are not asked for.
+
         Args:
-            records: What should be there.
-            behind: What they go on from: they share a file that has this as its end.
-            end: What the next ones would go on from.
+            records: What should be there, what is of most use first.
+            behind: What they go on from: they share a file that ends with this.
         """
         with self._errors("write"):
-            new = [record for record in records if not self._catalog.has(record.key)]
-            self._catalog.touch(record.key for record in records)
-            size = sum(record.size for record in new)
-            if size and not self._may_write(size):
-                return False
-            if new:
-                self._make_room(size)
-                self._append(new, behind, end)
-            return True
+            room, new, size = self._room(), list[Record](), 0
+            all_fit, keys = True, list[bytes]()
+            for record in records:
+                keys.append(record.key)
+                if self._catalog.has(record.key):
+                    continue
+                all_fit = record.size <= room
+                if not all_fit:
+                    self._tell(record.size)
+                    break
+                new.append(record)
+                room, size = room - record.size, size + record.size
+                if size >= self._file_bytes:
+                    behind = self._append(new, behind)
+                    new, size = [], 0
+            self._append(new, behind)
+            self._catalog.touch(keys)
+            return all_fit
         return False
 
-    def _may_write(self, size: int) -> bool:
-        hour = int(time.time() // 3600)
+    def _room(self) -> int:
+        """Bytes that may be written now."""
+        if time.monotonic() < self._paused_until:
+            return 0
+        if self.hourly is None:
+            return self.limit
+        return min(self.limit, self.hourly - self._catalog.written(_hour()))
+
+    def _tell(self, size: int) -> None:
+        """Say why a record of so many bytes is not written."""
         if size > self.limit:
             logging.info(
                 f"KV folder: {decimal(size)} of a text do not fit in --kv-disk "
                 f"{decimal(self.limit)}"
             )
-            return False
-        if time.monotonic() < self._paused_until:
-            return False
-        written = self._catalog.written(hour)
-        if self.hourly is None or written + size <= self.hourly:
-            return True
-        if self.hourly and self._told_hour != hour:
-            self._told_hour = hour
+        elif self.hourly and self._told_hour != _hour():
+            self._told_hour = _hour()
             logging.info(
-                f"KV folder: {decimal(written)} were written within this hour, and "
-                f"{decimal(size)} more of a text would be above --kv-disk-hourly "
-                f"{decimal(self.hourly)}; it waits for the next"
+                f"KV folder: --kv-disk-hourly {decimal(self.hourly)} are written; "
+                "more of texts in the next hour"
             )
-        return False
 
     def _make_room(self, size: int) -> None:
         """Drop the files that were not used for longest."""
+        self._sweep()
         for file, name in self._catalog.files.items():
             if self._catalog.nbytes + size <= self.limit:
                 return
             self._catalog.drop_file(file)
             (self.folder / name).unlink(missing_ok=True)
 
-    def _append(self, records: Sequence[Record], behind: bytes, end: bytes) -> None:
+    def _sweep(self) -> None:
+        """Remove files that are not in the index: dropped, but not removed.
+
+        Such are left by who is killed between the two, and by a server whose file
+        another one dropped while it was written to. A file is in the index before it
+        is made, so that what is looked for in this order is nobody's.
+        """
+        there = list(self.folder.glob(f"*{_SUFFIX}"))
+        counted = set(self._catalog.files.values())
+        for path in there:
+            if path.name not in counted:
+                path.unlink(missing_ok=True)
+
+    def _append(self, records: Sequence[Record], behind: bytes) -> bytes:
+        """Write records behind a file's end, or to a new one; returns its new end."""
+        if not records:
+            return behind
+        size = sum(one.size for one in records)
+        self._make_room(size)
         file, name, start = self._file_behind(behind)
-        path, rows, at = self.folder / name, list[Row](), start
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        try:
-            with open(descriptor, "ab", closefd=False) as out:
-                for one in records:
-                    for part in one.data:
-                        out.write(part)
-                    digest = digest_of(one.key, one.data)
-                    place = at, one.size, digest
-                    rows.append((one.key, one.parent, one.kind, one.note, *place))
-                    at += one.size
-            os.fsync(descriptor)
-        except OSError:
-            # What was written of it is behind the end that anybody knows of.
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, start)
-            raise
-        finally:
-            os.close(descriptor)
-        self._catalog.add(file, rows, at, int(time.time() // 3600))
-        self._ends[file] = end, name, at
+        rows = append(self.folder / name, start, records)
+        if not self._catalog.add(file, name, rows, start + size, _hour()):
+            # Another server dropped it meanwhile, and could not know of this.
+            (self.folder / name).unlink(missing_ok=True)
+            return self._append(records, b"")
+        lasts = [one.key for one in records if one.goes_on]
+        end = lasts[-1] if lasts else behind
+        self._ends[file] = end, name, start + size
+        return end
 
     def _file_behind(self, behind: bytes) -> tuple[int, str, int]:
         """(id, name, bytes) of the file to add to: a new one, if none ends there."""
-        most, files = min(FILE_BYTES, self.limit // 8), self._catalog.files
+        files = self._catalog.files
         for file, (end, name, size) in list(self._ends.items()):
             path = self.folder / name
             # Another server may have dropped it, or somebody cut it.
-            if file not in files or not path.exists() or path.stat().st_size != size:
+            gone = files.get(file) != name or not path.exists()
+            if gone or path.stat().st_size != size:
                 del self._ends[file]
-            elif behind and end == behind and size < most:
+            elif behind and end == behind and size < self._file_bytes:
                 return file, name, size
         name = secrets.token_hex(8) + _SUFFIX
         return self._catalog.add_file(name), name, 0  # no file is without an entry
@@ -295,8 +266,7 @@ class DiskFolder:
             size = self._catalog.nbytes
             for file in self._catalog.files:
                 self._catalog.drop_file(file)
-        for path in self.folder.glob(f"*{_SUFFIX}"):
-            path.unlink(missing_ok=True)
+            self._sweep()
         return size
 
     def close(self) -> None:
@@ -306,16 +276,18 @@ class DiskFolder:
     def _check(self) -> None:
         """Count what a killed process left; an unreadable index is begun anew."""
         try:
+            self._sweep()
             for file, name in self._catalog.files.items():
                 path = self.folder / name
-                size = path.stat().st_size if path.is_file() else 0
-                self._catalog.set_size(file, size)
+                if path.is_file():  # one that is not may be just about to be
+                    self._catalog.grow(file, path.stat().st_size)
         except sqlite3.OperationalError as error:
             logging.warning(f"KV folder: {self.folder} is busy ({error})")
         except sqlite3.DatabaseError as error:
             logging.warning(f"KV folder: its index is damaged ({error}); begun anew")
             self.close()
-            for path in [*self.folder.glob(f"{INDEX}*"), *self.folder.glob("*.kv")]:
+            old = [*self.folder.glob(f"*{_SUFFIX}"), *self.folder.glob(f"{INDEX}*")]
+            for path in old:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
@@ -327,3 +299,7 @@ class DiskFolder:
             logging.warning(f"KV folder: cannot {doing} in {self.folder} ({error})")
             self._paused_until = time.monotonic() + _PAUSE
             self.close()
+
+
+def _hour() -> int:
+    return int(time.time() // 3600)

@@ -28,8 +28,6 @@ _TEMPLATE_ERRORS = (
     AttributeError,
 )
 Message = dict[str, Any]
-#: Tokens of a long prompt that are read before what was read is kept.
-PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -121,21 +119,3 @@ def cut_at_places(
         for place in places[1:]
     ]
     return segments, kinds
-
-
-def in_pieces(
-    segments: Sequence[list[int]], kinds: Sequence[str]
-) -> tuple[list[list[int]], list[str]]:
-    """Segments of a prompt, long ones in pieces of `PIECE` tokens.
-
-    Args:
-        segments: The segments.
-        kinds: Their kinds, which their last pieces have; others are ``"user"``.
-    """
-    pieces: list[list[int]] = []
-    of_pieces: list[str] = []
-    for segment, kind in zip(segments, kinds, strict=True):
-        starts = range(0, max(1, len(segment)), PIECE)
-        pieces += [segment[start : start + PIECE] for start in starts]
-        of_pieces += ["user"] * (len(starts) - 1) + [kind]
-    return pieces, of_pieces

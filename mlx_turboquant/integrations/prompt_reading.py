@@ -15,8 +15,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .places import Parts, cut_at_places, in_pieces
+from .places import Parts, cut_at_places
 from .stock import keeps_all, labelled_leaves
+
+#: Tokens of a long prompt behind which it is kept, should it be given up.
+_PIECE = 4096
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ def segments_of(
         parted: Where other texts parted from it.
     """
     if all(keeps_all(leaf) for _, leaf in labelled_leaves(cache)):
-        return in_pieces([[*tokens[:-1]], [*tokens[-1:]]], ["user", "user"])
+        last = len(tokens) - 1
+        ends = [0, *range(_PIECE, last, _PIECE), last, len(tokens)]
+        segments = [[*tokens[i:j]] for i, j in itertools.pairwise(ends)]
+        return segments, ["user"] * len(segments)
     return cut_at_places(tokens, find_parts(), parted)
 
 

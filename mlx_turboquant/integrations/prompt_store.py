@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -270,11 +271,7 @@ class PromptStore:
         now = time.monotonic()
         if now < self._idle_from:
             return
-        for entry in self._kept:
-            if entry.kind != TEXT or entry.saved == "all":
-                continue
-            if entry.model not in self._saved:
-                continue
+        for entry in self._unsaved():
             whole = now - entry.at > ALL_AFTER
             if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
                 self._save(entry, whole)
@@ -296,6 +293,19 @@ class PromptStore:
             if whole and entry.saved == "all":
                 self._whole_from = now + ALL_AFTER
 
+    def save_next(self) -> None:
+        """Write all of the text that was used last of those not yet written."""
+        if time.monotonic() >= self._idle_from and (unsaved := self._unsaved()):
+            self._save(unsaved[0], whole=True)
+
+    def _unsaved(self) -> list[KeptText]:
+        """Texts of which something is not written, the last used first."""
+        texts = (entry for entry in self._kept if entry.kind == TEXT)
+        found = (
+            one for one in texts if one.saved != "all" and one.model in self._saved
+        )
+        return sorted(found, key=lambda entry: -entry.used)
+
     def _save(self, entry: KeptText, whole: bool) -> None:
         """Write a text, and with all of it the places that it is gone back to."""
         saved = self._saved.get(entry.model)
@@ -316,10 +326,19 @@ class PromptStore:
             last[place.kind] = place
         return list(last.values())
 
-    def close(self) -> None:
-        """Write all that is not yet written."""
-        for entry in list(self._kept):
-            self._save(entry, whole=True)
+    def close(self, until: float = math.inf) -> None:
+        """Write all that is not yet written, the last used first.
+
+        Args:
+            until: When to begin with no more, `time.monotonic`.
+        """
+        unsaved = self._unsaved()
+        while unsaved and time.monotonic() < until:
+            self._save(unsaved.pop(0), whole=True)
+        if unsaved:
+            logging.warning(
+                f"KV folder: no time was left to write {len(unsaved)} texts"
+            )
         if self.folder is not None:
             self.folder.close()
 

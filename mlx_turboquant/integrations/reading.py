@@ -1,8 +1,9 @@
 """`SharedReading`: mlx-lm's generation loop, where no prompt is read twice.
 
 Owns what a request's prompt is cut into, so that states are kept where later texts may
-part from it, and which requests wait: one that begins like a prompt that is being read
-goes on from there when that is done, instead of reading the same beside it.
+part from it; which requests wait: one that begins like a prompt that is being read goes
+on from there when that is done, instead of reading the same beside it; and that what
+was read of a text that is given up is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import mlx.core as mx
 import mlx_lm.server as host_server
 
 from ..conversations.index import BLOCK, Tokens, as_tokens, common_length
-from .places import Parts, cut_at_places, in_pieces, parts_of_chat
+from .places import Parts, cut_at_places, parts_of_chat
+from .rows import keep_rows
 
 #: A prompt's tokens, its segments, their kinds, the answer's first state, images.
 Tokenized = tuple[list[int], list[list[int]], list[str], str, Any]
@@ -68,12 +70,23 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         self._reading: list[_Reading] = []
         # Requests, with their tokens.
         self._waiting: list[tuple[Request, Tokens]] = []
+        # What the loop was given last, until it has begun with it.
         self._latest: Request | None = None
         super().__init__(*arguments, **named)
 
     def _generate(self) -> None:
-        self._reading, self._waiting = [], []
-        super()._generate()
+        self._reading = []
+        with keep_rows(self._keep):
+            super()._generate()
+
+    def _keep(self, tokens: list[int], caches: list[Any], is_cut_off: bool) -> None:
+        """Keep what a text has been read up to, if that is more than there is."""
+        if is_cut_off and not self.model_provider.keeps_all:
+            return  # states of layers that have seen the step cannot go back
+        key = self.model_provider.model_key
+        behind = as_tokens([*tokens, 0])  # whose last token is not looked for
+        if self.prompt_cache.in_reach(key, behind) < len(tokens):
+            self.prompt_cache.insert_cache(key, tokens, caches)
 
     def _run_generate(self) -> None:
         store = self.prompt_cache  # mlx-lm's loop drops it at its end
@@ -136,21 +149,20 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         return None if images is not None else as_tokens(prompt)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Tokenized:
+        latest, self._latest = self._latest, None
         tokenized = self._prompt_of(tokenizer, request, args)
         prompt, _, _, state, images = tokenized
         if images is not None or not prompt:
             return tokenized
         provider, store = self.model_provider, self.prompt_cache
         text = as_tokens(prompt)
-        if self._latest is not None and self._latest[1] is request:
-            self._reading.append(_Reading(args.model, text, self._latest[0]))
+        if latest is not None and latest[1] is request:
+            self._reading.append(_Reading(args.model, text, latest[0]))
         networks = [provider.model, provider.draft_model]
         key = provider.model_key
         store.open(key, [n for n in networks if n], provider.empty_caches)
         if provider.keeps_all:
-            # What a client that hangs up has had read is kept.
-            segments, kinds = in_pieces(tokenized[1], tokenized[2])
-            return prompt, segments, kinds, state, None
+            return tokenized
         parts = Parts()
         if request.request_type == "chat":
             options = {

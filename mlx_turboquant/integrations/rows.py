@@ -1,19 +1,39 @@
-"""Batches in which a row's fault ends that row only.
+"""Batches in which a row's fault ends that row only, and what it has read is kept.
 
 Owns what goes between mlx-lm's batch and the code that a request brings along: its
 sampler and its logits processors. A fault of theirs is remembered, the step goes on
-with another token, and the row leaves with the fault as its reason to finish.
+with another token, and the row leaves with the fault as its reason to finish. A row
+that leaves before its end, or is cut off in a step, is handed over to be kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import mlx.core as mx
 import mlx_lm.server as host_server
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import greedy_sampler
+
+from ..pacing import Interrupted
+
+#: Takes a row's tokens, caches that have seen them, and whether they were cut off in a
+#: step: then not all of its layers have seen that step's tokens.
+Keep = Callable[[list[int], list[Any], bool], None]
+_keep: ContextVar[Keep | None] = ContextVar("keep", default=None)
+
+
+@contextlib.contextmanager
+def keep_rows(keep: Keep) -> Iterator[None]:
+    """Batches of this thread hand over rows that are given up."""
+    before = _keep.set(keep)
+    try:
+        yield
+    finally:
+        _keep.reset(before)
 
 
 class RowFault(str):
@@ -26,6 +46,7 @@ class GuardedBatch(BatchGenerator):  # type: ignore[misc]
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._faults: dict[int, Exception] = {}
+        self._keep = _keep.get()
 
     def insert_segments(
         self,
@@ -86,7 +107,13 @@ class GuardedBatch(BatchGenerator):  # type: ignore[misc]
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """One step; rows with a fault finish, and their caches are kept as usual."""
-        read, generated = super().next()
+        try:
+            read, generated = super().next()
+        except Interrupted:
+            # Where it was written to in this step, an answer is at a step's end.
+            self._keep_rows(self._generation_batch.uids)
+            self._keep_rows(self._prompt_batch.uids, is_cut_off=True)
+            raise
         for response in generated:
             fault = self._faults.pop(response.uid, None)
             if fault is None or response.finish_reason is not None:
@@ -94,9 +121,23 @@ class GuardedBatch(BatchGenerator):  # type: ignore[misc]
             with mx.stream(self.stream):
                 found = self.extract_cache([response.uid])
                 response.prompt_cache, response.all_tokens = found[response.uid]
-                self.remove([response.uid])
+                super().remove([response.uid])
             response.finish_reason = RowFault(f"{type(fault).__name__}: {fault}")
         return read, generated
+
+    def remove(self, uids: Sequence[int], *given: Any, **named: Any) -> Any:
+        """Let rows go that nobody waits for, as mlx-lm's does."""
+        self._keep_rows(uids)
+        return super().remove(uids, *given, **named)
+
+    def _keep_rows(self, uids: Iterable[int], is_cut_off: bool = False) -> None:
+        if self._keep is None:
+            return
+        begun = {*self._prompt_batch.uids, *self._generation_batch.uids}
+        with mx.stream(self.stream):
+            found = self.extract_cache(begun.intersection(uids))
+            for caches, tokens in found.values():
+                self._keep(list(tokens), caches, is_cut_off)
 
 
 def guard_batches() -> None:

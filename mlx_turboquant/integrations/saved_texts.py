@@ -23,17 +23,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.cache as host_cache
 import numpy as np
+from rich.filesize import decimal
 
 from ..cache import TurboQuantCache
-from ..conversations.disk import DiskFolder, Record
+from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, chain, common_length
-from ..conversations.records import Bytes, array_of, bytes_of, dtype_name, pack, unpack
+from ..conversations.record_files import Record
+from ..conversations.records import Bytes, array_of, bytes_of, pack, unpack
 from ..errors import TurboQuantError
 from . import hook
 from .fingerprint import fingerprint
+from .page_layout import nothing, page_layout, page_nbytes, shape_of
 from .stock import keeps_all, labelled_leaves, replace_leaves
 
 _HEAD, _PAGE, _TAIL = 1, 2, 3
+#: Pages whose bytes are gathered together.
+_AT_ONCE = 16
 #: Damaged records that are passed over before a text is read again.
 _ATTEMPTS = 4
 
@@ -94,7 +99,10 @@ class SavedTexts:
     # Writing.
 
     def save(self, tokens: Tokens, caches: Sequence[Any], whole: bool) -> bool:
-        """Write what is not there yet of a text; whether it is there now.
+        """Write what is not there yet of a text; whether nothing is left to write.
+
+        What does not fit into the folder's hour is left: a text's first pages are of
+        use without the others, and these come behind them later.
 
         Args:
             tokens: The text.
@@ -104,21 +112,33 @@ class SavedTexts:
         leaves = _leaves(caches)
         growing = [leaves[i] for i in self._growing]
         if not self.is_possible or any(c.offset != len(tokens) for c in growing):
-            return False
+            return True  # it never can be
         count = min(cache.packed_length // self._page for cache in growing)
         if not count:
             return True  # too short to be worth it
         states = [dict(cache.state) for cache in growing]
+        size = count * sum(
+            page_nbytes(*pair) for pair in zip(growing, states, strict=True)
+        )
+        if size > self.folder.limit:
+            logging.info(
+                f"KV folder: {decimal(size)} of a text do not fit in --kv-disk "
+                f"{decimal(self.folder.limit)}"
+            )
+            return True
         head = self._head(tokens, growing, states)
         keys = self._page_keys(head.key, tokens)[:count]
-        there = self.folder.known([head.key, *keys])
-        first = max(0, there - 1)
-        pages = self._pages(states, growing, keys, first)
-        records = [*([head] if not there else []), *pages]
-        if whole:
-            records.insert(0, self._tail(tokens, leaves, states, growing, keys))
-        behind = keys[first - 1] if first else b""
-        return self.folder.write(records, behind, keys[-1])
+        first = max(0, self.folder.known([head.key, *keys]) - 1)
+
+        def records() -> Iterator[Record]:
+            yield head
+            yield from self._pages(states, growing, keys, first)
+            if whole:
+                yield self._tail(tokens, leaves, states, growing, keys)
+
+        done = self.folder.write(records(), [head.key, *keys][first])
+        self.folder.known([head.key, *keys])  # used alike, what came before included
+        return done
 
     def _first_key(self, tokens: Tokens) -> bytes:
         first = np.ascontiguousarray(tokens[: self._sink + self._page])
@@ -138,9 +158,10 @@ class SavedTexts:
             }
             for state in states
         ]
-        recent = [_shape_of(state, "recent:") for state in states]
+        recent = [shape_of(state, "recent:") for state in states]
         layout = [
-            _layout(cache, state) for cache, state in zip(growing, states, strict=True)
+            page_layout(cache, state)
+            for cache, state in zip(growing, states, strict=True)
         ]
         # What they are decoded with, so that no page is read with another's.
         fixed = [
@@ -164,19 +185,17 @@ class SavedTexts:
         keys: Sequence[bytes],
         first: int,
     ) -> Iterator[Record]:
-        count = len(keys) - first
-        if not count:
-            return
-        columns = []
-        for cache, state in zip(growing, states, strict=True):
-            for name, _, heads, rows, width in _layout(cache, state):
-                array = state[name][0, :, first * rows : len(keys) * rows]
-                by_page = array.reshape(heads, count, rows * width).swapaxes(0, 1)
-                columns.append(bytes_of(by_page).reshape(count, -1))
-        matrix = np.concatenate(columns, axis=1)
-        for i, row in enumerate(matrix, first):
-            parent = keys[i - 1] if i else b""
-            yield Record(keys[i], parent, _PAGE, [row.data])
+        for start in range(first, len(keys), _AT_ONCE):
+            count = min(_AT_ONCE, len(keys) - start)
+            columns = []
+            for cache, state in zip(growing, states, strict=True):
+                for name, _, heads, rows, width in page_layout(cache, state):
+                    array = state[name][0, :, start * rows : (start + count) * rows]
+                    by_page = array.reshape(heads, count, rows * width).swapaxes(0, 1)
+                    columns.append(bytes_of(by_page).reshape(count, -1))
+            for i, row in enumerate(np.concatenate(columns, axis=1), start):
+                parent = keys[i - 1] if i else b""
+                yield Record(keys[i], parent, _PAGE, [row.data])
 
     def _tail(
         self,
@@ -188,7 +207,7 @@ class SavedTexts:
     ) -> Record:
         layers = []
         for cache, state in zip(growing, states, strict=True):
-            rows = {name: n for name, _, _, n, _ in _layout(cache, state)}
+            rows = {name: n for name, _, _, n, _ in page_layout(cache, state)}
             layers.append(
                 {
                     name: array[:, :, rows[name] * len(keys) :]
@@ -205,7 +224,8 @@ class SavedTexts:
         ]
         behind = tokens[self._sink + self._page * len(keys) :].tobytes()
         data = pack({"layers": layers, "others": others})
-        return Record(_key(keys[-1], behind), keys[-1], _TAIL, data, behind)
+        own = _key(keys[-1], behind)
+        return Record(own, keys[-1], _TAIL, data, behind, goes_on=False)
 
     # Reading.
 
@@ -262,7 +282,7 @@ class SavedTexts:
         tail = unpack(data[1 + pages]) if len(data) > 1 + pages else None
         at, made = 0, {}
         for i, layer in enumerate(head["layers"]):
-            rest = tail["layers"][i] if tail else _nothing(head["recent"][i])
+            rest = tail["layers"][i] if tail else nothing(head["recent"][i])
             state = {**layer, **rest}
             for name, dtype, heads, rows, width in head["layout"][i]:
                 size = heads * rows * width * getattr(mx, dtype).size
@@ -291,36 +311,3 @@ def _leaves(caches: Sequence[Any]) -> list[Any]:
 
 def _key(root: bytes, data: bytes) -> bytes:
     return hashlib.blake2b(data, key=root, digest_size=16).digest()
-
-
-def _layout(cache: Any, state: dict[str, Any]) -> list[list[Any]]:
-    """[name, dtype, heads, rows of a page, width] of arrays that are in pages."""
-    layout: list[list[Any]] = []
-    for name in sorted(state):
-        if name.startswith(("packed:", "means:")):
-            array = state[name]
-            _, heads, rows, width = array.shape
-            of_page = (
-                1
-                if name.startswith("means:")
-                else cache.spec.page * rows // cache.packed_length
-            )
-            layout.append([name, dtype_name(array), heads, of_page, width])
-    return layout
-
-
-def _shape_of(state: dict[str, Any], group: str) -> list[list[Any]]:
-    """[name, dtype, heads, width] of a group's arrays."""
-    return [
-        [name, dtype_name(array), array.shape[1], array.shape[3]]
-        for name, array in state.items()
-        if name.startswith(group)
-    ]
-
-
-def _nothing(shapes: Sequence[Sequence[Any]]) -> dict[str, mx.array]:
-    """Arrays of no tokens, as `_shape_of` says."""
-    return {
-        name: mx.zeros((1, heads, 0, width), getattr(mx, dtype))
-        for name, dtype, heads, width in shapes
-    }

@@ -1,16 +1,18 @@
 """`SupervisedGenerator`: the generation thread that no request ends.
 
 Owns the life of mlx-lm's thread: that its start is known to have worked, that a fault
-in it fails the requests that it had, once, and lets it go on with the next. What
-depends on the loaded model is checked here, on that thread, before a request joins a
-batch.
+in it fails the requests that it had begun with, once, and lets it go on with others,
+and that it ends in time. What depends on the loaded model is checked here, on that
+thread, before a request joins a batch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +21,7 @@ import mlx_lm.server as host_server
 
 from ..conversations.index import as_tokens
 from ..errors import RequestError, TurboQuantError, UnsupportedModelError
+from ..pacing import Interrupted, give_up_when
 from .admission import Admission
 from .loading import context_length
 from .prompt_store import PromptStore
@@ -28,6 +31,8 @@ from .tickets import Cancelled, Line, Ticket
 
 #: Faults that come faster than this are not tried again at once.
 _PAUSE = 1.0
+#: Seconds that a text gets to be written which was begun in time.
+_LAST_TEXT = 2.0
 
 
 class TokensCounted(Exception):
@@ -49,6 +54,8 @@ class SupervisedGenerator(Generator):
     Attributes:
         admission: Decides which requests fit, if memory is bounded.
         faults: How often the thread had to begin anew.
+        kept: Texts that are kept for reuse, and their bytes, as of a moment ago: what
+            other threads may look at.
     """
 
     def __init__(
@@ -62,6 +69,9 @@ class SupervisedGenerator(Generator):
         if kv_memory is not None:
             self.admission = Admission(kv_memory, store, self.open_tickets)
         self.faults = 0
+        self.kept = 0, 0
+        self._counted_at = 0.0
+        self._is_ending, self._end_by = False, math.inf
         self._vocabulary: tuple[Any, int] = (None, 0)
         self._loaded = threading.Event()
         self._start_error: Exception | None = None
@@ -93,12 +103,15 @@ class SupervisedGenerator(Generator):
 
     def _run_generate(self) -> None:
         store = self.prompt_cache  # mlx-lm's loop drops it at its end
+        give_up_when(lambda: self._stop)
         try:
             self._load_first()
             while not self._stop:
                 begun = time.monotonic()
                 try:
                     self._generate()
+                except Interrupted:
+                    pass
                 except Exception as fault:
                     self._recover(fault)
                     if time.monotonic() - begun < _PAUSE:
@@ -106,7 +119,7 @@ class SupervisedGenerator(Generator):
         finally:
             self._generation_failed = self._start_error is not None
             self.cut_off()
-            store.close()
+            store.close(self._end_by)
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
     def _load_first(self) -> None:
@@ -133,24 +146,41 @@ class SupervisedGenerator(Generator):
         self.faults += 1
         logging.error(
             "The generation thread met a fault; it goes on without the requests that "
-            "it had, and without stored prompts",
+            "it had begun with, and without stored prompts",
             exc_info=fault,
         )
-        self._fail_open(f"the server met a fault ({_first_line(fault)})")
+        if self._latest is not None and not self._is_distributed:
+            # It waited for a batch to end, which is over now.
+            self._latest[0].put_back()
+            self.requests.put(self._latest)
+        waiting = {request[0] for request, _ in self._waiting}
+        begun = [t for t in self.open_tickets() if t.taken and t not in waiting]
+        _fail(begun, f"the server met a fault ({_first_line(fault)})")
         self.prompt_cache.forget()
         mx.clear_cache()
 
     def cut_off(self) -> None:
         """End all requests, since the server does."""
-        self._fail_open("the server is shutting down", status=503, only_taken=False)
+        _fail(self.open_tickets(), "the server is shutting down", status=503)
 
-    def _fail_open(
-        self, reason: str, status: int = 500, only_taken: bool = True
-    ) -> None:
-        for ticket in self.open_tickets():
-            if ticket.taken or not only_taken:
-                ticket.put(RequestError(reason, "send it again", status=status))
-                ticket.cancel()
+    def begin_end(self) -> None:
+        """Write texts between steps from now on: the server is about to end."""
+        self._is_ending = True
+
+    def end(self, by: float) -> bool:
+        """Stop the thread, in the middle of a step if that is long.
+
+        Args:
+            by: When it has to have ended, `time.monotonic`. Until then it writes what
+                is not yet written.
+
+        Returns:
+            Whether it has; if not, only the process's end can end it.
+        """
+        self._end_by, self._stop = by, True
+        left = max(0.0, by - time.monotonic()) + _LAST_TEXT
+        self._generation_thread.join(min(left, threading.TIMEOUT_MAX))
+        return not self._generation_thread.is_alive()
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         self._ticket = request[0]
@@ -159,6 +189,12 @@ class SupervisedGenerator(Generator):
         super()._serve_single(request, stream)
 
     def _next_request(self, timeout: float | None = None) -> Any:
+        # Counting takes a while: not after every step of a batch.
+        if timeout or time.monotonic() > self._counted_at + _PAUSE:
+            self.kept = len(self.prompt_cache), self.prompt_cache.nbytes
+            self._counted_at = time.monotonic()
+        if self._is_ending:
+            self.prompt_cache.save_next()
         entry = super()._next_request(timeout)
         # `_tokenize` is not told whose request it has.
         self._ticket = entry[0] if entry is not None else None
@@ -202,6 +238,12 @@ class SupervisedGenerator(Generator):
                 self._ticket, self.model_provider, len(prompt), args.max_tokens, shared
             )
         return tokenized
+
+
+def _fail(tickets: Iterable[Ticket], reason: str, status: int = 500) -> None:
+    for ticket in tickets:
+        ticket.put(RequestError(reason, "send it again", status=status))
+        ticket.cancel()
 
 
 def vocabulary_of(network: nn.Module) -> int:

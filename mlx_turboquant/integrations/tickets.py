@@ -42,6 +42,7 @@ class Ticket:
         self._ended: Callable[[], None] = lambda: None
         self._context: Any = None
         self.alone = self.taken = self.started = False
+        self._was_put_back = False
         self.is_done = self.is_cancelled = False
         self.reserved = 0
         self.born = time.monotonic()
@@ -50,6 +51,10 @@ class Ticket:
     def is_open(self) -> bool:
         """Whether somebody still waits for something."""
         return not (self.is_done or self.is_cancelled)
+
+    def put_back(self) -> None:
+        """The thread had it, and could not begin with it; that may be so once."""
+        self.taken, self._was_put_back = self._was_put_back, True
 
     def reserve(self, nbytes: int, ended: Callable[[], None]) -> None:
         """Set memory aside; ``ended`` is called when it is free again."""

@@ -13,17 +13,19 @@ import contextlib
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+#: How long bytes are thrown away at most, whatever their number.
+SECONDS = 2.0
+
 
 class Lingering:
     """ASGI middleware around everything that may answer early.
 
     Args:
         app: What answers.
-        seconds: How long bytes are thrown away at most, whatever their number.
     """
 
-    def __init__(self, app: ASGIApp, seconds: float = 2.0) -> None:
-        self._app, self._seconds = app, seconds
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; its body is at an end, or given up, when that ends."""
@@ -40,7 +42,7 @@ class Lingering:
 
         async def throw_away() -> None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds):
+                async with asyncio.timeout(SECONDS):
                     while not is_read:
                         await note_and_receive()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import mlx.core as mx
 from prometheus_client import (
     CollectorRegistry,
@@ -79,7 +77,10 @@ class Metrics:
         admission = generator.admission
         tickets = generator.open_tickets()
         running = sum(ticket.started for ticket in tickets)
+        texts, nbytes = generator.kept
         now = {
+            "mlx_tq_cache_bytes": nbytes,
+            "mlx_tq_cache_texts": texts,
             "mlx_tq_requests_running": running,
             "mlx_tq_requests_waiting": len(tickets) - running,
             "mlx_tq_reserved_bytes": sum(ticket.reserved for ticket in tickets),
@@ -88,11 +89,6 @@ class Metrics:
             "mlx_tq_mlx_cache_bytes": mx.get_cache_memory(),
             "mlx_tq_faults": generator.faults,
         }
-        # The store is the generation thread's, and may change while it is counted.
-        with contextlib.suppress(AttributeError, RuntimeError):
-            store = generator.prompt_cache
-            now["mlx_tq_cache_bytes"] = store.nbytes
-            now["mlx_tq_cache_texts"] = len(store)
         for name, value in now.items():
             self._gauges[name].set(value)
         return generate_latest(self.registry)

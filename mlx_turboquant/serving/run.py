@@ -10,8 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import os
 import signal
 import socket
+import sys
+import time
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -27,8 +31,10 @@ from .guard import Access
 from .names import Names
 from .service import Limits, Service
 
-#: Seconds for errors to be sent to who is cut off.
+#: Seconds behind the grace, for errors to be sent to who is cut off, and for texts.
 _LAST_WORDS = 5
+#: Seconds for a step to end where there is no folder to write to.
+_LAST_STEP = 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,9 @@ class WebServer(uvicorn.Server):
         app: The application.
         generator: Has the requests that run.
         grace: Seconds that they get when the server is told to end.
+
+    Attributes:
+        end_by: When all has to be over, `time.monotonic`.
     """
 
     def __init__(
@@ -107,10 +116,13 @@ class WebServer(uvicorn.Server):
         )
         super().__init__(config)
         self._generator, self._grace = generator, grace
+        self.end_by = 0.0
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait for answers; those that take too long end with an error."""
+        self.end_by = time.monotonic() + self._grace + _LAST_WORDS
+        self._generator.begin_end()
         loop = asyncio.get_running_loop()
         cut = loop.call_later(self._grace, self._generator.cut_off)
         try:
@@ -153,6 +165,7 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger().addFilter(SaidOnce())
     generator = SupervisedGenerator(provider, store, settings.kv_memory)
+    by, code = math.inf, 0  # a start that failed has ended the thread
     try:
         generator.wait_until_loaded()
         if bound is None:
@@ -170,9 +183,27 @@ def serve(provider: Provider, store: PromptStore, settings: Settings) -> None:
         place = f"[{host}]" if ":" in host else host
         logging.info("Listening on http://%s:%d", place, port)
         # Uvicorn ends running requests first, then raises the signal again.
+        web = WebServer(app, generator, settings.grace)
         with contextlib.suppress(KeyboardInterrupt):
-            WebServer(app, generator, settings.grace).run(sockets=[bound])
+            web.run(sockets=[bound])
+        by = web.end_by if store.folder else time.monotonic() + _LAST_STEP
+    except KeyboardInterrupt:
+        by, code = time.monotonic(), 128 + signal.SIGINT  # while it was loading
+        raise
     finally:
         if bound is not None:
             bound.close()
-        generator.stop_and_join()
+        if not generator.end(by):
+            _leave(code)
+
+
+def _leave(code: int) -> None:
+    """End the process although a thread cannot be ended: it is within MLX.
+
+    What the folder has is whole: it would be after ``kill -9``.
+    """
+    logging.warning("Ended in the middle of a step; what was not written is lost")
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

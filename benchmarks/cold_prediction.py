@@ -10,7 +10,8 @@ What it says must be the same wherever a page is restored, to the last bit. So l
 are multiples of 1/16, weights of 1/128, and every sum of products a whole number that
 float32 holds exactly, in whatever order it is added.
 
-Owns the prediction and the probabilities; coding by them is `records`'.
+Owns the prediction and the probabilities; coding by them is `cold_records`'. An
+experiment: the disk tier keeps pages as they are (docs/codecs.md says why).
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..codecs import Codec
-from ..codecs.base import Side
-from ..codecs.scaled import ScalarCodec
-from ..errors import FormatError, UnsupportedError
-from ..packing import unpack
-from ..quantizer import Sides
-from ..tiles import in_vectors
-from ..tokens import Codes
+from mlx_turboquant.codecs import Codec
+from mlx_turboquant.codecs.base import Side
+from mlx_turboquant.codecs.scaled import ScalarCodec
+from mlx_turboquant.errors import FormatError, UnsupportedError
+from mlx_turboquant.packing import unpack
+from mlx_turboquant.quantizer import Sides
+from mlx_turboquant.tiles import in_vectors
+from mlx_turboquant.tokens import Codes
 
 Floats = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]

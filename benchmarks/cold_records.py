@@ -18,13 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
-
-from ..errors import FormatError, UnsupportedError
-from ..packing import pack
-from ..quantizer import Sides
-from ..tiles import in_vectors
-from ..tokens import TokenArrays
-from .prediction import (
+from cold_prediction import (
     CodeArray,
     CodePredictor,
     Floats,
@@ -35,6 +29,12 @@ from .prediction import (
     codes_of,
     levels_of,
 )
+
+from mlx_turboquant.errors import FormatError, UnsupportedError
+from mlx_turboquant.packing import pack
+from mlx_turboquant.quantizer import Sides
+from mlx_turboquant.tiles import in_vectors
+from mlx_turboquant.tokens import TokenArrays
 
 _MAGIC = b"tqc1"
 #: Magic, predictor, tokens, bytes of codes, bytes of scales, checksum.
@@ -222,6 +222,6 @@ def _constriction() -> Any:
     except ImportError as error:
         raise UnsupportedError(
             "freezing pages needs constriction, which is not installed",
-            "pip install 'mlx-tq[cold]', or keep pages as they are",
+            "pip install constriction",
         ) from error
     return stream

@@ -4,6 +4,7 @@ from mlx_turboquant.blas import prefer_openblas
 
 FAST_BLAS = prefer_openblas()
 
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 
@@ -20,6 +21,10 @@ from mlx_turboquant.proof.store import Store, Verdict  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("ci")
+
+# A run in the background of a shell ignores Ctrl-C, and so would what tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -25,7 +25,7 @@ from mlx_turboquant.conversations.index import as_tokens, common_length
 from mlx_turboquant.conversations.snapshots import CLOSE, EVERY_IN_BEGINNING
 from mlx_turboquant.errors import SpecError
 from mlx_turboquant.integrations import conversation as module
-from mlx_turboquant.integrations import places, server
+from mlx_turboquant.integrations import prompt_reading, server
 from mlx_turboquant.integrations.fingerprint import fingerprint
 from mlx_turboquant.integrations.stock import length_of, stock_caches
 from mlx_turboquant.spec import CacheSpec
@@ -286,7 +286,7 @@ def test_a_turn_that_fails_changes_nothing(make, name, error, calls):
 
 
 def test_of_a_long_text_whose_reading_is_stopped_the_pieces_stay(make, monkeypatch):
-    monkeypatch.setattr(places, "PIECE", 64)
+    monkeypatch.setattr(prompt_reading, "_PIECE", 64)
     talk = make("books", EXACT)
     network, talk.network = talk.network, Failing(talk.network, 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

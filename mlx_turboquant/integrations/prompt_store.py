@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -24,6 +24,7 @@ from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, as_tokens
 from ..conversations.snapshots import CLOSE
 from .kept_text import PLACE, SYSTEM, TEXT, KeptText
+from .loans import Loans
 from .saved_texts import SavedTexts
 from .sharing import held_nbytes
 from .stock import keeps_all, labelled_leaves, length_of
@@ -46,6 +47,9 @@ class PromptStore:
         max_size: Whole texts to keep.
         max_bytes: Bytes to keep, pages that texts share counted once.
         folder: Where texts go that are idle, and outlive the process.
+
+    Attributes:
+        loans: Pages that requests go on from; they count, also when their text is gone.
     """
 
     def __init__(
@@ -60,7 +64,9 @@ class PromptStore:
         self._index: PrefixIndex[KeptText] = PrefixIndex()
         self._kept: list[KeptText] = []
         self._clock = itertools.count(1)
-        self._nbytes: int | None = 0
+        self.loans = Loans()
+        # Bytes, once they are known, and of which loans.
+        self._nbytes: tuple[int, int] | None = None
         # What a folder did not take is offered again from then on.
         self._idle_from = 0.0
 
@@ -70,13 +76,13 @@ class PromptStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
-        if self._nbytes is None:
+        """Bytes of all that is kept or lent."""
+        version = self.loans.version  # they may end meanwhile, on another thread
+        if self._nbytes is None or self._nbytes[1] != version:
             kept = (entry.caches for entry in self._kept)
-            self._nbytes = held_nbytes(
-                leaf for caches in kept for _, leaf in labelled_leaves(caches)
-            )
-        return self._nbytes
+            leaves = (leaf for caches in kept for _, leaf in labelled_leaves(caches))
+            self._nbytes = held_nbytes(leaves, self.loans.tables), version
+        return self._nbytes[0]
 
     def open(
         self, model: Any, networks: Sequence[nn.Module], caches: Sequence[Any]
@@ -99,12 +105,17 @@ class PromptStore:
         """How much of that a fork would have seen."""
         return self._longest(model, tokens)[0]
 
-    def reuse(self, model: Any, tokens: Tokens) -> int:
-        """As `in_reach`; what is gone on from then is dropped last."""
+    def lend(self, borrower: Hashable, model: Any, tokens: Tokens) -> int:
+        """Hold what a fork would see until ``loans`` end it; it is dropped last.
+
+        Returns:
+            Bytes of its pages.
+        """
         length, entry = self._longest(model, tokens)
-        if entry is not None:
-            self._use(entry)
-        return length
+        if entry is None:
+            return 0
+        self._use(entry)
+        return self.loans.lend(borrower, entry.caches, length)
 
     def _longest(self, model: Any, tokens: Tokens) -> tuple[int, KeptText | None]:
         """What is good for most of a text, whose last token is always read."""

@@ -8,9 +8,10 @@ from typing import Any
 from .. import page_table
 from ..cache import TurboQuantCache
 from ..entries import nbytes_of
+from ..page_table import PageTable
 
 
-def held_nbytes(caches: Iterable[Any]) -> int:
+def held_nbytes(caches: Iterable[Any], others: Iterable[PageTable] = ()) -> int:
     """Bytes of layers' caches of any kinds, which may be of many conversations.
 
     A page that several of them hold counts once, also if others hold it, too; what is
@@ -19,8 +20,9 @@ def held_nbytes(caches: Iterable[Any]) -> int:
 
     Args:
         caches: The caches, no batches of them.
+        others: Pages that count, too.
     """
-    total, tables = 0, []
+    total, tables = 0, list(others)
     for cache in caches:
         total += nbytes_of(cache)
         if isinstance(cache, TurboQuantCache):

@@ -201,8 +201,12 @@ def test_a_dropped_text_s_pages_count_as_long_as_somebody_has_them(name, hooked)
     model = tiny_models.build(name, max_position_embeddings=4096)
     tq.apply(model, spec := CacheSpec.parse("k4v4,page=32,window=8"))
     provider = SimpleNamespace(
-        **{"model": model, "spec": spec, "draft_model": None, "model_key": "m"},
-        **{"is_batchable": True, "cli_args": SimpleNamespace(prefill_step_size=CHUNK)},
+        model=model,
+        spec=spec,
+        draft_model=None,
+        model_key="m",
+        is_batchable=True,
+        cli_args=SimpleNamespace(prefill_step_size=CHUNK),
     )
     tickets, store = [], PromptStore()
     admission = Admission(10**9, store, lambda: [t for t in tickets if t.is_open])
@@ -259,7 +263,10 @@ def test_the_guard_counts_a_draft_s_caches(hooked):
     names = {"model_key": "m", "cli_args": SimpleNamespace(prefill_step_size=CHUNK)}
     alone = SimpleNamespace(model=model, spec=None, draft_model=None, **names)
     both = SimpleNamespace(
-        **{"model": model, "spec": None, "draft_model": draft, "draft_spec": None},
+        model=model,
+        spec=None,
+        draft_model=draft,
+        draft_spec=None,
         **names,
     )
     counted = [

@@ -22,6 +22,8 @@ from .prompt_store import PromptStore
 from .server import Provider
 from .tickets import Ticket
 
+#: A model's footprint, and what its caches store.
+_Stored = tuple[Footprint, CacheSpec | None]
 #: Seconds after which a refused client is told to ask again.
 RETRY_AFTER = 5
 
@@ -42,7 +44,7 @@ class Admission:
         self._store, self._running = store, running
         self._store_limit = store.max_bytes
         self._key: Any = None
-        self._footprints: list[tuple[Footprint, CacheSpec | None]] = []
+        self._footprints: list[_Stored] = []
 
     def admit(
         self, ticket: Ticket, provider: Provider, prompt: Tokens, max_tokens: int
@@ -133,7 +135,7 @@ class Admission:
             lambda tokens: self.bytes_of(provider, tokens), self.budget
         )
 
-    def _footprints_of(self, provider: Provider) -> list[tuple[Footprint, CacheSpec | None]]:
+    def _footprints_of(self, provider: Provider) -> list[_Stored]:
         """What each model's caches take, and store."""
         if self._key != provider.model_key:
             pairs = [(provider.model, provider.spec)]

@@ -26,15 +26,16 @@ from ..conversations.snapshots import CLOSE
 from .kept_text import PLACE, SYSTEM, TEXT, KeptText
 from .loans import Loans
 from .saved_texts import SavedTexts
-from .sharing import held_nbytes
-from .stock import keeps_all, labelled_leaves, length_of
+from .sharing import held_nbytes, nbytes_behind_pages
+from .stock import labelled_leaves, length_of
 
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
 #: Bytes, or texts, where there is no limit.
 UNBOUNDED = 1 << 63
 #: Seconds without use after which a text's pages are written, and all of it: what the
-#: next turn would make needless is not.
+#: next turn would make needless is not. Where pages alone cannot be gone on from, all
+#: follows at once, as long as it makes no more than half of what is written.
 PAGES_AFTER, ALL_AFTER = 2.0, 300.0
 #: Seconds until a folder that did not take a text is asked again.
 _PAUSE = 60.0
@@ -208,7 +209,7 @@ class PromptStore:
     def _drop_beginnings(self, kept: KeptText) -> None:
         """Give up what this text makes needless of those that it goes on from."""
         beginnings = self._index.beginnings(kept.model, kept.tokens)
-        if _keeps_all(kept.caches):
+        if kept.keeps_all:
             for entry in beginnings:
                 self._drop(entry)
             return
@@ -263,34 +264,60 @@ class PromptStore:
         if now < self._idle_from:
             return
         for entry in self._kept:
-            if entry.kind != TEXT or entry.saved == "all":
+            saved = self._saved.get(entry.model)
+            if saved is None or entry.kind != TEXT or entry.saved == "all":
                 continue
-            if entry.model not in self._saved:
-                continue
-            whole = now - entry.at > ALL_AFTER
-            if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
-                self._save(entry, whole)
+            idle = now - entry.at
+            if idle > ALL_AFTER or (not entry.saved and idle > PAGES_AFTER):
+                self._save(entry, whole=idle > ALL_AFTER)
                 return
+            if entry.saved and self._save_next_place(entry, saved):
+                return
+
+    def _save_next_place(self, entry: KeptText, saved: SavedTexts) -> bool:
+        """Write states without which a text's pages are of no use; whether there were.
+
+        Only as long as they are no more than half of what is written.
+        """
+        if entry.waits_for == saved.page_bytes or entry.keeps_all:
+            return False
+        place = self._places_to_save(entry)[0]
+        if saved.tail_bytes + nbytes_behind_pages(place.caches) > saved.page_bytes:
+            entry.waits_for = saved.page_bytes
+            return False
+        self._save_place(place, saved)
+        return True
+
+    def _save_place(self, place: KeptText, saved: SavedTexts) -> None:
+        if saved.save(place.tokens, place.caches, whole=True):
+            place.saved = "all"
+        else:
+            self._idle_from = time.monotonic() + _PAUSE
 
     def _save(self, entry: KeptText, whole: bool) -> None:
         """Write a text, and with all of it the places that it is gone back to."""
         saved = self._saved.get(entry.model)
         if saved is None or entry.kind != TEXT or entry.saved == "all":
             return
-        if whole and not _keeps_all(entry.caches):
-            for place in self._likely_places(entry):
-                saved.save(place.tokens, place.caches, whole=True)
-        if saved.save(entry.tokens, entry.caches, whole):
-            entry.saved = "all" if whole else "pages"
+        if whole:
+            for place in self._places_to_save(entry):
+                self._save_place(place, saved)
+        elif saved.save(entry.tokens, entry.caches, whole=False):
+            entry.saved = "pages"
         else:
             self._idle_from = time.monotonic() + _PAUSE
 
-    def _likely_places(self, entry: KeptText) -> list[KeptText]:
-        """The end of a text's system prompt, and of its last prompt."""
+    def _places_to_save(self, entry: KeptText) -> list[KeptText]:
+        """The ends of a text's last prompt, of itself, and of its system prompt.
+
+        The likelier ones to be gone on from come first; the text is one of them.
+        """
         last: dict[str, KeptText] = {}
-        for place in self._index.beginnings(entry.model, entry.tokens):
-            last[place.kind] = place
-        return list(last.values())
+        if not entry.keeps_all:
+            for place in self._index.beginnings(entry.model, entry.tokens):
+                last[place.kind] = place
+        places = [last.get(PLACE), entry, last.get(SYSTEM)]
+        return [place for place in places if place is not None and place.saved != "all"]
 
     def close(self) -> None:
         """Write all that is not yet written."""
@@ -298,7 +325,3 @@ class PromptStore:
             self._save(entry, whole=True)
         if self.folder is not None:
             self.folder.close()
-
-
-def _keeps_all(caches: Sequence[Any]) -> bool:
-    return all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))

@@ -27,10 +27,11 @@ import numpy as np
 from ..cache import TurboQuantCache
 from ..conversations.disk import DiskFolder, Record
 from ..conversations.index import Tokens, chain, common_length
-from ..conversations.records import Bytes, array_of, bytes_of, dtype_name, pack, unpack
+from ..conversations.records import Bytes, array_of, bytes_of, pack, unpack
 from ..errors import TurboQuantError
 from . import hook
 from .fingerprint import fingerprint
+from .record_forms import layout_of, nothing_of, shapes_of
 from .stock import keeps_all, labelled_leaves, replace_leaves
 
 _HEAD, _PAGE, _TAIL = 1, 2, 3
@@ -85,6 +86,8 @@ class SavedTexts:
         self._sink: int = sink
         self._page: int = page
         self._keeps_all = all(keeps_all(leaf) for leaf in leaves)
+        #: Bytes that were written: of pages, and of what is behind the last.
+        self.page_bytes = self.tail_bytes = 0
         if not self.is_possible:
             logging.warning(
                 "KV folder: texts of this model are not kept in it: no layer keeps "
@@ -113,12 +116,16 @@ class SavedTexts:
         keys = self._page_keys(head.key, tokens)[:count]
         there = self.folder.known([head.key, *keys])
         first = max(0, there - 1)
-        pages = self._pages(states, growing, keys, first)
+        pages = [*self._pages(states, growing, keys, first)]
         records = [*([head] if not there else []), *pages]
-        if whole:
-            records.insert(0, self._tail(tokens, leaves, states, growing, keys))
+        tails = [self._tail(tokens, leaves, states, growing, keys)] if whole else []
+        tails = [one for one in tails if not self.folder.known([one.key])]
         behind = keys[first - 1] if first else b""
-        return self.folder.write(records, behind, keys[-1])
+        done = self.folder.write([*tails, *records], behind, keys[-1])
+        if done:
+            self.page_bytes += sum(one.size for one in pages)
+            self.tail_bytes += sum(one.size for one in tails)
+        return done
 
     def _first_key(self, tokens: Tokens) -> bytes:
         first = np.ascontiguousarray(tokens[: self._sink + self._page])
@@ -138,9 +145,10 @@ class SavedTexts:
             }
             for state in states
         ]
-        recent = [_shape_of(state, "recent:") for state in states]
+        recent = [shapes_of(state, "recent:") for state in states]
         layout = [
-            _layout(cache, state) for cache, state in zip(growing, states, strict=True)
+            layout_of(cache, state)
+            for cache, state in zip(growing, states, strict=True)
         ]
         # What they are decoded with, so that no page is read with another's.
         fixed = [
@@ -169,7 +177,7 @@ class SavedTexts:
             return
         columns = []
         for cache, state in zip(growing, states, strict=True):
-            for name, _, heads, rows, width in _layout(cache, state):
+            for name, _, heads, rows, width in layout_of(cache, state):
                 array = state[name][0, :, first * rows : len(keys) * rows]
                 by_page = array.reshape(heads, count, rows * width).swapaxes(0, 1)
                 columns.append(bytes_of(by_page).reshape(count, -1))
@@ -188,7 +196,7 @@ class SavedTexts:
     ) -> Record:
         layers = []
         for cache, state in zip(growing, states, strict=True):
-            rows = {name: n for name, _, _, n, _ in _layout(cache, state)}
+            rows = {name: n for name, _, _, n, _ in layout_of(cache, state)}
             layers.append(
                 {
                     name: array[:, :, rows[name] * len(keys) :]
@@ -262,7 +270,7 @@ class SavedTexts:
         tail = unpack(data[1 + pages]) if len(data) > 1 + pages else None
         at, made = 0, {}
         for i, layer in enumerate(head["layers"]):
-            rest = tail["layers"][i] if tail else _nothing(head["recent"][i])
+            rest = tail["layers"][i] if tail else nothing_of(head["recent"][i])
             state = {**layer, **rest}
             for name, dtype, heads, rows, width in head["layout"][i]:
                 size = heads * rows * width * getattr(mx, dtype).size
@@ -291,36 +299,3 @@ def _leaves(caches: Sequence[Any]) -> list[Any]:
 
 def _key(root: bytes, data: bytes) -> bytes:
     return hashlib.blake2b(data, key=root, digest_size=16).digest()
-
-
-def _layout(cache: Any, state: dict[str, Any]) -> list[list[Any]]:
-    """[name, dtype, heads, rows of a page, width] of arrays that are in pages."""
-    layout: list[list[Any]] = []
-    for name in sorted(state):
-        if name.startswith(("packed:", "means:")):
-            array = state[name]
-            _, heads, rows, width = array.shape
-            of_page = (
-                1
-                if name.startswith("means:")
-                else cache.spec.page * rows // cache.packed_length
-            )
-            layout.append([name, dtype_name(array), heads, of_page, width])
-    return layout
-
-
-def _shape_of(state: dict[str, Any], group: str) -> list[list[Any]]:
-    """[name, dtype, heads, width] of a group's arrays."""
-    return [
-        [name, dtype_name(array), array.shape[1], array.shape[3]]
-        for name, array in state.items()
-        if name.startswith(group)
-    ]
-
-
-def _nothing(shapes: Sequence[Sequence[Any]]) -> dict[str, mx.array]:
-    """Arrays of no tokens, as `_shape_of` says."""
-    return {
-        name: mx.zeros((1, heads, 0, width), getattr(mx, dtype))
-        for name, dtype, heads, width in shapes
-    }

@@ -1,4 +1,4 @@
-"""`held_nbytes`: what several conversations hold together, shared pages once."""
+"""Bytes of conversations: of several, shared pages once; of one beside its pages."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .. import page_table
 from ..cache import TurboQuantCache
 from ..entries import nbytes_of
 from ..page_table import PageTable
+from .stock import labelled_leaves
 
 
 def held_nbytes(caches: Iterable[Any], others: Iterable[PageTable] = ()) -> int:
@@ -30,3 +31,13 @@ def held_nbytes(caches: Iterable[Any], others: Iterable[PageTable] = ()) -> int:
             total -= table.nbytes
             tables.append(table)
     return total + page_table.held_nbytes(tables)
+
+
+def nbytes_behind_pages(caches: Iterable[Any]) -> int:
+    """Bytes of a prompt cache beside the pages of all its tokens."""
+    total = 0
+    for _, leaf in labelled_leaves(caches):
+        total += nbytes_of(leaf)
+        if type(leaf) is TurboQuantCache:
+            total -= leaf._tokens.table.nbytes
+    return total

@@ -7,6 +7,7 @@ import agents
 import mlx.core as mx
 import numpy as np
 import pytest
+import support_table
 import tiny_models
 from serving_tools import options
 
@@ -86,6 +87,9 @@ def keeping_all():
 @pytest.mark.slow
 def test_the_lists_have_every_type_that_does_not_keep_all(hooked):
     assert [name for name, keeps in keeping_all() if not keeps] == []
+    said = support_table.FILE.read_text()
+    assert f"Of {len(NAMED + OTHERS)} types some layer" in said
+    assert all(f"`{name}`" in said for name in NOT_SAVED)
 
 
 @pytest.mark.parametrize(

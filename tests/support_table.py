@@ -33,8 +33,8 @@ the bit if in the same pieces and within 1% of their spread in others
 (`tests/test_families_kept.py`; `jamba`, `gpt_oss`, `granitemoehybrid`, `nemotron_h`,
 `qwen3_5`, `qwen3_next`, `falcon_h1`, `lfm2` and `gemma3_text` through a server as
 well). Where no place is near enough it says so and reads. `plamo3` and
-`recurrent_gemma` do not come back after a restart: no layer of theirs keeps codes of all
-tokens, which a folder finds texts by.
+`recurrent_gemma` do not come back after a restart: no layer of theirs keeps codes of
+all tokens, which a folder finds texts by.
 
 """
 TABLE = """\

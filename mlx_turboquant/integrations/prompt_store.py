@@ -23,7 +23,7 @@ from ..conversations import BLOCK, PrefixIndex, common_length, spread
 from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, as_tokens
 from ..conversations.snapshots import CLOSE
-from .kept_text import PLACE, SYSTEM, TEXT, KeptText
+from .kept_text import PLACE, SYSTEM, TEXT, KeptText, least_place, likely_places
 from .loans import Loans
 from .saved_texts import SavedTexts
 from .sharing import held_nbytes, nbytes_behind_pages
@@ -193,6 +193,8 @@ class PromptStore:
 
     def _use(self, entry: KeptText) -> None:
         entry.used, entry.at = next(self._clock), time.monotonic()
+        for place in self._beginnings(entry):
+            place.used = entry.used
 
     def _insert(self, kept: KeptText) -> None:
         self._use(kept)
@@ -208,7 +210,7 @@ class PromptStore:
 
     def _drop_beginnings(self, kept: KeptText) -> None:
         """Give up what this text makes needless of those that it goes on from."""
-        beginnings = self._index.beginnings(kept.model, kept.tokens)
+        beginnings = self._beginnings(kept)
         if kept.keeps_all:
             for entry in beginnings:
                 self._drop(entry)
@@ -240,7 +242,11 @@ class PromptStore:
         while len(self._kept) - len(self) > MAX_PLACES * texts:
             self._drop_oldest(lambda entry: entry.kind != TEXT)
         while size < UNBOUNDED and self._kept and self.nbytes > size:
-            self._drop_oldest(lambda entry: True)
+            place = least_place(self._kept, self._beginnings)
+            if place is not None:
+                self._drop(place)
+            else:
+                self._drop_oldest(lambda entry: True)
 
     def _drop_oldest(self, among: Callable[[KeptText], bool]) -> None:
         some = [entry for entry in self._kept if among(entry)]
@@ -308,16 +314,12 @@ class PromptStore:
             self._idle_from = time.monotonic() + _PAUSE
 
     def _places_to_save(self, entry: KeptText) -> list[KeptText]:
-        """The ends of a text's last prompt, of itself, and of its system prompt.
+        places = likely_places(entry, self._beginnings(entry))
+        return [place for place in places if place.saved != "all"]
 
-        The likelier ones to be gone on from come first; the text is one of them.
-        """
-        last: dict[str, KeptText] = {}
-        if not entry.keeps_all:
-            for place in self._index.beginnings(entry.model, entry.tokens):
-                last[place.kind] = place
-        places = [last.get(PLACE), entry, last.get(SYSTEM)]
-        return [place for place in places if place is not None and place.saved != "all"]
+    def _beginnings(self, entry: KeptText) -> list[KeptText]:
+        """What is kept of texts that a text goes on from, the shortest first."""
+        return self._index.beginnings(entry.model, entry.tokens)
 
     def close(self) -> None:
         """Write all that is not yet written."""

@@ -94,6 +94,14 @@ class Footprint:
             _bytes(entry, tokens, spec, chunk)[0] for entry in self.layers
         )
 
+    def code_bytes(self, tokens: int, spec: CacheSpec | None, chunk: int = 0) -> int:
+        """Those of `cache_bytes` that are pages of codes of all tokens."""
+        return sum(
+            _bytes(entry, tokens, spec, chunk)[1]
+            for entry in self.layers
+            if entry.sliding_window is None
+        )
+
     def tokens_in(self, memory: int, spec: CacheSpec | None = None) -> int:
         """Tokens of one text that fit in ``memory`` bytes beside the weights.
 

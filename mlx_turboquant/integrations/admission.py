@@ -7,6 +7,7 @@ run are never ended for it; texts that are only kept for reuse make way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ class Admission:
         self.budget = budget
         self._store, self._running = store, running
         self._store_limit = store.max_bytes
+        store.expected = lambda: sum(one.codes for one in running())
         self._key: Any = None
         self._footprints: list[_Stored] = []
 
@@ -95,12 +97,14 @@ class Admission:
                 code="kv_memory_in_use",
                 retry_after=RETRY_AFTER,
             )
-        ticket.reserve(needed - shared, lambda: self._free(ticket))
+        codes = self._count(Footprint.code_bytes, provider, len(prompt) + max_tokens)
+        free = functools.partial(self._free, ticket)
+        ticket.reserve(needed - shared, max(0, codes - shared), free)
         self._make_room()
         if self._store.in_reach(key, prompt) < reach:
             # There was no room for the text itself: it is read again.
             loans.end(ticket)
-            ticket.reserve(needed, lambda: self._free(ticket))
+            ticket.reserve(needed, codes, free)
             self._make_room()
 
     def _free(self, ticket: Ticket) -> None:
@@ -123,9 +127,12 @@ class Admission:
 
     def bytes_of(self, provider: Provider, tokens: int) -> int:
         """Bytes of the caches of a text of so many tokens, a draft model's included."""
+        return self._count(Footprint.cache_bytes, provider, tokens)
+
+    def _count(self, count: Callable[..., int], provider: Provider, tokens: int) -> int:
         chunk = provider.cli_args.prefill_step_size
         return sum(
-            footprint.cache_bytes(tokens, spec, chunk)
+            count(footprint, tokens, spec, chunk)
             for footprint, spec in self._footprints_of(provider)
         )
 

@@ -1,23 +1,18 @@
 """`KeptText`: a text whose cache is kept, and what of it another text can go on from.
 
-Owns which of a text's places matter most; what is kept is `prompt_store`'s.
+Owns no more than one; which are kept is `prompt_store`'s.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..conversations import spread
 from ..conversations.index import Tokens
 from ..errors import UnsupportedError
 from .stock import can_go_back, keeps_all, labelled_leaves
 
-#: Places of a text that stay where bytes are short, as long as other texts have more,
-#: and then as long as there is something else to drop.
-FEW_PLACES = (3, 1)
 #: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
 TEXT, PLACE, SYSTEM = "assistant", "user", "system"
 
@@ -76,41 +71,3 @@ class KeptText:
                     "read on from a place before",
                 )
         return caches
-
-
-def likely_places(text: KeptText, beginnings: Sequence[KeptText]) -> list[KeptText]:
-    """The ends of a text's last prompt, of itself, and of its system prompt.
-
-    The likelier ones to be gone on from come first. What can be cut is all there is.
-
-    Args:
-        text: The text.
-        beginnings: What is kept of those that it goes on from, the shortest first.
-    """
-    if text.keeps_all:
-        return [text]
-    last = {place.kind: place for place in beginnings}
-    places = [last.get(PLACE), text, last.get(SYSTEM)]
-    return [place for place in places if place is not None]
-
-
-def least_place(
-    kept: Sequence[KeptText], beginnings: Callable[[KeptText], list[KeptText]]
-) -> KeptText | None:
-    """Of all places within texts, the one to drop first; None if there are too few.
-
-    It is one of the text that was not used for longest, so that those left are dense at
-    its end.
-
-    Args:
-        kept: All that is kept.
-        beginnings: What is kept of those that one goes on from, the shortest first.
-    """
-    oldest = sorted(kept, key=lambda entry: (entry.used, -len(entry.tokens)))
-    for few in FEW_PLACES:
-        for text in oldest:
-            places = {len(place.tokens): place for place in beginnings(text)}
-            if len(places) > few and not text.keeps_all:
-                ends = [0, *places, len(text.tokens)]
-                return places[spread(ends, len(ends) - 1)[0]]
-    return None

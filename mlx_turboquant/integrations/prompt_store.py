@@ -13,21 +13,21 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import can_trim_prompt_cache
 
 from ..conversations import BLOCK, PrefixIndex, common_length, spread
 from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, as_tokens
 from ..conversations.snapshots import CLOSE
-from .kept_text import PLACE, SYSTEM, TEXT, KeptText, least_place, likely_places
+from .kept_places import first_to_go, likely_places
+from .kept_text import PLACE, SYSTEM, TEXT, KeptText
 from .loans import Loans
 from .saved_texts import SavedTexts
-from .sharing import held_nbytes, nbytes_behind_pages
-from .stock import labelled_leaves, length_of
+from .sharing import claimed_nbytes, held_nbytes, nbytes_behind_pages
+from .stock import cut_to_common, labelled_leaves
 
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
@@ -51,6 +51,8 @@ class PromptStore:
 
     Attributes:
         loans: Pages that requests go on from; they count, also when their text is gone.
+        expected: Says how many bytes of codes are set aside for requests that run, if
+            ``max_bytes`` is what those leave.
     """
 
     def __init__(
@@ -66,7 +68,8 @@ class PromptStore:
         self._kept: list[KeptText] = []
         self._clock = itertools.count(1)
         self.loans = Loans()
-        # Bytes, once they are known, and of which loans.
+        self.expected: Callable[[], int] | None = None
+        # With which loans, once they are known.
         self._nbytes: tuple[int, int] | None = None
         # What a folder did not take is offered again from then on.
         self._idle_from = 0.0
@@ -80,10 +83,18 @@ class PromptStore:
         """Bytes of all that is kept or lent."""
         version = self.loans.version  # they may end meanwhile, on another thread
         if self._nbytes is None or self._nbytes[1] != version:
-            kept = (entry.caches for entry in self._kept)
-            leaves = (leaf for caches in kept for _, leaf in labelled_leaves(caches))
-            self._nbytes = held_nbytes(leaves, self.loans.tables), version
+            self._nbytes = held_nbytes(self._leaves(), self.loans.tables), version
         return self._nbytes[0]
+
+    def _is_above(self, limit: int) -> bool:
+        if self.expected is None:
+            return self.nbytes > limit
+        kept, lent = self._leaves(), self.loans.tables
+        return claimed_nbytes(kept, lent, self.expected()) > limit
+
+    def _leaves(self) -> Iterator[Any]:
+        for entry in self._kept:
+            yield from (leaf for _, leaf in labelled_leaves(entry.caches))
 
     def open(
         self, model: Any, networks: Sequence[nn.Module], caches: Sequence[Any]
@@ -179,22 +190,15 @@ class PromptStore:
             prompt_cache: Its cache, the store's from now on.
             cache_type: As `KeptText.kind`.
         """
-        lengths = [length_of([entry]) for entry in prompt_cache]
-        counted = [length for length in lengths if length is not None]
-        seen = min([*counted, len(tokens)])
-        if any(length != seen for length in counted):
-            if not can_trim_prompt_cache(prompt_cache):
-                return
-            for entry, length in zip(prompt_cache, lengths, strict=True):
-                entry.trim((length or seen) - seen)
+        seen = cut_to_common(prompt_cache, len(tokens))
         if seen:
             kept = KeptText(model, as_tokens(tokens[:seen]), prompt_cache, cache_type)
             self._insert(kept)
 
     def _use(self, entry: KeptText) -> None:
-        entry.used, entry.at = next(self._clock), time.monotonic()
-        for place in self._beginnings(entry):
-            place.used = entry.used
+        entry.at, now = time.monotonic(), next(self._clock)
+        for one in [entry, *self._beginnings(entry)]:
+            one.used = now
 
     def _insert(self, kept: KeptText) -> None:
         self._use(kept)
@@ -233,7 +237,7 @@ class PromptStore:
 
         Args:
             n_sequences: Whole texts; places within them are a few for each.
-            n_bytes: Bytes.
+            n_bytes: Bytes, those that requests have set aside not among them.
         """
         texts = UNBOUNDED if n_sequences is None else max(0, n_sequences)
         size = UNBOUNDED if n_bytes is None else max(0, n_bytes)
@@ -241,18 +245,16 @@ class PromptStore:
             self._drop_oldest(lambda entry: entry.kind == TEXT)
         while len(self._kept) - len(self) > MAX_PLACES * texts:
             self._drop_oldest(lambda entry: entry.kind != TEXT)
-        while size < UNBOUNDED and self._kept and self.nbytes > size:
-            place = least_place(self._kept, self._beginnings)
-            if place is not None:
-                self._drop(place)
-            else:
-                self._drop_oldest(lambda entry: True)
+        while self._kept and size < UNBOUNDED and self._is_above(size):
+            self._let_go(first_to_go(self._kept, self._beginnings))
 
     def _drop_oldest(self, among: Callable[[KeptText], bool]) -> None:
         some = [entry for entry in self._kept if among(entry)]
-        oldest = min(some, key=lambda entry: entry.used)
-        self._save(oldest, whole=True)
-        self._drop(oldest)
+        self._let_go(min(some, key=lambda entry: entry.used))
+
+    def _let_go(self, entry: KeptText) -> None:
+        self._save(entry, whole=True)
+        self._drop(entry)
 
     def _drop(self, entry: KeptText) -> None:
         self._index.remove(entry.model, entry.tokens)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .. import page_table
 from ..cache import TurboQuantCache
 from ..entries import nbytes_of
 from ..page_table import PageTable
+from ..pages import PagePool
 from .stock import labelled_leaves
 
 
@@ -23,14 +27,54 @@ def held_nbytes(caches: Iterable[Any], others: Iterable[PageTable] = ()) -> int:
         caches: The caches, no batches of them.
         others: Pages that count, too.
     """
-    total, tables = 0, list(others)
+    beside, tables = _apart(caches)
+    return beside + page_table.held_nbytes([*tables, *others])
+
+
+def claimed_nbytes(
+    caches: Iterable[Any], lent: Iterable[PageTable], expected: int
+) -> int:
+    """The same without what is set aside for requests that run already.
+
+    Pages that a request has made are its own, also if a text kept has them as well;
+    free ones are where those will be that it is still to make.
+
+    Args:
+        caches: Of texts that are kept.
+        lent: Pages that requests go on from, which are not set aside for them.
+        expected: Bytes of codes that are set aside.
+    """
+    total, tables = _apart(caches)
+    mine: dict[PagePool, npt.NDArray[np.int32]] = {}
+    is_lent: dict[PagePool, npt.NDArray[np.bool_]] = {}
+    for tables_of, loan in ((tables, False), (list(lent), True)):
+        for table in tables_of:
+            pool = table.pool
+            count = mine.setdefault(pool, np.zeros(pool.capacity, np.int32))
+            mask = is_lent.setdefault(pool, np.zeros(pool.capacity, np.bool_))
+            for start, stop in table.runs:
+                count[start:stop] += 1
+                mask[start:stop] |= loan
+    free = taken = 0
+    for pool, count in mine.items():
+        holders, size = pool.all_holders, pool.page_nbytes
+        theirs = (holders > count) & ~is_lent[pool]
+        total += size * int(np.count_nonzero((count > 0) & ~theirs))
+        taken += size * int(np.count_nonzero(theirs))
+        free += size * int(np.count_nonzero(holders == 0))
+    return total + max(0, free - max(0, expected - taken))
+
+
+def _apart(caches: Iterable[Any]) -> tuple[int, list[PageTable]]:
+    """Bytes beside pages of codes, and the pages."""
+    beside, tables = 0, []
     for cache in caches:
-        total += nbytes_of(cache)
+        beside += nbytes_of(cache)
         if isinstance(cache, TurboQuantCache):
             table = cache._tokens.table
-            total -= table.nbytes
+            beside -= table.nbytes
             tables.append(table)
-    return total + page_table.held_nbytes(tables)
+    return beside, tables
 
 
 def nbytes_behind_pages(caches: Iterable[Any]) -> int:

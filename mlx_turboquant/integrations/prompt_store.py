@@ -89,8 +89,8 @@ class PromptStore:
     def _is_above(self, limit: int) -> bool:
         if self.expected is None:
             return self.nbytes > limit
-        kept, lent = self._leaves(), self.loans.tables
-        return claimed_nbytes(kept, lent, self.expected()) > limit
+        lent = self.loans.tables
+        return claimed_nbytes(self._leaves(), lent, self.expected()) > limit
 
     def _leaves(self) -> Iterator[Any]:
         for entry in self._kept:
@@ -268,8 +268,7 @@ class PromptStore:
 
     def idle(self) -> None:
         """Write a text that nobody has used for a while, for callers with time."""
-        now = time.monotonic()
-        if now < self._idle_from:
+        if (now := time.monotonic()) < self._idle_from:
             return
         for entry in self._kept:
             saved = self._saved.get(entry.model)
@@ -316,8 +315,8 @@ class PromptStore:
             self._idle_from = time.monotonic() + _PAUSE
 
     def _places_to_save(self, entry: KeptText) -> list[KeptText]:
-        places = likely_places(entry, self._beginnings(entry))
-        return [place for place in places if place.saved != "all"]
+        likely = likely_places(entry, self._beginnings(entry))
+        return [place for place in likely if place.saved != "all"]
 
     def _beginnings(self, entry: KeptText) -> list[KeptText]:
         """What is kept of texts that a text goes on from, the shortest first."""

@@ -1,5 +1,6 @@
 """The memory that caches may take: who is let in, who is refused, what makes way."""
 
+import copy
 import re
 import threading
 import time
@@ -18,7 +19,11 @@ from mlx_turboquant.errors import RequestError
 from mlx_turboquant.integrations.admission import Admission
 from mlx_turboquant.integrations.footprint import footprint
 from mlx_turboquant.integrations.prompt_store import PromptStore
-from mlx_turboquant.integrations.sharing import claimed_nbytes, held_nbytes
+from mlx_turboquant.integrations.sharing import (
+    claimed_nbytes,
+    held_nbytes,
+    nbytes_behind_pages,
+)
 from mlx_turboquant.integrations.stock import labelled_leaves
 from mlx_turboquant.integrations.tickets import Ticket
 from mlx_turboquant.spec import CacheSpec
@@ -216,10 +221,12 @@ def test_a_dropped_text_s_pages_count_as_long_as_somebody_has_them(name, hooked)
     store.insert_cache("m", text[:900].tolist(), first)
     del first
 
+    def claimed():
+        return claimed_nbytes(store._leaves(), store.loans.tables, store.expected())
+
     def check(*running):
         there = held(*(entry.caches for entry in store._kept), *running)
-        kept = claimed_nbytes(store._leaves(), store.loans.tables, store.expected())
-        counted = kept + sum(t.reserved for t in admission._running())
+        counted = claimed() + sum(t.reserved for t in admission._running())
         assert 0.95 * there <= counted
         return counted / there
 
@@ -250,6 +257,13 @@ def test_a_dropped_text_s_pages_count_as_long_as_somebody_has_them(name, hooked)
     read(model, twos, np.resize(text, 40))
     read(model, ones, np.resize(text, 40))
     assert check(ones, twos) < 1.3
+    # What one has read itself is set aside for it, also where it is kept as well.
+    before = claimed()
+    all_of_it = [*text.tolist(), *text[:40].tolist()]
+    store.insert_cache("m", all_of_it, copy.deepcopy(twos), cache_type="user")
+    assert 0 < claimed() - before <= 1.2 * nbytes_behind_pages(twos)
+    check(ones, twos)
+    store.trim_to(n_sequences=0)
     one.put(None)
     del ones
     assert store.nbytes >= pages

@@ -1,7 +1,7 @@
 """An agent's session, and what a restart costs: tokens read, bytes written, seconds.
 
 All of it over HTTP, with servers in processes of their own: `mlx_tq.server`, with and
-without --kv-memory, and mlx-lm's.
+without --kv-memory, and mlx-lm's, all with OpenBLAS.
 
     session   the transcript of tests/agents.py (34 requests: tools, thinking that is
               cut, a header that changes twice, two sub-agents at once). `new` are the
@@ -70,6 +70,13 @@ NAMES = (
     *("jamba", "granitemoehybrid", "nemotron_h"),
 )
 WRITTEN = ("llama", "sliding window", "hybrid", "hybrid (mamba)")
+#: mlx-lm's server, with the BLAS that ours loads: MLX's own is several times slower.
+STOCK = """
+from mlx_turboquant.blas import prefer_openblas
+prefer_openblas()
+from mlx_lm.server import main
+main()
+"""
 TEXTS, ANSWER = "40", 8
 #: What all answers say, again and again: as a text it has the same tokens.
 WORD = "right"
@@ -88,8 +95,8 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._at = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        ours = ["mlx_turboquant", "server", "--kv-bits", str(spec)]
-        command = [sys.executable, "-m", *(ours if spec else ["mlx_lm", "server"])]
+        ours = ["-m", "mlx_turboquant", "server", "--kv-bits", str(spec)]
+        command = [sys.executable, *(ours if spec else ["-c", STOCK])]
         command += ["--model", str(path), "--port", self._at.rpartition(":")[2]]
         command += ["--prompt-cache-size", TEXTS, *options]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

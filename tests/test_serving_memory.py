@@ -219,6 +219,7 @@ def test_a_dropped_text_s_pages_count_as_long_as_somebody_has_them(name, hooked)
     first = model.make_cache()
     read(model, first, text[:900])
     store.insert_cache("m", text[:900].tolist(), first)
+    apart = copy.deepcopy(first)
     del first
 
     def claimed():
@@ -271,6 +272,11 @@ def test_a_dropped_text_s_pages_count_as_long_as_somebody_has_them(name, hooked)
     two.cancel()
     del twos
     assert store.nbytes == store.loans.nbytes == 0
+    # One that is given up before it is let in has nothing for long.
+    store.loans.lend(Ticket(print), apart, 900)
+    assert store.loans.nbytes == pages
+    admission.admit(Ticket(print), provider, text[:9], 1)
+    assert store.loans.nbytes == 0
 
 
 def test_the_guard_counts_a_draft_s_caches(hooked):

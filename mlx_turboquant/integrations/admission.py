@@ -85,6 +85,7 @@ class Admission:
             reserved = [one.reserved for one in self._running() if one.reserved]
             others = max([needed, *reserved]) * (len(reserved) + 1) - needed
         loans, reach = self._store.loans, self._store.in_reach(key, prompt)
+        loans.end_others(self._running())
         shared = min(needed, self._store.lend(ticket, key, prompt))
         others += loans.nbytes - shared
         if needed + others > self.budget:

@@ -7,7 +7,7 @@ who may borrow is `admission`'s.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from .. import page_table
@@ -55,6 +55,11 @@ class Loans:
         """A loan is over, if there is one."""
         if self._lent.pop(borrower, None) is not None:
             self.version += 1
+
+    def end_others(self, borrowers: Iterable[Hashable]) -> None:
+        """Loans of all but these are over: some end before they have begun."""
+        for other in set(self._lent) - set(borrowers):
+            self.end(other)
 
     @property
     def tables(self) -> list[PageTable]:

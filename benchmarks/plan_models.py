@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 import mlx_turboquant as tq
 
 #: Of a Mac's memory, what macOS gives a GPU at first.
@@ -61,7 +63,7 @@ def lines() -> Iterator[str]:
         with tempfile.TemporaryDirectory() as folder:
             config = Path(folder) / "config.json"
             config.write_text(json.dumps(_LLAMA | shape))
-            found = tq.footprint(folder)
+            found = tq.footprint(folder, mx.bfloat16)
         for memory in MEMORY:
             room = round(SHARE * memory * GB)
             fits = (found.tokens_in(room, spec) for spec in SPECS.values())

@@ -49,6 +49,7 @@ class CacheEntry:
             mlx-lm's.
         reason: Why it stays mlx-lm's; "" if it does not.
         state_bytes: Bytes of a state that does not grow; 0 for keys and values.
+        itemsize: Bytes of an element of keys and values as the model has them.
     """
 
     label: str
@@ -59,6 +60,7 @@ class CacheEntry:
     decision: Decision = "handles"
     reason: str = ""
     state_bytes: int = 0
+    itemsize: int = 2
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheEntry:
         """Itself: what was decided stays, and forks of long prompts cost nothing."""

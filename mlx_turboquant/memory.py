@@ -31,7 +31,7 @@ from .tokens import capacity_of
 CHUNK = 2048
 #: What is computed and what is built beside it: see `pacing`.
 IN_FLIGHT = 2
-_FP16_BYTES = 2
+_FP16_BYTES, _FP32_BYTES = 2, 4
 _PLAIN_GROWTH = 256  # and mlx-lm's buffers
 
 
@@ -55,6 +55,11 @@ class Footprint:
     context: int | None = None
     activations: int = 256 << 20
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element that is not compressed."""
+        return max((entry.itemsize for entry in self.layers), default=_FP16_BYTES)
+
     def prompt_bytes(self, tokens: int, spec: CacheSpec | None = None) -> int:
         """Most bytes beside the weights while a prompt of so many tokens is read.
 
@@ -73,27 +78,53 @@ class Footprint:
         ]
         return self.activations + IN_FLIGHT * max(decoded, default=0)
 
-    def cache_bytes(self, tokens: int, spec: CacheSpec | None = None) -> int:
-        """Bytes of the caches of a text, spare capacity included."""
-        return self.fixed + sum(_bytes(entry, tokens, spec)[0] for entry in self.layers)
+    def cache_bytes(
+        self, tokens: int, spec: CacheSpec | None = None, chunk: int = 0
+    ) -> int:
+        """Bytes of the caches of a text, spare capacity included.
+
+        Args:
+            tokens: Of the text.
+            spec: What is stored; None for mlx-lm's own caches.
+            chunk: Tokens that are read at a time, for the most that caches take on the
+                way: a window holds a chunk besides itself until the next step, and
+                mlx-lm's buffers are longer if chunks do not end where they do.
+        """
+        return self.fixed + sum(
+            _bytes(entry, tokens, spec, chunk)[0] for entry in self.layers
+        )
+
+    def code_bytes(self, tokens: int, spec: CacheSpec | None, chunk: int = 0) -> int:
+        """Those of `cache_bytes` that are pages of codes of all tokens."""
+        return sum(
+            _bytes(entry, tokens, spec, chunk)[1]
+            for entry in self.layers
+            if entry.sliding_window is None
+        )
 
     def tokens_in(self, memory: int, spec: CacheSpec | None = None) -> int:
         """Tokens of one text that fit in ``memory`` bytes beside the weights.
 
         Bounded by the context; 0 if the weights alone do not fit.
         """
-        return self._most_tokens(
+        return self.most_tokens(
             lambda tokens: self.prompt_bytes(tokens, spec), memory - self.weights
         )
 
-    def tokens_in_cache(self, memory: int, spec: CacheSpec | None = None) -> int:
+    def tokens_in_cache(
+        self, memory: int, spec: CacheSpec | None = None, chunk: int = CHUNK
+    ) -> int:
         """Tokens of one text whose caches take ``memory`` bytes at most.
 
-        Bounded by the context; 0 if not one does.
+        They are counted as `cache_bytes` does with a chunk, as a server that is to keep
+        to so many must. Bounded by the context; 0 if not one does.
         """
-        return self._most_tokens(lambda tokens: self.cache_bytes(tokens, spec), memory)
+        return self.most_tokens(
+            lambda tokens: self.cache_bytes(tokens, spec, chunk), memory
+        )
 
-    def _most_tokens(self, bytes_of: Callable[[int], int], room: int) -> int:
+    def most_tokens(self, bytes_of: Callable[[int], int], room: int) -> int:
+        """Tokens of one text for which ``bytes_of`` gives no more than ``room``."""
         low, high = 0, self.context or 1 << 40
         if bytes_of(high) <= room:
             return high
@@ -165,15 +196,20 @@ def machine_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int, int]:
+def _bytes(
+    entry: CacheEntry, tokens: int, spec: CacheSpec | None, chunk: int = 0
+) -> tuple[int, int]:
     """Bytes of one entry, and how many of them are codes."""
     assert entry.shape is not None, "a footprint's entries hold keys and values"
     heads, k_dim, v_dim = entry.shape
     window = entry.sliding_window
-    stored = tokens if window is None else min(tokens, window)
-    plain = heads * (k_dim + v_dim) * _FP16_BYTES
+    stored = tokens if window is None else min(tokens, window + chunk)
+    plain = heads * (k_dim + v_dim) * entry.itemsize
     if spec is None or not entry.under(spec).is_compressed:
-        return plain * -(-stored // _PLAIN_GROWTH) * _PLAIN_GROWTH, 0
+        capacity = stored + (_PLAIN_GROWTH - 1 if chunk else -stored % _PLAIN_GROWTH)
+        if entry.kind == "RotatingKVCache" and window is not None:
+            capacity = min(capacity, window + chunk)
+        return plain * capacity, 0
     quantizable = max(0, stored - spec.sink - spec.window)
     if window is not None and tokens > window:
         quantizable += spec.page  # its first page may be hidden in part
@@ -188,4 +224,5 @@ def _bytes(entry: CacheEntry, tokens: int, spec: CacheSpec | None) -> tuple[int,
         bytes_per_token += k_dim * _FP16_BYTES / spec.page
     codes = round(heads * capacity * bytes_per_token)
     recent = spec.sink + spec.window + spec.page + DECODE_TOKENS
-    return plain * recent + codes, codes
+    gains = heads * (k_dim + v_dim) * _FP32_BYTES
+    return plain * (spec.sink + recent) + gains + codes, codes

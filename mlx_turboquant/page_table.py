@@ -295,13 +295,23 @@ def held_nbytes(tables: Iterable[PageTable]) -> int:
 
     A page counts once, also if others hold it as well.
     """
+    return sum(
+        (count + pool.capacity - pool.held) * pool.page_nbytes
+        for pool, count in _distinct(tables).items()
+    )
+
+
+def pages_nbytes(tables: Iterable[PageTable]) -> int:
+    """The same without what is free."""
+    return sum(c * pool.page_nbytes for pool, c in _distinct(tables).items())
+
+
+def _distinct(tables: Iterable[PageTable]) -> dict[PagePool, int]:
+    """How many pages of each pool they hold, each counted once."""
     held: dict[PagePool, npt.NDArray[np.bool_]] = {}
     for table in tables:
         pool = table.pool
         pages = held.setdefault(pool, np.zeros(pool.capacity, np.bool_))
         for start, stop in table.runs:
             pages[start:stop] = True
-    return sum(
-        (int(np.count_nonzero(pages)) + pool.capacity - pool.held) * pool.page_nbytes
-        for pool, pages in held.items()
-    )
+    return {pool: int(np.count_nonzero(pages)) for pool, pages in held.items()}

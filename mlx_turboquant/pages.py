@@ -92,6 +92,12 @@ class PagePool:
         self._collect()
         return self._holders[list(pages)]
 
+    @property
+    def all_holders(self) -> npt.NDArray[np.int32]:
+        """Sequences that hold each page there is room for."""
+        self._collect()
+        return self._holders.copy()
+
     def take(self, count: int, behind: int | None = None) -> list[int]:
         """Pages for a sequence, which holds them alone; in one run, if there is one.
 

@@ -243,6 +243,19 @@ MODELS = {
     "sliding window": ("gemma3_text", {"sliding_window": 256}),
     "hybrid": ("qwen3_next", {}),
     "hybrid (mamba)": ("falcon_h1", {}),
+    "jamba": ("jamba", {}),
+    "gpt_oss": ("gpt_oss", {"sliding_window": 256}),
+    "granitemoehybrid": ("granitemoehybrid", {}),
+    "lfm2": ("lfm2", {}),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            "layer_types": [
+                *("linear_attention", "full_attention", "mlp", "full_attention")
+            ]
+        },
+    ),
+    "qwen3_5": ("qwen3_5", {}),
 }
 
 

@@ -26,6 +26,16 @@ the logits of two chunks of a prompt and two decode steps at 8 bits with mlx-lm'
 cache: they differ by less than 1% of the logits' spread. Types that may have sliding
 windows, such as llama, have them here.
 
+Of 43 types some layer stands at one place of its text: a recurrent state, a chunk, a
+full window. A server or a chat keeps these at places, goes on from the nearest, and
+brings them back after a restart (`--kv-dir`), with the logits of reading all anew, to
+the bit if in the same pieces and within 1% of their spread in others
+(`tests/test_families_kept.py`; `jamba`, `gpt_oss`, `granitemoehybrid`, `nemotron_h`,
+`qwen3_5`, `qwen3_next`, `falcon_h1`, `lfm2` and `gemma3_text` through a server as
+well). Where no place is near enough it says so and reads. `plamo3` and
+`recurrent_gemma` do not come back after a restart: no layer of theirs keeps codes of
+all tokens, which a folder finds texts by.
+
 """
 TABLE = """\
 ## By type

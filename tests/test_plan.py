@@ -1,6 +1,8 @@
 """How many tokens fit: predictions held to caches that are really filled."""
 
+import json
 import re
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,9 +11,10 @@ import tiny_models
 from helpers import MODEL, attend
 
 import mlx_turboquant as tq
-from mlx_turboquant.entries import CacheEntry
+from mlx_turboquant.entries import CacheEntry, nbytes_of
 from mlx_turboquant.errors import UnsupportedModelError
 from mlx_turboquant.integrations.footprint import footprint, of_network
+from mlx_turboquant.integrations.stock import labelled_leaves, stock_caches
 from mlx_turboquant.memory import Footprint, tight_memory_warning
 
 SPECS = ("8", "k4v3", "3", "2", "3,codec=trellis", "k16v4", "3,window=64,page=64")
@@ -69,7 +72,8 @@ def test_the_bundled_models_folder_is_all_it_needs():
     assert model.active == model.weights  # tied: the embedding is read as the head
     assert [layer.label for layer in model.layers] == [str(i) for i in range(8)]
     assert all(
-        replace(layer, label="0") == entry(2, 128, 128) for layer in model.layers
+        replace(layer, label="0", itemsize=2) == entry(2, 128, 128)
+        for layer in model.layers
     )
     assert model.context == 8192
 
@@ -186,3 +190,62 @@ def test_no_such_model_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no_such_type"}')
     with pytest.raises(UnsupportedModelError, match="no_such_type not supported"):
         footprint(str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", [None, "k4v4,page=32,window=8"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("seed_oss", mx.float32),
+        ("gpt_oss", mx.float32),
+        ("gemma3_text", mx.bfloat16),
+        ("qwen3_next", mx.float32),
+        ("falcon_h1", mx.bfloat16),
+        ("nemotron_h", mx.float16),
+        ("llama4", mx.float32),
+        ("recurrent_gemma", mx.float32),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+@pytest.mark.filterwarnings("ignore:.*are decoded whole at each step")
+def test_no_model_s_caches_ever_take_more_than_is_counted(name, dtype, spec, hooked):
+    """In the model's dtype, chunks in windows included; nor 40% less at the most."""
+    chunk, ids = 300, mx.random.randint(0, 96, (1, 1021))
+    model = tiny_models.build(name, max_position_embeddings=4096)
+    model.set_dtype(dtype)
+    caches = tq.make_prompt_cache(model, spec) if spec else stock_caches(model)
+    found, most = of_network(model), 0.0
+    assert found.itemsize == dtype.size
+    leaves = [leaf for _, leaf in labelled_leaves(caches)]
+    start = 0
+    for count in (chunk, chunk, chunk, 120, 1):
+        mx.eval(model(ids[:, start : start + count], cache=caches))
+        mx.eval([leaf.state for leaf in leaves])
+        start += count
+        counted = found.cache_bytes(start, spec and parse(spec), chunk)
+        most = max(most, share := sum(map(nbytes_of, leaves)) / counted)
+        assert share <= 1
+    assert most > 0.6
+
+
+def test_a_config_alone_says_what_a_loaded_model_s_caches_take(tmp_path, monkeypatch):
+    """On a CPU all is float32; elsewhere the weights say, or else the config."""
+    config = {**tiny_models.config("seed_oss"), "torch_dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert footprint(str(tmp_path)).itemsize == 4
+    model = tiny_models.build("seed_oss")
+    found = of_network(model)
+    assert footprint(str(tmp_path)).cache_bytes(900) == found.cache_bytes(900)
+    assert footprint(str(tmp_path), mx.bfloat16).cache_bytes(900) == (
+        found.cache_bytes(900) / 2
+    )
+    module = sys.modules["mlx_turboquant.integrations.footprint"]
+    monkeypatch.setattr(module, "is_cast_for_device", lambda: False)
+    assert footprint(str(tmp_path)).itemsize == 2
+    weights = {"a": mx.zeros((9, 9)), "b": mx.zeros(3, mx.float16)}
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    assert footprint(str(tmp_path)).itemsize == 4
+    config = {**config, "torch_dtype": None}
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert footprint(str(tmp_path)).itemsize == 2

@@ -22,7 +22,7 @@ from mlx_turboquant import pacing
 from mlx_turboquant.cache import layer
 from mlx_turboquant.conversations.disk import DiskFolder
 from mlx_turboquant.errors import RequestError
-from mlx_turboquant.integrations import prompt_store, supervision
+from mlx_turboquant.integrations import supervision, text_writer
 from mlx_turboquant.integrations.rows import GuardedBatch
 from mlx_turboquant.integrations.tickets import Ticket
 
@@ -334,7 +334,7 @@ def test_when_time_is_over_the_last_used_texts_are_written(
     running.http.should_exit = True
     running._thread.join()
     running.client.close()
-    saved, save = [], running.cache._save
+    saved, save = [], running.cache._writer.save
     latest = max(entry.used for entry in running.cache._kept)
 
     def save_and_tell(entry, whole):
@@ -343,8 +343,8 @@ def test_when_time_is_over_the_last_used_texts_are_written(
 
     # It is late as soon as one is written.
     clock = types.SimpleNamespace(monotonic=lambda: LIMIT + len(saved))
-    monkeypatch.setattr(prompt_store, "time", clock)
-    monkeypatch.setattr(running.cache, "_save", save_and_tell)
+    monkeypatch.setattr(text_writer, "time", clock)
+    monkeypatch.setattr(running.cache._writer, "save", save_and_tell)
     running.generator._end_by = LIMIT + 1
     running.generator.stop_and_join()
     assert saved == [latest]
@@ -357,7 +357,7 @@ import time
 import types
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from mlx_turboquant.integrations import prompt_store, supervision
+from mlx_turboquant.integrations import text_writer, supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
 from mlx_turboquant.serving import run
 from mlx_turboquant.cli import serve

@@ -1,15 +1,29 @@
 """The memory that caches may take: who is let in, who is refused, what makes way."""
 
+import copy
 import re
 import threading
+from types import SimpleNamespace
 
+import agents
+import mlx.core as mx
+import numpy as np
 import pytest
+import tiny_models
 from helpers import MODEL
 from serving_tools import SPEC, STORY, Running, until
 
+import mlx_turboquant as tq
+from mlx_turboquant.errors import RequestError
 from mlx_turboquant.integrations.admission import Admission
 from mlx_turboquant.integrations.footprint import footprint
 from mlx_turboquant.integrations.prompt_store import PromptStore
+from mlx_turboquant.integrations.sharing import (
+    claimed_nbytes,
+    held_nbytes,
+    nbytes_behind_pages,
+)
+from mlx_turboquant.integrations.stock import labelled_leaves
 from mlx_turboquant.integrations.tickets import Ticket
 from mlx_turboquant.spec import CacheSpec
 
@@ -99,7 +113,8 @@ def test_idle_texts_make_way_until_the_answer_has_ended(running, fits):
     assert kept > BUDGET // 4
     ticket = Ticket(lambda item: None)
     admission = Admission(BUDGET, store, lambda: [ticket] if ticket.is_open else [])
-    admission.admit(ticket, provider, 30, fits - 60)
+    prompt = np.arange(30, dtype=np.int32)
+    admission.admit(ticket, provider, prompt, fits - 60)
     assert ticket.reserved <= BUDGET
     assert store.max_bytes == BUDGET - ticket.reserved < kept
     assert store.nbytes <= BUDGET - ticket.reserved
@@ -124,8 +139,8 @@ def test_a_finished_text_is_kept(running, fits):
 def test_every_kind_of_cache_is_counted(spec):
     parsed = None if spec is None else CacheSpec.parse(spec)
     counted_as = CacheSpec.parse("3") if spec == "auto" else parsed
-    most = footprint(str(MODEL)).tokens_in_cache(3_000_000, counted_as)
-    made = Running(spec=parsed, kv_memory=3_000_000)
+    most = footprint(str(MODEL)).tokens_in_cache(BUDGET, counted_as)
+    made = Running(spec=parsed, kv_memory=BUDGET)
     try:
         status, answer = made.ask(prompt=[5] * 10, max_tokens=most)
         assert (status, f"{most} tokens fit" in str(answer)) == (413, True)
@@ -151,7 +166,7 @@ def test_rows_of_uncompressed_caches_are_as_long_as_the_longest():
 
 def test_the_text_that_is_gone_on_from_stays():
     """Its pages are what the next turn needs, and are not counted twice."""
-    made = Running(kv_memory=BUDGET)
+    made = Running(kv_memory=2 * BUDGET)
     try:
         story, cached = STORY * 2, []
         for turn in range(3):
@@ -165,3 +180,141 @@ def test_the_text_that_is_gone_on_from_stays():
         assert cached[2] > count // 2
     finally:
         made.close()
+
+
+CHUNK = 128
+
+
+def read(model, caches, tokens):
+    for start in range(0, len(tokens), CHUNK):
+        part = mx.array(tokens[None, start : start + CHUNK])
+        leaves = [leaf for _, leaf in labelled_leaves(caches)]
+        mx.eval(model(part, cache=caches), [leaf.state for leaf in leaves])
+
+
+def held(*prompts):
+    """Bytes of prompt caches together, a page that several hold once."""
+    return held_nbytes(leaf for one in prompts for _, leaf in labelled_leaves(one))
+
+
+@pytest.mark.parametrize("name", ["seed_oss", "gemma3_text", "qwen3_next", "falcon_h1"])
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_a_dropped_text_s_pages_count_as_long_as_somebody_has_them(name, hooked):
+    """A text is read and kept; two go on from it, and it is dropped while they run.
+
+    What is counted is at no moment 5% less than what is there (free pages of a window,
+    which one that ended has left), or 30% more when both are at their end.
+    """
+    model = tiny_models.build(name, max_position_embeddings=4096)
+    tq.apply(model, spec := CacheSpec.parse("k4v4,page=32,window=8"))
+    provider = SimpleNamespace(
+        model=model,
+        spec=spec,
+        draft_model=None,
+        model_key="m",
+        is_batchable=True,
+        cli_args=SimpleNamespace(prefill_step_size=CHUNK),
+    )
+    tickets, store = [], PromptStore()
+    admission = Admission(10**9, store, lambda: [t for t in tickets if t.is_open])
+    text = np.random.default_rng(1).integers(0, 96, 1200).astype(np.int32)
+    first = model.make_cache()
+    read(model, first, text[:900])
+    store.insert_cache("m", text[:900].tolist(), first)
+    apart = copy.deepcopy(first)
+    del first
+
+    def claimed():
+        return claimed_nbytes(store._leaves(), store.loans.tables, store.expected())
+
+    def check(*running):
+        there = held(*(entry.caches for entry in store._kept), *running)
+        counted = claimed() + sum(t.reserved for t in admission._running())
+        assert 0.95 * there <= counted
+        return counted / there
+
+    def admitted():
+        tickets.append(ticket := Ticket(lambda item: None))
+        admission.admit(ticket, provider, text, 40)
+        caches, rest = store.fetch_nearest_cache("m", text.tolist())
+        assert len(rest) == 300
+        return ticket, caches
+
+    whole = admission.bytes_of(provider, 1240)
+    one, ones = admitted()
+    pages = store.loans.nbytes
+    assert 0 < one.reserved == whole - pages
+    read(model, ones, text[900:])
+    check(ones)
+    two, twos = admitted()
+    assert store.loans.nbytes == pages  # the same ones
+    store.trim_to(n_sequences=0)  # the text goes
+    assert len(store) == 0
+    check(ones, twos)
+    assert store.nbytes >= pages
+    # Nobody is let in where those pages are.
+    admission.budget = 3 * whole - pages - 1
+    with pytest.raises(RequestError, match=r"requests that run leave"):
+        admission.admit(Ticket(print), provider, text[::-1].copy(), 40)
+    read(model, twos, text[900:])
+    read(model, twos, np.resize(text, 40))
+    read(model, ones, np.resize(text, 40))
+    assert check(ones, twos) < 1.3
+    # What one has read itself is set aside for it, also where it is kept as well.
+    before = claimed()
+    all_of_it = [*text.tolist(), *text[:40].tolist()]
+    store.insert_cache("m", all_of_it, copy.deepcopy(twos), cache_type="user")
+    assert 0 < claimed() - before <= 1.2 * nbytes_behind_pages(twos)
+    check(ones, twos)
+    store.trim_to(n_sequences=0)
+    one.put(None)
+    del ones
+    assert store.nbytes >= pages
+    check(twos)
+    two.cancel()
+    del twos
+    assert store.nbytes == store.loans.nbytes == 0
+    # One that is given up before it is let in has nothing for long.
+    store.loans.lend(Ticket(print), apart, 900)
+    assert store.loans.nbytes == pages
+    admission.admit(Ticket(print), provider, text[:9], 1)
+    assert store.loans.nbytes == 0
+
+
+def test_the_guard_counts_a_draft_s_caches(hooked):
+    model, draft = (tiny_models.build("seed_oss") for _ in range(2))
+    names = {"model_key": "m", "cli_args": SimpleNamespace(prefill_step_size=CHUNK)}
+    alone = SimpleNamespace(model=model, spec=None, draft_model=None, **names)
+    both = SimpleNamespace(
+        model=model,
+        spec=None,
+        draft_model=draft,
+        draft_spec=None,
+        **names,
+    )
+    counted = [
+        Admission(10**9, PromptStore(), list).bytes_of(provider, 300)
+        for provider in (alone, both)
+    ]
+    assert counted[1] == 2 * counted[0] > 0
+
+
+@pytest.mark.parametrize("name", ["sliding window", "hybrid"])
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_plan_and_the_guard_agree_token_for_token(tmp_path, name, run_cli, hooked):
+    """With windows that a chunk is read into, and with states."""
+    path = str(agents.save_tiny(name, tmp_path / "model"))
+    code, out, _ = run_cli("plan", "k4v4", "--model", path, "--kv-memory", "1MB")
+    assert code == 0
+    planned = [int(line.split()[-1]) for line in out.splitlines() if "MB  " in line]
+    model, _ = tq.load(path)
+    names = {"model": model, "draft_model": None, "model_key": "m"}
+    options = SimpleNamespace(prefill_step_size=2048)
+    specs, guarded = [None, CacheSpec.parse("k4v4")], []
+    for spec in specs:
+        if spec is not None:
+            tq.apply(model, spec)
+        provider = SimpleNamespace(spec=spec, cli_args=options, **names)
+        guarded.append(Admission(10**6, PromptStore(), list)._tokens_in(provider))
+    assert guarded == planned
+    assert 0 < guarded[0] < guarded[1]

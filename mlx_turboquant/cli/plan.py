@@ -5,7 +5,7 @@ Owns the table; the arithmetic is `memory`'s.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,13 @@ def plan(
         str | None,
         typer.Option(help="Also what mlx_tq.server --kv-memory takes, as 4GB."),
     ] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None,
+        typer.Option(
+            help="Of what is not compressed, on the machine to plan for. Default: what "
+            "the model has on this one; on a CPU, float32."
+        ),
+    ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -50,13 +57,17 @@ def plan(
     memory_bytes = opt.size("--memory", memory, least=1)
     kv_bytes = opt.size("--kv-memory", kv_memory, least=1)
 
+    import mlx.core as mx
     from rich.filesize import decimal
 
     from ..integrations.footprint import footprint as footprint_of
     from ..memory import machine_memory
 
     memory_bytes = memory_bytes or machine_memory()
-    footprint = footprint_of(model or opt.DEFAULT_MODEL)
+    footprint = footprint_of(
+        model or opt.DEFAULT_MODEL, None if dtype is None else getattr(mx, dtype)
+    )
+    plain = f"fp{8 * footprint.itemsize}"
     context = "unknown" if footprint.context is None else f"{footprint.context} tokens"
     typer.echo(
         f"weights {decimal(footprint.weights)}, memory {decimal(memory_bytes)}, "
@@ -83,7 +94,7 @@ def plan(
         peak = footprint.weights + footprint.prompt_bytes(at_tokens, stored)
         rows.append(
             (
-                "fp16" if stored is None else str(stored),
+                plain if stored is None else str(stored),
                 str(fitting),
                 decimal(footprint.cache_bytes(at_tokens, stored)),
                 decimal(peak),
@@ -102,7 +113,7 @@ def plan(
     )
     typer.echo(
         "\npeak: while the prompt is read in chunks of 2048, weights included\n"
-        "speed at best: tokens per second over fp16's at that length if reading "
+        f"speed at best: tokens per second over {plain}'s at that length if reading "
         "memory\nis all that takes time, codes counted as often as their decoding was "
         "measured to\ncost on an NVIDIA H100; no Mac has been measured"
     )

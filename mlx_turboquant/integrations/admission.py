@@ -7,18 +7,24 @@ run are never ended for it; texts that are only kept for reuse make way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import mlx.nn as nn
 from rich.filesize import decimal
 
+from ..conversations.index import Tokens
 from ..errors import RequestError
 from ..memory import Footprint, plain_spec
+from ..spec import CacheSpec
 from .footprint import of_network
 from .prompt_store import PromptStore
 from .server import Provider
 from .tickets import Ticket
 
+#: A model's footprint, and what its caches store.
+_Stored = tuple[Footprint, CacheSpec | None]
 #: Seconds after which a refused client is told to ask again.
 RETRY_AFTER = 5
 
@@ -38,36 +44,37 @@ class Admission:
         self.budget = budget
         self._store, self._running = store, running
         self._store_limit = store.max_bytes
+        store.expected = lambda: sum(one.codes for one in running())
         self._key: Any = None
-        self._footprint: Footprint | None = None
+        self._footprints: list[_Stored] = []
 
     def admit(
-        self,
-        ticket: Ticket,
-        provider: Provider,
-        prompt_tokens: int,
-        max_tokens: int,
-        shared_tokens: int = 0,
+        self, ticket: Ticket, provider: Provider, prompt: Tokens, max_tokens: int
     ) -> None:
         """Set memory aside for a request, or refuse it.
+
+        Pages that it goes on from are lent: they count as the store's as long as it
+        runs, also if their text is dropped meanwhile.
 
         Args:
             ticket: The request.
             provider: Has the model loaded.
-            prompt_tokens: Tokens of its prompt.
+            prompt: Its prompt.
             max_tokens: Tokens of its longest answer.
-            shared_tokens: Tokens whose pages a kept text has, which counts them.
 
         Raises:
             RequestError: 413 if it cannot fit at all, 503 if it does not fit now.
         """
-        needed = self.bytes_of(provider, prompt_tokens + max_tokens)
+        key = provider.model_key
+        needed = self.bytes_of(provider, len(prompt) + max_tokens)
+        sentence = (
+            f"{len(prompt)} tokens of prompt and {max_tokens} of answer need "
+            f"{decimal(needed)} of cache, "
+        )
         if needed > self.budget:
             fits = self._tokens_in(provider)
             raise RequestError(
-                f"{prompt_tokens} tokens of prompt and {max_tokens} of answer need "
-                f"{decimal(needed)} of cache, --kv-memory allows "
-                f"{decimal(self.budget)}",
+                f"{sentence}--kv-memory allows {decimal(self.budget)}",
                 f"{fits} tokens fit in all: shorten the prompt or lower max_tokens",
                 status=413,
                 code="kv_memory_exceeded",
@@ -77,19 +84,36 @@ class Admission:
             # mlx-lm pads the rows of a batch to the longest.
             reserved = [one.reserved for one in self._running() if one.reserved]
             others = max([needed, *reserved]) * (len(reserved) + 1) - needed
+        loans, reach = self._store.loans, self._store.in_reach(key, prompt)
+        loans.end_others(self._running())
+        shared = min(needed, self._store.lend(ticket, key, prompt))
+        others += loans.nbytes - shared
         if needed + others > self.budget:
+            loans.end(ticket)
             raise RequestError(
-                f"{prompt_tokens} tokens of prompt and {max_tokens} of answer need "
-                f"{decimal(needed)} of cache, requests that run leave "
-                f"{decimal(self.budget - others)} of {decimal(self.budget)}",
+                f"{sentence}requests that run leave "
+                f"{decimal(max(0, self.budget - others))} of {decimal(self.budget)}",
                 f"ask again in {RETRY_AFTER} s",
                 status=503,
                 code="kv_memory_in_use",
                 retry_after=RETRY_AFTER,
             )
-        if shared_tokens and provider.spec is not None:
-            needed = max(0, needed - self.bytes_of(provider, shared_tokens))
-        ticket.reserve(needed, self._share_out)
+        codes = self._count(Footprint.code_bytes, provider, len(prompt) + max_tokens)
+        free = functools.partial(self._free, ticket)
+        ticket.reserve(needed - shared, max(0, codes - shared), free)
+        self._make_room()
+        if self._store.in_reach(key, prompt) < reach:
+            # There was no room for the text itself: it is read again.
+            loans.end(ticket)
+            ticket.reserve(needed, codes, free)
+            self._make_room()
+
+    def _free(self, ticket: Ticket) -> None:
+        """A request is over: what it borrowed, too."""
+        self._store.loans.end(ticket)
+        self._share_out()
+
+    def _make_room(self) -> None:
         self._share_out()
         self._store.trim_to(n_bytes=self._store.max_bytes)
 
@@ -103,18 +127,36 @@ class Admission:
         self._store.max_bytes = min(self._store_limit, self.budget - reserved)
 
     def bytes_of(self, provider: Provider, tokens: int) -> int:
-        """Bytes of the caches of a text of so many tokens."""
-        footprint = self._footprint_of(provider)
-        return footprint.cache_bytes(tokens, plain_spec(provider.spec))
+        """Bytes of the caches of a text of so many tokens, a draft model's included."""
+        return self._count(Footprint.cache_bytes, provider, tokens)
+
+    def _count(self, count: Callable[..., int], provider: Provider, tokens: int) -> int:
+        chunk = provider.cli_args.prefill_step_size
+        return sum(
+            count(footprint, tokens, spec, chunk)
+            for footprint, spec in self._footprints_of(provider)
+        )
 
     def _tokens_in(self, provider: Provider) -> int:
-        footprint = self._footprint_of(provider)
-        return footprint.tokens_in_cache(self.budget, plain_spec(provider.spec))
+        model, _ = self._footprints_of(provider)[0]
+        return model.most_tokens(
+            lambda tokens: self.bytes_of(provider, tokens), self.budget
+        )
 
-    def _footprint_of(self, provider: Provider) -> Footprint:
-        if self._footprint is None or self._key != provider.model_key:
-            caches = provider.model.make_cache() if provider.spec is not None else None
-            entries = getattr(caches, "entries", None)
-            self._footprint = of_network(provider.model, entries=entries)
+    def _footprints_of(self, provider: Provider) -> list[_Stored]:
+        """What each model's caches take, and store."""
+        if self._key != provider.model_key:
+            pairs = [(provider.model, provider.spec)]
+            if provider.draft_model is not None:
+                pairs.append((provider.draft_model, provider.draft_spec))
+            self._footprints = [
+                (_footprint_of(network, spec), plain_spec(spec))
+                for network, spec in pairs
+            ]
             self._key = provider.model_key
-        return self._footprint
+        return self._footprints
+
+
+def _footprint_of(network: nn.Module, spec: CacheSpec | None) -> Footprint:
+    caches = network.make_cache() if spec is not None else None
+    return of_network(network, entries=getattr(caches, "entries", None))

@@ -23,7 +23,7 @@ from ..entries import CacheEntry
 from ..errors import TurboQuantError, UnsupportedModelError
 from ..memory import CHUNK, IN_FLIGHT, Footprint
 from . import probe
-from .loading import context_length
+from .loading import context_length, is_cast_for_device
 from .model_folder import cannot_load, first_line, read_config
 from .stock import stock_caches
 
@@ -36,12 +36,14 @@ _EXPERTS_PER_TOKEN = (
 )
 
 
-def footprint(model: str) -> Footprint:
+def footprint(model: str, dtype: mx.Dtype | None = None) -> Footprint:
     """Shapes and sizes of a model that is not loaded.
 
     Args:
         model: A folder or a hub id; of the latter, ``config.json`` and the weights'
             index are downloaded.
+        dtype: Of keys and values before they are compressed; None for what `load` would
+            have here: float32 on MLX's CPU device, else what the weights are.
 
     Raises:
         UnsupportedModelError: if there is no such config, or mlx-lm has no such model.
@@ -52,6 +54,7 @@ def footprint(model: str) -> Footprint:
         config = load_config(folder)
         model_class, args_class = classes_of(config)
         network = model_class(args_class.from_dict(config))
+        network.set_dtype(dtype or _dtype_of(folder, config))
     except TurboQuantError:
         raise
     except Exception as error:  # whatever is made of a stranger's config
@@ -124,6 +127,23 @@ def folder_of(model: str) -> Path:
     with contextlib.suppress(EntryNotFoundError):
         hf_hub_download(model, _INDEX)
     return Path(config).parent
+
+
+def _dtype_of(folder: Path, config: dict[str, Any]) -> mx.Dtype:
+    """What a loaded model computes in on this machine's device."""
+    if is_cast_for_device():
+        return mx.float32
+    sizes: dict[mx.Dtype, int] = {}
+    for file in folder.glob("*.safetensors"):
+        arrays: Any = mx.load(str(file))  # of which no data is read
+        for array in arrays.values():
+            if mx.issubdtype(array.dtype, mx.floating):
+                sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
+    if sizes:
+        return max(sizes, key=lambda dtype: sizes[dtype])
+    text = {**config, **(config.get("text_config") or {})}
+    named = getattr(mx, str(text.get("dtype") or text.get("torch_dtype")), None)
+    return named if isinstance(named, mx.Dtype) else mx.bfloat16
 
 
 def _bytes_on_disk(folder: Path) -> int:

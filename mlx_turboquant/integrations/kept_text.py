@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..conversations.index import Tokens
 from ..errors import UnsupportedError
-from .stock import can_go_back, labelled_leaves
+from .stock import can_go_back, keeps_all, labelled_leaves
 
 #: Kinds: all of a text, a place in it, and one in a system prompt or in tools.
 TEXT, PLACE, SYSTEM = "assistant", "user", "system"
@@ -30,6 +30,8 @@ class KeptText:
         used: When it was used last, by the store's own count.
         at: The same in seconds.
         saved: What a folder has of it: nothing, its pages, or all.
+        waits_for: Bytes of pages that had been written when its states were too many to
+            be written, too; they wait for more.
     """
 
     model: Any
@@ -39,6 +41,12 @@ class KeptText:
     used: int = 0
     at: float = 0.0
     saved: Literal["", "pages", "all"] = ""
+    waits_for: int = -1
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether it can be cut to any length, as long as it may get."""
+        return all(keeps_all(leaf) for _, leaf in labelled_leaves(self.caches))
 
     def usable(self, common: int) -> int:
         """For how many tokens it is good, of ``common`` that it shares with a text."""

@@ -70,9 +70,14 @@ def load(
     return network, tokenizer
 
 
+def is_cast_for_device() -> bool:
+    """Whether models become float32 when they are loaded."""
+    return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
 def cast_for_device(network: nn.Module) -> None:
     """On MLX's CPU device, make the weights float32."""
-    if mx.default_device().type == mx.DeviceType.cpu:
+    if is_cast_for_device():
         host.dequantize_model(network)
         network.set_dtype(mx.float32)
 

@@ -109,13 +109,12 @@ def cut_at_places(
         others: Other places to keep them at.
 
     Returns:
-        The segments, and their kinds: ``"system"`` for the beginning, else ``"user"``.
+        The segments, and their kinds: ``"system"`` for the beginning, or up to the last
+        of the others if there is none; else ``"user"``.
     """
     ends = [*parts.ends, *others]
     places = [0, *stops(len(prompt), ends, parts.beginning), len(prompt)]
     segments = [list(prompt[start:stop]) for start, stop in itertools.pairwise(places)]
-    kinds = [
-        "system" if place <= max(parts.beginning, *others, 0) else "user"
-        for place in places[1:]
-    ]
+    beginning = parts.beginning or max(others, default=0)
+    kinds = ["system" if place <= beginning else "user" for place in places[1:]]
     return segments, kinds

@@ -43,8 +43,9 @@ _known: dict[int, tuple[tuple[Any, ...], Sequence[CacheEntry]]] = {}
 def entries_of(model: nn.Module, stock: Sequence[Any]) -> Sequence[CacheEntry]:
     """A record for each leaf of a model's prompt cache, from one dry run.
 
-    The run is repeated only if the shapes of the weights or the kinds of caches have
-    changed since, as when a model is split over machines. Hooks the model's attention.
+    The run is repeated only if the shapes or dtypes of the weights or the kinds of
+    caches have changed since, as when a model is split over machines. Hooks the model's
+    attention.
 
     Args:
         model: A model of mlx-lm's.
@@ -54,13 +55,13 @@ def entries_of(model: nn.Module, stock: Sequence[Any]) -> Sequence[CacheEntry]:
         UnsupportedModelError: if the model fails whatever its caches are.
     """
     entries = _described(stock)
-    shapes = (
-        value.shape
+    weights = (
+        (value.shape, value.dtype)
         for module in model.modules()
         for name, value in module.items()
         if isinstance(value, mx.array) and not name.startswith("_")
     )
-    fingerprint = (*entries, *shapes)
+    fingerprint = (*entries, *weights)
     known = _known.get(id(model))
     if known is not None and known[0] == fingerprint:
         return known[1]
@@ -119,7 +120,8 @@ def _completed(entry: CacheEntry, leaf: Any, is_attended: bool) -> CacheEntry:
         entry = entry.left_alone(_NOT_FILLED if leaf.empty() else _NOT_READ)
     keys, values = getattr(leaf, "keys", None), getattr(leaf, "values", None)
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
-        return replace(entry, shape=(keys.shape[1], keys.shape[3], values.shape[3]))
+        shape = (keys.shape[1], keys.shape[3], values.shape[3])
+        return replace(entry, shape=shape, itemsize=keys.dtype.size)
     return replace(entry, state_bytes=nbytes_of(leaf))
 
 

@@ -14,30 +14,26 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import can_trim_prompt_cache
 
 from ..conversations import BLOCK, PrefixIndex, common_length, spread
 from ..conversations.disk import DiskFolder
 from ..conversations.index import Tokens, as_tokens
 from ..conversations.snapshots import CLOSE
+from .kept_places import first_to_go
 from .kept_text import PLACE, SYSTEM, TEXT, KeptText
-from .saved_texts import SavedTexts
-from .sharing import held_nbytes
-from .stock import keeps_all, labelled_leaves, length_of
+from .loans import Loans
+from .sharing import claimed_nbytes, held_nbytes
+from .stock import cut_to_common, labelled_leaves
+from .text_writer import TextWriter
 
 #: Places of one text at which states are kept.
 MAX_PLACES = 16
 #: Bytes, or texts, where there is no limit.
 UNBOUNDED = 1 << 63
-#: Seconds without use after which a text's pages are written, and all of it: what the
-#: next turn would make needless is not.
-PAGES_AFTER, ALL_AFTER = 2.0, 300.0
-#: Seconds until a folder that did not take a text is asked again.
-_PAUSE = 60.0
 
 
 class PromptStore:
@@ -47,6 +43,11 @@ class PromptStore:
         max_size: Whole texts to keep.
         max_bytes: Bytes to keep, pages that texts share counted once.
         folder: Where texts go that are idle, and outlive the process.
+
+    Attributes:
+        loans: Pages that requests go on from; they count, also when their text is gone.
+        expected: Says how many bytes of codes are set aside for requests that run, if
+            ``max_bytes`` is what those leave.
     """
 
     def __init__(
@@ -56,16 +57,14 @@ class PromptStore:
         folder: DiskFolder | None = None,
     ) -> None:
         self.max_size, self.max_bytes, self.folder = max_size, max_bytes, folder
-        # What is kept of models' texts there, once `open` was called for them.
-        self._saved: dict[Any, SavedTexts] = {}
         self._index: PrefixIndex[KeptText] = PrefixIndex()
+        self._writer = TextWriter(folder, self._index)
         self._kept: list[KeptText] = []
         self._clock = itertools.count(1)
-        self._nbytes: int | None = 0
-        # What a folder did not take is offered again from then on.
-        self._idle_from = 0.0
-        # When `write` writes all of a text the next time.
-        self._whole_from = 0.0
+        self.loans = Loans()
+        self.expected: Callable[[], int] | None = None
+        # With which loans, once they are known.
+        self._nbytes: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         """Whole texts that are kept."""
@@ -73,13 +72,21 @@ class PromptStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is kept."""
-        if self._nbytes is None:
-            kept = (entry.caches for entry in self._kept)
-            self._nbytes = held_nbytes(
-                leaf for caches in kept for _, leaf in labelled_leaves(caches)
-            )
-        return self._nbytes
+        """Bytes of all that is kept or lent."""
+        version = self.loans.version  # they may end meanwhile, on another thread
+        if self._nbytes is None or self._nbytes[1] != version:
+            self._nbytes = held_nbytes(self._leaves(), self.loans.tables), version
+        return self._nbytes[0]
+
+    def _is_above(self, limit: int) -> bool:
+        if self.expected is None:
+            return self.nbytes > limit
+        lent = self.loans.tables
+        return claimed_nbytes(self._leaves(), lent, self.expected()) > limit
+
+    def _leaves(self) -> Iterator[Any]:
+        for entry in self._kept:
+            yield from (leaf for _, leaf in labelled_leaves(entry.caches))
 
     def open(
         self, model: Any, networks: Sequence[nn.Module], caches: Sequence[Any]
@@ -91,8 +98,7 @@ class PromptStore:
             networks: The model, and its draft model if it has one.
             caches: Empty caches of theirs.
         """
-        if self.folder is not None and model not in self._saved:
-            self._saved[model] = SavedTexts(self.folder, networks, caches)
+        self._writer.open(model, networks, caches)
 
     def in_common(self, model: Any, tokens: Tokens) -> int:
         """The longest beginning that a kept text has in common with this one."""
@@ -110,12 +116,17 @@ class PromptStore:
         place = self.in_common(model, tokens) - CLOSE
         return [place] if place > self.in_reach(model, tokens) else []
 
-    def reuse(self, model: Any, tokens: Tokens) -> int:
-        """As `in_reach`; what is gone on from then is dropped last."""
+    def lend(self, borrower: Hashable, model: Any, tokens: Tokens) -> int:
+        """Hold what a fork would see until ``loans`` end it; it is dropped last.
+
+        Returns:
+            Bytes of its pages.
+        """
         length, entry = self._longest(model, tokens)
-        if entry is not None:
-            self._use(entry)
-        return length
+        if entry is None:
+            return 0
+        self._use(entry)
+        return self.loans.lend(borrower, entry.caches, length)
 
     def _longest(self, model: Any, tokens: Tokens) -> tuple[int, KeptText | None]:
         """What is good for most of a text, whose last token is always read."""
@@ -137,7 +148,7 @@ class PromptStore:
         """
         text = as_tokens(tokens)
         length, entry = self._longest(model, text)
-        saved = self._saved.get(model)
+        saved = self._writer.saved.get(model)
         restored = saved.load(text[:-1], length + BLOCK) if saved else None
         if restored is not None:
             entry = KeptText(model, *restored, saved="all")
@@ -178,20 +189,15 @@ class PromptStore:
             prompt_cache: Its cache, the store's from now on.
             cache_type: As `KeptText.kind`.
         """
-        lengths = [length_of([entry]) for entry in prompt_cache]
-        counted = [length for length in lengths if length is not None]
-        seen = min([*counted, len(tokens)])
-        if any(length != seen for length in counted):
-            if not can_trim_prompt_cache(prompt_cache):
-                return
-            for entry, length in zip(prompt_cache, lengths, strict=True):
-                entry.trim((length or seen) - seen)
+        seen = cut_to_common(prompt_cache, len(tokens))
         if seen:
             kept = KeptText(model, as_tokens(tokens[:seen]), prompt_cache, cache_type)
             self._insert(kept)
 
     def _use(self, entry: KeptText) -> None:
-        entry.used, entry.at = next(self._clock), time.monotonic()
+        entry.at, now = time.monotonic(), next(self._clock)
+        for one in [entry, *self._beginnings(entry)]:
+            one.used = now
 
     def _insert(self, kept: KeptText) -> None:
         self._use(kept)
@@ -207,8 +213,8 @@ class PromptStore:
 
     def _drop_beginnings(self, kept: KeptText) -> None:
         """Give up what this text makes needless of those that it goes on from."""
-        beginnings = self._index.beginnings(kept.model, kept.tokens)
-        if _keeps_all(kept.caches):
+        beginnings = self._beginnings(kept)
+        if kept.keeps_all:
             for entry in beginnings:
                 self._drop(entry)
             return
@@ -230,7 +236,7 @@ class PromptStore:
 
         Args:
             n_sequences: Whole texts; places within them are a few for each.
-            n_bytes: Bytes.
+            n_bytes: Bytes, those that requests have set aside not among them.
         """
         texts = UNBOUNDED if n_sequences is None else max(0, n_sequences)
         size = UNBOUNDED if n_bytes is None else max(0, n_bytes)
@@ -238,14 +244,16 @@ class PromptStore:
             self._drop_oldest(lambda entry: entry.kind == TEXT)
         while len(self._kept) - len(self) > MAX_PLACES * texts:
             self._drop_oldest(lambda entry: entry.kind != TEXT)
-        while size < UNBOUNDED and self._kept and self.nbytes > size:
-            self._drop_oldest(lambda entry: True)
+        while self._kept and size < UNBOUNDED and self._is_above(size):
+            self._let_go(first_to_go(self._kept, self._beginnings))
 
     def _drop_oldest(self, among: Callable[[KeptText], bool]) -> None:
         some = [entry for entry in self._kept if among(entry)]
-        oldest = min(some, key=lambda entry: entry.used)
-        self._save(oldest, whole=True)
-        self._drop(oldest)
+        self._let_go(min(some, key=lambda entry: entry.used))
+
+    def _let_go(self, entry: KeptText) -> None:
+        self._writer.save(entry, whole=True)
+        self._drop(entry)
 
     def _drop(self, entry: KeptText) -> None:
         self._index.remove(entry.model, entry.tokens)
@@ -268,63 +276,19 @@ class PromptStore:
 
     def idle(self) -> None:
         """Write a text that nobody has used for a while, for callers with time."""
-        now = time.monotonic()
-        if now < self._idle_from:
-            return
-        for entry in self._unsaved():
-            whole = now - entry.at > ALL_AFTER
-            if whole or (not entry.saved and now - entry.at > PAGES_AFTER):
-                self._save(entry, whole)
-                return
+        self._writer.idle(self._kept)
 
     def write(self) -> None:
-        """Write what is new, for callers with no time of their own for `idle`.
-
-        Pages go at once, the rest of a text as seldom as there: the next turn makes it
-        needless.
-        """
-        now = time.monotonic()
-        if now < self._idle_from:
-            return
-        whole = now >= self._whole_from
-        for entry in list(self._kept):
-            if entry.kind == TEXT and (whole or not entry.saved):
-                self._save(entry, whole)
-            if whole and entry.saved == "all":
-                self._whole_from = now + ALL_AFTER
+        """Write what is new, for callers with no time of their own for `idle`."""
+        self._writer.write(self._kept)
 
     def save_next(self) -> None:
         """Write all of the text that was used last of those not yet written."""
-        if time.monotonic() >= self._idle_from and (unsaved := self._unsaved()):
-            self._save(unsaved[0], whole=True)
+        self._writer.save_next(self._kept)
 
-    def _unsaved(self) -> list[KeptText]:
-        """Texts of which something is not written, the last used first."""
-        texts = (entry for entry in self._kept if entry.kind == TEXT)
-        found = (
-            one for one in texts if one.saved != "all" and one.model in self._saved
-        )
-        return sorted(found, key=lambda entry: -entry.used)
-
-    def _save(self, entry: KeptText, whole: bool) -> None:
-        """Write a text, and with all of it the places that it is gone back to."""
-        saved = self._saved.get(entry.model)
-        if saved is None or entry.kind != TEXT or entry.saved == "all":
-            return
-        if whole and not _keeps_all(entry.caches):
-            for place in self._likely_places(entry):
-                saved.save(place.tokens, place.caches, whole=True)
-        if saved.save(entry.tokens, entry.caches, whole):
-            entry.saved = "all" if whole else "pages"
-        else:
-            self._idle_from = time.monotonic() + _PAUSE
-
-    def _likely_places(self, entry: KeptText) -> list[KeptText]:
-        """The end of a text's system prompt, and of its last prompt."""
-        last: dict[str, KeptText] = {}
-        for place in self._index.beginnings(entry.model, entry.tokens):
-            last[place.kind] = place
-        return list(last.values())
+    def _beginnings(self, entry: KeptText) -> list[KeptText]:
+        """What is kept of texts that a text goes on from, the shortest first."""
+        return self._index.beginnings(entry.model, entry.tokens)
 
     def close(self, until: float = math.inf) -> None:
         """Write all that is not yet written, the last used first.
@@ -332,16 +296,4 @@ class PromptStore:
         Args:
             until: When to begin with no more, `time.monotonic`.
         """
-        unsaved = self._unsaved()
-        while unsaved and time.monotonic() < until:
-            self._save(unsaved.pop(0), whole=True)
-        if unsaved:
-            logging.warning(
-                f"KV folder: no time was left to write {len(unsaved)} texts"
-            )
-        if self.folder is not None:
-            self.folder.close()
-
-
-def _keeps_all(caches: Sequence[Any]) -> bool:
-    return all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))
+        self._writer.close(self._kept, until)

@@ -90,6 +90,8 @@ class SavedTexts:
         self._sink: int = sink
         self._page: int = page
         self._keeps_all = all(keeps_all(leaf) for leaf in leaves)
+        #: Bytes that were written: of pages, and of what is behind the last.
+        self.page_bytes = self.tail_bytes = 0
         if not self.is_possible:
             logging.warning(
                 "KV folder: texts of this model are not kept in it: no layer keeps "
@@ -132,9 +134,14 @@ class SavedTexts:
 
         def records() -> Iterator[Record]:
             yield head
-            yield from self._pages(states, growing, keys, first)
+            for page in self._pages(states, growing, keys, first):
+                yield page
+                self.page_bytes += page.size  # whoever asks for the next has taken it
             if whole:
-                yield self._tail(tokens, leaves, states, growing, keys)
+                tail = self._tail(tokens, leaves, states, growing, keys)
+                is_new = not self.folder.known([tail.key])
+                yield tail
+                self.tail_bytes += tail.size * is_new
 
         done = self.folder.write(records(), [head.key, *keys][first])
         self.folder.known([head.key, *keys])  # used alike, what came before included

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -127,3 +127,21 @@ def keeps_all(leaf: Any) -> bool:
 def can_go_back(leaf: Any) -> bool:
     """Whether it can be cut to any length now: nothing has left it yet."""
     return bool(leaf.is_trimmable()) and not getattr(leaf, "start_position", 0)
+
+
+def cut_to_common(caches: Sequence[Any], most: int) -> int:
+    """Cut caches to what all have seen; how many tokens, 0 if they cannot be cut.
+
+    Args:
+        caches: A prompt cache.
+        most: Tokens of its text.
+    """
+    lengths = [length_of([entry]) for entry in caches]
+    counted = [length for length in lengths if length is not None]
+    seen = min([*counted, most])
+    if any(length != seen for length in counted):
+        if not host_cache.can_trim_prompt_cache(caches):
+            return 0
+        for entry, length in zip(caches, lengths, strict=True):
+            entry.trim((length or seen) - seen)
+    return seen

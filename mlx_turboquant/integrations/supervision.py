@@ -233,9 +233,8 @@ class SupervisedGenerator(Generator):
         host_server._make_sampler(args, tokenizer)
         host_server._make_logits_processors(args)
         if self.admission is not None:
-            shared = self.prompt_cache.reuse(key, as_tokens(prompt))
             self.admission.admit(
-                self._ticket, self.model_provider, len(prompt), args.max_tokens, shared
+                self._ticket, self.model_provider, as_tokens(prompt), args.max_tokens
             )
         return tokenized
 

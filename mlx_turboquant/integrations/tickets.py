@@ -34,6 +34,7 @@ class Ticket:
         taken: Whether the thread has it.
         started: Whether its prompt is being read, or was.
         reserved: Bytes of cache that are set aside for it.
+        codes: Those that are for pages of codes.
         born: When it was made, `time.monotonic`.
     """
 
@@ -44,7 +45,7 @@ class Ticket:
         self.alone = self.taken = self.started = False
         self._was_put_back = False
         self.is_done = self.is_cancelled = False
-        self.reserved = 0
+        self.reserved = self.codes = 0
         self.born = time.monotonic()
 
     @property
@@ -56,9 +57,9 @@ class Ticket:
         """The thread had it, and could not begin with it; that may be so once."""
         self.taken, self._was_put_back = self._was_put_back, True
 
-    def reserve(self, nbytes: int, ended: Callable[[], None]) -> None:
+    def reserve(self, nbytes: int, codes: int, ended: Callable[[], None]) -> None:
         """Set memory aside; ``ended`` is called when it is free again."""
-        self.reserved, self._ended = nbytes, ended
+        self.reserved, self.codes, self._ended = nbytes, codes, ended
 
     def put(self, item: Any) -> None:
         """Take what the generation thread has."""

@@ -53,7 +53,7 @@ class Metrics:
         gauge = {
             "mlx_tq_requests_running": "Requests that are read or answered.",
             "mlx_tq_requests_waiting": "Requests that wait for their turn.",
-            "mlx_tq_cache_bytes": "Bytes of the texts kept for reuse.",
+            "mlx_tq_cache_bytes": "Bytes of texts kept for reuse, or lent to requests.",
             "mlx_tq_cache_texts": "Texts kept for reuse.",
             "mlx_tq_reserved_bytes": "Bytes set aside for requests that run.",
             "mlx_tq_memory_bytes": "What --kv-memory allows; 0 without.",

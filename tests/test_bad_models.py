@@ -1,8 +1,11 @@
 """Model folders that are none: each ends in one line, and none in a crash."""
 
 import json
+import os
+import socket
 import types
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny_folder
@@ -251,3 +254,81 @@ def test_broken_weights_are_refused(case, folder):
         weights.write_bytes(BROKEN_WEIGHTS[case])
     code, out = generate(folder)
     assert (code, "error: cannot load model" in out) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"],
+)
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(name, kind, folder):
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+        if name == "generation_config.json":
+            return  # nobody reads it
+    else:
+        with socket.socket(socket.AF_UNIX) as bound:
+            here = os.getcwd()
+            os.chdir(folder)  # a socket's path is short
+            bound.bind(name)
+            os.chdir(here)
+    code, out = generate(folder)
+    (line,) = (line for line in out.splitlines() if line.startswith("error: "))
+    assert code == 2
+    assert "cannot load model" in line
+    if kind != "folder":
+        assert f"{name}: it is a {kind}, no regular file" in line
+
+
+# Adapters.
+
+LORA = {"rank": 4, "scale": 1.0, "dropout": 0.0}
+ADAPTERS = {
+    "whole": ({}, {}, ""),
+    "no scale": ({"lora_parameters": {"rank": 4}}, {}, "missing required key 'scale'"),
+    "other rank": ({"lora_parameters": {**LORA, "rank": 2}}, {}, "does not match"),
+    "other layer": ({}, {"model.layers.7.lora_a": (2, 2)}, "not an adapter parameter"),
+    "no config": (None, {}, "adapter_config.json: No such file"),
+    "list": ([], {}, "adapter_config.json"),
+    "no weights": ({}, None, "adapters.safetensors: No such file"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_error_about_adapters_names_them(case, folder, tmp_path_factory):
+    config, weights, says = ADAPTERS[case]
+    adapters = tmp_path_factory.mktemp("adapters")
+    if config is not None:
+        base = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": LORA}
+        whole = config if isinstance(config, list) else {**base, **config}
+        (adapters / "adapter_config.json").write_text(json.dumps(whole))
+    if weights is not None:
+        query = "model.layers.1.self_attn.q_proj.lora"
+        shapes = {f"{query}_a": (64, 4), f"{query}_b": (4, 128), **weights}
+        arrays = {name: mx.zeros(shape) for name, shape in shapes.items()}
+        mx.save_safetensors(str(adapters / "adapters.safetensors"), arrays)
+    code, out = generate(folder, "--adapter-path", str(adapters))
+    lines = [line for line in out.splitlines() if line.startswith("error: ")]
+    if not says:
+        assert (code, lines) == (0, [])
+        return
+    assert code == 2
+    (line,) = lines
+    assert line.startswith(f"error: cannot load adapters {str(adapters)!r}")
+    assert says in line
+    assert "or leave --adapter-path out" in line
+
+
+def test_adapters_that_are_no_folder_are_named(folder):
+    os.mkfifo(folder / "pipe")
+    (folder / "pipe").rename(folder.parent / "pipe")
+    for path in ("/nowhere", str(folder.parent / "pipe"), str(folder / "config.json")):
+        code, out = generate(folder, "--adapter-path", path)
+        assert code == 2
+        assert f"error: cannot load adapters {path!r} (adapter_config.json: " in out

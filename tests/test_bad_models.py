@@ -11,13 +11,15 @@ import pytest
 import tiny_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 from tiny_folder import CONFIG, WORDS
 from typer.testing import CliRunner
 
 import mlx_turboquant as tq
 from mlx_turboquant.cli import app
-from mlx_turboquant.errors import UnsupportedModelError
-from mlx_turboquant.integrations import model_folder
+from mlx_turboquant.errors import UnsupportedError, UnsupportedModelError
+from mlx_turboquant.integrations import loading, model_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -332,3 +334,44 @@ def test_adapters_that_are_no_folder_are_named(folder):
         code, out = generate(folder, "--adapter-path", path)
         assert code == 2
         assert f"error: cannot load adapters {path!r} (adapter_config.json: " in out
+
+
+# Activations.
+
+
+@pytest.fixture
+def in_mxfp8(folder):
+    """The folder with weights that products of quantized activations take."""
+    config = {
+        **CONFIG,
+        "quantization": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    }
+    network = llama.Model(llama.ModelArgs.from_dict(config))
+    nn.quantize(network, 32, 8, mode="mxfp8")
+    weights = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_quantized_activations_that_cannot_be_are_refused(folder, request):
+    code, out = generate(folder, "-qa")
+    assert code == 2
+    assert "activations are quantized as weights are, and these are: affine" in out
+    assert "or leave --quantize-activations out" in out
+    whole = json.dumps({**CONFIG, "quantization": None})
+    (folder / "config.json").write_text(whole)
+    with pytest.raises(UnsupportedError, match="these are: none"):
+        tq.load(str(folder), model_config={"quantize_activations": True})
+    if mx.default_device().type == mx.DeviceType.cpu:
+        code, out = generate(request.getfixturevalue("in_mxfp8"), "-qa")
+        assert (code, "no quantized activations on the CPU" in out) == (2, True)
+
+
+def test_activations_are_quantized_where_they_can_be(in_mxfp8, monkeypatch):
+    gpu = types.SimpleNamespace(type=mx.DeviceType.gpu)
+    monkeypatch.setattr(loading.mx, "default_device", lambda: gpu)
+    for choice, layer in ((True, nn.QQLinear), (False, nn.QuantizedLinear)):
+        options = {"quantize_activations": choice}
+        network, _ = tq.load(str(in_mxfp8), model_config=options)
+        assert type(network.layers[0].self_attn.q_proj) is layer

@@ -46,6 +46,7 @@ def chat(
     max_kv_size: opt.MaxKvSize = None,
     prefill_step_size: opt.PrefillStepSize = 2048,
     max_tokens: opt.MaxTokens = 256,
+    pipeline: opt.Pipeline = False,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
@@ -59,9 +60,9 @@ def chat(
 
     import mlx.core as mx
 
-    if mx.distributed.init().size() > 1:
+    if pipeline or mx.distributed.init().size() > 1:
         raise SpecError(
-            "a chat is for one machine, this is one of several; use mlx_tq.server there"
+            "a chat is for one machine; use mlx_tq.server on several (--pipeline too)"
         )
 
     from rich.console import Console

@@ -5,6 +5,7 @@ The loading itself is mlx-lm's; the dtype on a CPU and the words for a failure a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,13 @@ def load(
     Raises:
         UnsupportedModelError: if there is no such model, mlx-lm cannot load it, its
             tokenizer is another model's, or the adapters are.
+        UnsupportedError: if activations cannot be quantized here.
     """
     try:
         folder = host._download(model, revision=revision)
-        model_folder.read_config(folder)
+        config = {**model_folder.read_config(folder), **(model_config or {})}
+        if config.get("quantize_activations", False):
+            _check_activations(config)
         network, config = host.load_model(
             folder,
             lazy,
@@ -69,6 +73,26 @@ def load(
         raise model_folder.cannot_load(model, reason) from error
     cast_for_device(network)
     return network, tokenizer
+
+
+def _check_activations(config: Mapping[str, Any]) -> None:
+    """Make sure that MLX can quantize activations of such a model on this device."""
+    for name in ("quantization", "quantization_config"):
+        if isinstance(values := config.get(name), Mapping):
+            mode = values.get("mode") or values.get("quant_method") or "affine"
+            break
+    else:
+        mode = "none"
+    if mode in ("affine", "none"):
+        raise UnsupportedError(
+            f"activations are quantized as weights are, and these are: {mode}",
+            "choose a model in nvfp4 or mxfp8, or leave --quantize-activations out",
+        )
+    if mx.default_device().type == mx.DeviceType.cpu:
+        raise UnsupportedError(
+            "MLX multiplies no quantized activations on the CPU",
+            "use a GPU, or leave --quantize-activations out",
+        )
 
 
 def check_adapters(adapter_path: str) -> None:

@@ -76,6 +76,10 @@ CONFIGS = {
     "empty": (b"", "is not JSON"),
     "half": (b"{", "is not JSON"),
     "binary": (bytes(range(256)), "is not JSON"),
+    "odd part": (
+        b'{"model_type": "llama", "text_config": [1]}',
+        "text_config [1] is no object",
+    ),
     "deep": (b"[" * 100_000, "is not JSON"),
     "no type": (b"{}", "has no model_type"),
     "unknown type": (b'{"model_type": "none.such"}', "not supported"),
@@ -141,6 +145,42 @@ def test_any_value_runs_or_is_refused(name, value, base, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps({**CONFIG, name: value}))
     for code, out in (generate(folder), run("plan", "--model", str(folder), "3")):
         assert (code, "error: " in out) in ((0, False), (2, True)), out
+
+
+#: Values of every file that is read beside the config and the weights.
+FIELDS = {
+    "generation_config.json": ("eos_token_id", "bos_token_id", "temperature"),
+    "tokenizer_config.json": (
+        *("tokenizer_class", "eos_token", "pad_token", "unk_token", "chat_template"),
+        *("added_tokens_decoder", "model_max_length", "extra_special_tokens"),
+        *("chat_template_type", "tool_parser_type", "auto_map", "padding_side"),
+    ),
+    "config.json": (
+        *("eos_token_id", "tie_word_embeddings", "rope_parameters", "text_config"),
+        *("model_file", "quantization_config", "quantize_activations", "auto_map"),
+    ),
+    "special_tokens_map.json": ("eos_token", "pad_token"),
+    "model.safetensors.index.json": ("weight_map", "metadata"),
+    "hf_quant_config.json": ("quantization",),
+}
+PLACES = [(file, field) for file, fields in FIELDS.items() for field in fields]
+WILD = ODD | st.sampled_from([10**30, [None], [[]], {"a": 1}, "\ud800", "<end>"])
+
+
+@settings(max_examples=100)
+@given(place=st.sampled_from(PLACES), value=WILD)
+def test_any_file_is_read_or_refused(place, value, base, tmp_path_factory):
+    file, field = place
+    folder = tmp_path_factory.mktemp("any")
+    for name, content in base.items():
+        (folder / name).write_bytes(content)
+    whole = json.loads(base.get(file, b"{}"))
+    (folder / file).write_text(json.dumps({**whole, field: value}))
+    runs = [generate(folder), run("plan", "--model", str(folder))]
+    runs.append(run("chat", "--model", str(folder), "-m", "2", stdin="hello"))
+    for code, out in runs:
+        assert code in (0, 2)
+        assert "error: " in out or code == 0
 
 
 TOKENIZERS = {
@@ -223,6 +263,7 @@ TEMPLATES = {
     "long": "{% for i in range(10**9) %}x{% endfor %}",
     "number": 3,
     "named": [{"name": "a", "template": "x"}],
+    "surrogate": "\ud800",
 }
 
 

@@ -71,6 +71,13 @@ def render(
             f"the chat template makes {type(text).__name__}, no text; use "
             "--ignore-chat-template"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"the chat template makes what no UTF-8 has ({text[error.start]!a}); use "
+            "--ignore-chat-template"
+        ) from None
     return text
 
 

@@ -78,9 +78,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise cannot_load(name, "config.json has no model_type that is a text")
     if (folder / "generation_config.json").is_file():
         _read_object(folder / "generation_config.json", name)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping):
-            _check_values(part, name)
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, Mapping):
+        raise cannot_load(name, f"text_config {text!r} is no object")
+    for part in (config, text or {}):
+        _check_values(part, name)
     return config
 
 

@@ -26,7 +26,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Pages on which a table of numbers has to say where they are from.
 PAGES = [ROOT / "README.md"] + [
     ROOT / "docs" / f"{name}.md"
-    for name in ("codecs", "limits", "mac", "quality", "settings", "speed")
+    for name in ("codecs", "limits", "mac", "quality", "quickstart", "settings", "speed")
 ]
 SOURCE = re.compile(r"<!-- (?:numbers|(not measured)): ([^>]*?) -->")
 NUMBER = re.compile(

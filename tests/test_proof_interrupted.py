@@ -40,7 +40,7 @@ def hanging_check(verdicts):
         "from pathlib import Path\n"
         f"ledger = Ledger(Store(Path({str(verdicts.folder)!r})))\n"
         "ledger.start(KEY, job('hangs'))\n"
-        "while ledger._child is None: time.sleep(0.01)\n"
+        "while not ledger.progress[2]: time.sleep(0.01)\n"
         "print(ledger._child.pid, flush=True)\n"
         "ledger.wait()\n"
     )
@@ -69,6 +69,7 @@ def test_ctrl_c_blames_no_kernel(verdicts):
 def test_a_check_ends_with_the_process_that_asked_for_it(verdicts):
     """Killed, that cannot end it: the check sees it itself."""
     process, child = hanging_check(verdicts)
+    time.sleep(0.5)  # in a check, where it says nothing more
     process.kill()
     process.wait(30)
     deadline = time.monotonic() + 20

@@ -12,12 +12,30 @@ slots over cores, clock and the share of slots that such kernels were seen to us
 a fixed part for two launches; fp16's are bytes over 0.855 of the bandwidth, or its 5.3
 slots an element and query head.
 
+`trellis` computes its levels by other code, not counted by hand: its slots, and
+`turboquant`'s beside them, are LLVM's operations of a round in
+``tests/metaltext/budgets.json`` at the costs above. That counts what a round seldom
+does, too, so `turboquant` has some 10% more by it than by hand.
+
     python benchmarks/model_apple.py
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
+
+_BUDGETS = Path(__file__).parent.parent / "tests" / "metaltext" / "budgets.json"
+#: Of one operation of a class in that file; all others take one.
+_COSTS = {"half pairs": 2, "matrix products": 17}
+#: Entries of that file which are no class of operations.
+_SUMS = ("registers", "spilled", "operations", "an element", "barriers")
+#: What it calls keys and values of 2, 3 and 4 bits.
+_COUNTED = {
+    "turboquant": ("scalar2.2", "scalar3.2", "scalar4.3"),
+    "trellis": ("trellis4.2", "trellis6.3", "trellis8.4"),
+}
 
 #: Terms of the levels' polynomial by bits (docs/format.md).
 TERMS = {1: 1, 2: 2, 3: 2, 4: 3, 5: 4, 6: 5, 7: 6, 8: 6}
@@ -79,14 +97,31 @@ def slots_per_element(bits: int, dim: int, fma_rows: int = 0) -> float:
     return (units * sum(slots_of_unit(bits, fma_rows).values()) + of_tile) / (2 * dim)
 
 
+def counted_slots(kind: str, form: str) -> float:
+    """Slots an element at head_dim 128, of operations that LLVM counts.
+
+    Args:
+        kind: Of keys and of values, as in ``budgets.json``.
+        form: ``4 rows`` (multiply-adds) or ``matrices of 8 rows``.
+    """
+    row = json.loads(_BUDGETS.read_text())[f"{kind}/{kind} 128x128 {form}"]
+    slots = sum(_COSTS.get(n, 1) * row[n] for n in row if n not in _SUMS)
+    return float(slots * row["an element"] / row["operations"])
+
+
 def modelled_us(
-    chip: Chip, tokens: int, bits: int, fma_rows: int = 0, dim: int = 128
+    chip: Chip,
+    tokens: int,
+    bits: int,
+    fma_rows: int = 0,
+    dim: int = 128,
+    slots: float | None = None,
 ) -> float:
-    """Microseconds of one attention, both launches."""
+    """Microseconds of one attention, both launches; ``slots`` an element if counted."""
     elements = 2 * KV_HEADS * tokens * dim
     per_us = chip.cores * 128 * chip.ghz * 1e3 * chip.used
     read = elements * (bits + 16 / dim) / 8 / (0.855 * chip.bandwidth * 1e3)
-    slots = slots_per_element(bits, dim, fma_rows)
+    slots = slots_per_element(bits, dim, fma_rows) if slots is None else slots
     return max(elements * slots / per_us, read) + _FIXED_US
 
 
@@ -132,6 +167,23 @@ def main() -> None:
                     f" k2v2, k3v3, k4v4 {row}"
                 )
     tokens = TOKENS[1]
+    for form in ("4 rows", "matrices of 8 rows"):
+        print(
+            f"MODELLED us at {tokens} tokens by LLVM's operations, {form}: turboquant,"
+            " trellis of 2, 3, 4 bits"
+        )
+        for codec, kinds in _COUNTED.items():
+            counted = [counted_slots(kind, form) for kind in kinds]
+            row = " ".join(f"{slots:5.1f}" for slots in counted)
+            print(f"  {codec:10} slots an element {row}")
+            for chip in CHIPS:
+                ours = [
+                    modelled_us(chip, tokens, bits, slots=slots)
+                    for bits, slots in zip((2, 3, 4), counted, strict=True)
+                ]
+                fp16 = modelled_fp16_us(chip, tokens)
+                row = ", ".join(f"{us:6.0f} ({fp16 / us:.1f}x)" for us in ours)
+                print(f"  {codec:10} {chip.name:18} fp16 {fp16:6.0f}; {row}")
     print(f"MODELLED us at {tokens} tokens, 8 KV heads, k3v3: matrices, multiply-adds")
     for chip in CHIPS:
         for group in (1, 2, 4):

@@ -301,7 +301,22 @@ def test_the_default_chat_template(model, chatty):
     args = ["-m", "1", "-p", "hello", "--use-default-chat-template"]
     line = ends(*run("generate", "--model", str(model), *args))
     assert "neither this tokenizer nor its class has a chat template" in line
-    assert ends(*run("generate", "--model", str(chatty), *args)) == ""
+    said = run("generate", "--model", str(chatty), *args)
+    assert ends(*said) == ""
+    assert "Prompt: 4 tokens" in said[1]  # <user> hello <end> say: its own template
+    server = ("server", "--use-default-chat-template", "--port", "0")
+    assert line == ends(*run(*server, "--model", str(model)))
+
+
+def test_a_class_with_a_chat_template_gives_it_to_tokenizers_without(model):
+    _, tokenizer = tq.load(str(model))
+    type(tokenizer._tokenizer).default_chat_template = tiny_folder.TEMPLATE
+    try:
+        chat_template.use_default(tokenizer)
+    finally:
+        del type(tokenizer._tokenizer).default_chat_template
+    chat = [{"role": "user", "content": "hello"}]
+    assert chat_template.render(tokenizer, chat, {}) == "<user> hello <end> say "
 
 
 @pytest.mark.parametrize(

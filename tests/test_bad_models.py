@@ -1,20 +1,25 @@
 """Model folders that are none: each ends in one line, and none in a crash."""
 
 import json
+import os
+import socket
 import types
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 from tiny_folder import CONFIG, WORDS
 from typer.testing import CliRunner
 
 import mlx_turboquant as tq
 from mlx_turboquant.cli import app
-from mlx_turboquant.errors import UnsupportedModelError
-from mlx_turboquant.integrations import model_folder
+from mlx_turboquant.errors import UnsupportedError, UnsupportedModelError
+from mlx_turboquant.integrations import loading, model_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,6 +76,10 @@ CONFIGS = {
     "empty": (b"", "is not JSON"),
     "half": (b"{", "is not JSON"),
     "binary": (bytes(range(256)), "is not JSON"),
+    "odd part": (
+        b'{"model_type": "llama", "text_config": [1]}',
+        "text_config [1] is no object",
+    ),
     "deep": (b"[" * 100_000, "is not JSON"),
     "no type": (b"{}", "has no model_type"),
     "unknown type": (b'{"model_type": "none.such"}', "not supported"),
@@ -136,6 +145,42 @@ def test_any_value_runs_or_is_refused(name, value, base, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps({**CONFIG, name: value}))
     for code, out in (generate(folder), run("plan", "--model", str(folder), "3")):
         assert (code, "error: " in out) in ((0, False), (2, True)), out
+
+
+#: Values of every file that is read beside the config and the weights.
+FIELDS = {
+    "generation_config.json": ("eos_token_id", "bos_token_id", "temperature"),
+    "tokenizer_config.json": (
+        *("tokenizer_class", "eos_token", "pad_token", "unk_token", "chat_template"),
+        *("added_tokens_decoder", "model_max_length", "extra_special_tokens"),
+        *("chat_template_type", "tool_parser_type", "auto_map", "padding_side"),
+    ),
+    "config.json": (
+        *("eos_token_id", "tie_word_embeddings", "rope_parameters", "text_config"),
+        *("model_file", "quantization_config", "quantize_activations", "auto_map"),
+    ),
+    "special_tokens_map.json": ("eos_token", "pad_token"),
+    "model.safetensors.index.json": ("weight_map", "metadata"),
+    "hf_quant_config.json": ("quantization",),
+}
+PLACES = [(file, field) for file, fields in FIELDS.items() for field in fields]
+WILD = ODD | st.sampled_from([10**30, [None], [[]], {"a": 1}, "\ud800", "<end>"])
+
+
+@settings(max_examples=100)
+@given(place=st.sampled_from(PLACES), value=WILD)
+def test_any_file_is_read_or_refused(place, value, base, tmp_path_factory):
+    file, field = place
+    folder = tmp_path_factory.mktemp("any")
+    for name, content in base.items():
+        (folder / name).write_bytes(content)
+    whole = json.loads(base.get(file, b"{}"))
+    (folder / file).write_text(json.dumps({**whole, field: value}))
+    runs = [generate(folder), run("plan", "--model", str(folder))]
+    runs.append(run("chat", "--model", str(folder), "-m", "2", stdin="hello"))
+    for code, out in runs:
+        assert code in (0, 2)
+        assert "error: " in out or code == 0
 
 
 TOKENIZERS = {
@@ -218,6 +263,7 @@ TEMPLATES = {
     "long": "{% for i in range(10**9) %}x{% endfor %}",
     "number": 3,
     "named": [{"name": "a", "template": "x"}],
+    "surrogate": "\ud800",
 }
 
 
@@ -251,3 +297,122 @@ def test_broken_weights_are_refused(case, folder):
         weights.write_bytes(BROKEN_WEIGHTS[case])
     code, out = generate(folder)
     assert (code, "error: cannot load model" in out) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"],
+)
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_what_is_no_file_is_not_waited_for(name, kind, folder):
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+        if name == "generation_config.json":
+            return  # nobody reads it
+    else:
+        with socket.socket(socket.AF_UNIX) as bound:
+            here = os.getcwd()
+            os.chdir(folder)  # a socket's path is short
+            bound.bind(name)
+            os.chdir(here)
+    code, out = generate(folder)
+    (line,) = (line for line in out.splitlines() if line.startswith("error: "))
+    assert code == 2
+    assert "cannot load model" in line
+    if kind != "folder":
+        assert f"{name}: it is a {kind}, no regular file" in line
+
+
+# Adapters.
+
+LORA = {"rank": 4, "scale": 1.0, "dropout": 0.0}
+ADAPTERS = {
+    "whole": ({}, {}, ""),
+    "no scale": ({"lora_parameters": {"rank": 4}}, {}, "missing required key 'scale'"),
+    "other rank": ({"lora_parameters": {**LORA, "rank": 2}}, {}, "does not match"),
+    "other layer": ({}, {"model.layers.7.lora_a": (2, 2)}, "not an adapter parameter"),
+    "no config": (None, {}, "adapter_config.json: No such file"),
+    "list": ([], {}, "adapter_config.json"),
+    "no weights": ({}, None, "adapters.safetensors: No such file"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_an_error_about_adapters_names_them(case, folder, tmp_path_factory):
+    config, weights, says = ADAPTERS[case]
+    adapters = tmp_path_factory.mktemp("adapters")
+    if config is not None:
+        base = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": LORA}
+        whole = config if isinstance(config, list) else {**base, **config}
+        (adapters / "adapter_config.json").write_text(json.dumps(whole))
+    if weights is not None:
+        query = "model.layers.1.self_attn.q_proj.lora"
+        shapes = {f"{query}_a": (64, 4), f"{query}_b": (4, 128), **weights}
+        arrays = {name: mx.zeros(shape) for name, shape in shapes.items()}
+        mx.save_safetensors(str(adapters / "adapters.safetensors"), arrays)
+    code, out = generate(folder, "--adapter-path", str(adapters))
+    lines = [line for line in out.splitlines() if line.startswith("error: ")]
+    if not says:
+        assert (code, lines) == (0, [])
+        return
+    assert code == 2
+    (line,) = lines
+    assert line.startswith(f"error: cannot load adapters {str(adapters)!r}")
+    assert says in line
+    assert "or leave --adapter-path out" in line
+
+
+def test_adapters_that_are_no_folder_are_named(folder):
+    os.mkfifo(folder / "pipe")
+    (folder / "pipe").rename(folder.parent / "pipe")
+    for path in ("/nowhere", str(folder.parent / "pipe"), str(folder / "config.json")):
+        code, out = generate(folder, "--adapter-path", path)
+        assert code == 2
+        assert f"error: cannot load adapters {path!r} (adapter_config.json: " in out
+
+
+# Activations.
+
+
+@pytest.fixture
+def in_mxfp8(folder):
+    """The folder with weights that products of quantized activations take."""
+    config = {
+        **CONFIG,
+        "quantization": {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    }
+    network = llama.Model(llama.ModelArgs.from_dict(config))
+    nn.quantize(network, 32, 8, mode="mxfp8")
+    weights = dict(tree_flatten(network.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_quantized_activations_that_cannot_be_are_refused(folder, request):
+    code, out = generate(folder, "-qa")
+    assert code == 2
+    assert "activations are quantized as weights are, and these are: affine" in out
+    assert "or leave --quantize-activations out" in out
+    whole = json.dumps({**CONFIG, "quantization": None})
+    (folder / "config.json").write_text(whole)
+    with pytest.raises(UnsupportedError, match="these are: none"):
+        tq.load(str(folder), model_config={"quantize_activations": True})
+    if mx.default_device().type == mx.DeviceType.cpu:
+        code, out = generate(request.getfixturevalue("in_mxfp8"), "-qa")
+        assert (code, "no quantized activations on the CPU" in out) == (2, True)
+
+
+def test_activations_are_quantized_where_they_can_be(in_mxfp8, monkeypatch):
+    gpu = types.SimpleNamespace(type=mx.DeviceType.gpu)
+    monkeypatch.setattr(loading.mx, "default_device", lambda: gpu)
+    for choice, layer in ((True, nn.QQLinear), (False, nn.QuantizedLinear)):
+        options = {"quantize_activations": choice}
+        network, _ = tq.load(str(in_mxfp8), model_config=options)
+        assert type(network.layers[0].self_attn.q_proj) is layer

@@ -62,4 +62,12 @@ def test_a_chat_is_for_one_machine(tmp_path):
         [*launch, *chat], stdin=subprocess.DEVNULL, capture_output=True, text=True,
         timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
-    assert "a chat is for one machine" in done.stdout + done.stderr
+    line = "error: a chat is for one machine; use mlx_tq.server on several"
+    said = done.stdout + done.stderr
+    assert said.count(line) == 2  # each rank's
+    assert "Traceback" not in said
+    alone = subprocess.run(
+        [*chat, "--pipeline"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=120, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    assert (alone.returncode, alone.stderr.startswith(line)) == (2, True)

@@ -14,7 +14,8 @@ from packaging.metadata import Metadata
 
 import mlx_turboquant as tq
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+TABLES = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT, BUILD = TABLES["project"], TABLES["build-system"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
@@ -24,7 +25,9 @@ def built(tmp_path_factory):
     """Paths of an sdist, the wheel of the tree and the wheel of the unpacked sdist."""
     folder = tmp_path_factory.mktemp("built")
     backend = folder / "backend"
-    subprocess.run([*PIP, "install", "--target", backend, "hatchling"], check=True)
+    subprocess.run(
+        [*PIP, "install", "--target", backend, *BUILD["requires"]], check=True
+    )
 
     def build(kind, source, out):
         out.mkdir(exist_ok=True)
@@ -102,6 +105,22 @@ def test_its_metadata_is_valid_and_says_what_the_project_does(built):
     assert about.description_content_type == "text/markdown"
     assert {"cpu", "cuda", "plots", "vlm"} <= set(about.provides_extra)
     assert str(about.requires_python) == ">=3.11"
+    check_description(about.description)
+
+
+def check_description(shown):
+    """README.md, less what an index that has this text alone could not open."""
+    targets = re.findall(r"\]\(([^)]*)\)", shown)
+    assert len(targets) >= 2
+    assert [t for t in targets if not t.startswith("https://")] == []
+    assert "<!--" not in shown
+    readme = (ROOT / "README.md").read_text()
+    kept = re.sub(
+        r"<!--.*-->|!\[.*\)", "", readme
+    )  # comments and pictures: a line each
+    kept = re.sub(r"\]\((?!https)[^)]*\)", "", kept)
+    words = [re.findall(r"[\w.%]+", text) for text in (shown, kept)]
+    assert words[0] == words[1]
 
 
 def test_an_installed_wheel_works(built, tmp_path):

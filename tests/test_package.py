@@ -19,6 +19,7 @@ LAYERS = (
         "version",
         "errors",
         "atomic",
+        "regular",
         "blas",
         "namesake",
         "tokens",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import pytest
 from helpers import ROOT
@@ -14,7 +15,7 @@ from test_proof import KEY, SUBJECT, job
 from mlx_turboquant.proof import mark, runner
 from mlx_turboquant.proof.ledger import Ledger
 from mlx_turboquant.proof.mark import Mark
-from mlx_turboquant.proof.store import Verdict
+from mlx_turboquant.proof.store import BusyError, Verdict
 
 OK = Verdict("ok", str(SUBJECT), checks=33, seconds=1.0)
 
@@ -39,7 +40,7 @@ def hanging_check(verdicts):
         "from pathlib import Path\n"
         f"ledger = Ledger(Store(Path({str(verdicts.folder)!r})))\n"
         "ledger.start(KEY, job('hangs'))\n"
-        "while ledger._child is None: time.sleep(0.01)\n"
+        "while not ledger.progress[2]: time.sleep(0.01)\n"
         "print(ledger._child.pid, flush=True)\n"
         "ledger.wait()\n"
     )
@@ -63,6 +64,59 @@ def test_ctrl_c_blames_no_kernel(verdicts):
     assert verdicts.read(KEY.digest) is None
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_a_check_ends_with_the_process_that_asked_for_it(verdicts):
+    """Killed, that cannot end it: the check sees it itself."""
+    process, child = hanging_check(verdicts)
+    time.sleep(0.5)  # in a check, where it says nothing more
+    process.kill()
+    process.wait(30)
+    deadline = time.monotonic() + 20
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(child)
+
+
+def is_running(pid):
+    """Whether there is such a process, other than one that nobody waits for."""
+    said = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True
+    )
+    return said.stdout.strip()[:1] not in ("", "Z")
+
+
+def test_a_forked_process_starts_over(verdicts, monkeypatch):
+    """Whatever threads of its parent held or waited for; and it holds nothing back."""
+    leave = threading.Event()
+    monkeypatch.setattr(runner, "run", lambda *rest: leave.wait(20) and OK)
+    ledger = Ledger(verdicts)
+    ledger.start(KEY, job("right"))
+    while is_free(verdicts):
+        time.sleep(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 on: of threads, as here
+        pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            is_new = ledger._turn.acquire(False) and not ledger.is_busy
+            code = 0 if is_new and ledger.wait() == [] else 2
+            time.sleep(1)
+        finally:
+            os._exit(code)
+    leave.set()
+    assert ledger.wait()[0].is_ok
+    assert is_free(verdicts)  # though the other process is there
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def is_free(store):
+    try:
+        with store.lock(lambda: True):
+            return True
+    except BusyError:
+        return False
 
 
 def test_ctrl_c_in_a_shell_lets_it_be_checked_later(verdicts, monkeypatch):

@@ -16,6 +16,7 @@ import json
 import re
 
 import draw_frontier
+import model_apple
 import plan_models
 import pytest
 from helpers import ROOT
@@ -26,7 +27,16 @@ RESULTS = ROOT / "benchmarks" / "results"
 #: Pages on which a table of numbers has to say where they are from.
 PAGES = [ROOT / "README.md"] + [
     ROOT / "docs" / f"{name}.md"
-    for name in ("codecs", "limits", "mac", "quality", "serving", "settings", "speed")
+    for name in (
+        "codecs",
+        "limits",
+        "mac",
+        "quality",
+        "quickstart",
+        "serving",
+        "settings",
+        "speed",
+    )
 ]
 SOURCE = re.compile(r"<!-- (?:numbers|(not measured)): ([^>]*?) -->")
 NUMBER = re.compile(
@@ -190,6 +200,12 @@ def test_a_wrong_number_is_seen(tmp_path):
 
 def test_the_plan_is_what_the_code_says():
     assert (RESULTS / "plan.txt").read_text().splitlines() == list(plan_models.lines())
+
+
+def test_the_model_of_apples_gpus_is_what_the_code_says(capsys):
+    """By hand, and by the operations that tests/metaltext/budgets.json has."""
+    model_apple.main()
+    assert (RESULTS / "apple-modelled.txt").read_text() == capsys.readouterr().out
 
 
 def test_pictures_are_of_these_runs():

@@ -57,6 +57,7 @@ def chat(
     kv_disk: kv_folder.KvDisk = kv_folder.DISK,
     kv_disk_hourly: kv_folder.KvDiskHourly = kv_folder.HOURLY,
     forget: kv_folder.Forget = False,
+    pipeline: opt.Pipeline = False,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
@@ -73,9 +74,9 @@ def chat(
 
     import mlx.core as mx
 
-    if mx.distributed.init().size() > 1:
+    if pipeline or mx.distributed.init().size() > 1:
         raise SpecError(
-            "a chat is for one machine, this is one of several; use mlx_tq.server there"
+            "a chat is for one machine; use mlx_tq.server on several (--pipeline too)"
         )
 
     from rich.console import Console

@@ -48,6 +48,7 @@ def generate(
     draft_model: opt.DraftModel = None,
     num_draft_tokens: opt.NumDraftTokens = 3,
     draft_kv_bits: opt.DraftKvBits = None,
+    quantize_activations: opt.QuantizeActivations = False,
     kv_bits: opt.KvBits = None,
     kv_codec: opt.KvCodec = None,
     kv_quality: opt.KvQuality = None,
@@ -84,6 +85,7 @@ def generate(
             draft_model=draft_model is not None,
             prefill_response=prefill_response is not None,
             prompt_cache_file=prompt_cache_file is not None,
+            quantize_activations=quantize_activations,
         )
     images = [open_image(source) for source in image or ()]
     tokenizer_options: dict[str, Any] = {}
@@ -100,6 +102,7 @@ def generate(
         extra_eos_tokens=extra_eos_token or (),
         template_options=template_options,
         use_default_template=use_default_chat_template,
+        quantize_activations=quantize_activations,
         seed=seed,
         is_verbose=verbose.lower() not in ("false", "f"),
     )

@@ -141,6 +141,15 @@ KvQuality = Annotated[
     ),
 ]
 
+QuantizeActivations = Annotated[
+    bool,
+    typer.Option(
+        "--quantize-activations",
+        "-qa",
+        help="Quantize activations as the weights of each layer are (nvfp4 or mxfp8).",
+    ),
+]
+
 #: Of mlx-lm's own quantization, for an error that says what takes their place.
 GroupSize = Annotated[
     str | None, typer.Option("--kv-group-size", hidden=True, help="mlx-lm's.")

@@ -33,6 +33,7 @@ class Session:
         tokenizer: Its tokenizer, of mlx-lm's wrapper class.
         tokenizer_options: What the tokenizer was loaded with.
         template_options: Options of the chat template.
+        quantize_activations: Whether its layers quantize what they are given.
         is_verbose: Whether notes and warnings go to stderr.
 
     Raises:
@@ -49,6 +50,7 @@ class Session:
         extra_eos_tokens: Sequence[str] = (),
         template_options: dict[str, Any] | None = None,
         use_default_template: bool = False,
+        quantize_activations: bool = False,
         seed: int | None = None,
         is_verbose: bool = True,
     ) -> None:
@@ -57,6 +59,7 @@ class Session:
         self.name = options.DEFAULT_MODEL if model is None else model
         self.adapter_path = adapter_path
         self.template_options = template_options or {}
+        self.quantize_activations = quantize_activations
         self.is_verbose = is_verbose
         self.tokenizer_options = {
             **(tokenizer_options or {}),
@@ -67,7 +70,7 @@ class Session:
         self._add_ends([] if eos_token is None else [eos_token])
         self._add_ends(extra_eos_tokens)
         if use_default_template:
-            self._use_default_template()
+            chat_template.use_default(self.tokenizer)
         if is_verbose and mx.default_device().type == mx.DeviceType.cpu:
             typer.echo("On the CPU: weights are loaded as float32.", err=True)
 
@@ -78,6 +81,7 @@ class Session:
             self.name,
             adapter_path=adapter_path,
             tokenizer_config=self.tokenizer_options,
+            model_config={"quantize_activations": self.quantize_activations},
             trust_remote_code=trust_remote_code,
         )
 
@@ -99,23 +103,6 @@ class Session:
                     f"is, or its number, 0..{(rows or len(vocabulary)) - 1}"
                 )
             self.tokenizer.add_eos_token(str(number))
-
-    def _use_default_template(self) -> None:
-        """Give a tokenizer that has no chat template its class's.
-
-        Raises:
-            SpecError: if that has none either.
-        """
-        if self.tokenizer.has_chat_template:
-            return
-        template = getattr(self.tokenizer, "default_chat_template", None)
-        if template is None:
-            raise SpecError(
-                "neither this tokenizer nor its class has a chat template; leave "
-                "--use-default-chat-template out"
-            )
-        self.tokenizer.chat_template = template
-        self.tokenizer.has_chat_template = True
 
     def sampler(self, **choices: Any) -> Callable[[mx.array], mx.array]:
         """mlx-lm's sampler; XTC never cuts the ends of lines and texts.

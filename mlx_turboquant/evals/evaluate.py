@@ -74,6 +74,8 @@ def evaluate(
     path = None if folder is None else Path(folder) / "results.json"
     results = Evaluation(about, {})
     if path is not None:
+        if not str(folder):
+            raise SpecError("the folder of the results has no name; give one")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:

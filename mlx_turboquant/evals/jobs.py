@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..integrations.model_folder import check_tokens
 from ..integrations.stock import stock_caches
 from ..spec import CacheSpec
 from . import bounds, calls, long, needles, pathologies, scoring, text
@@ -220,7 +221,9 @@ class JobRunner:
             self.own_texts[window] = self._write_own(
                 prompt, self._factory("fp", 0), self.plan.long, window
             )
-        return long.OwnText(prompt, self.own_texts[window]), questions
+        written = self.own_texts[window]
+        check_tokens(self.model, written, "the model's own text in results.json")
+        return long.OwnText(prompt, written), questions
 
     def _write_own(
         self, prompt: list[int], factory: CacheFactory, count: int, window: int

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic import replacing
 from .results import Evaluation
 
 
@@ -33,7 +34,8 @@ def write(results: Evaluation, folder: Path) -> list[Path]:
         FigureCanvasAgg(figure)
         if draw(figure, results):
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=110)
+            with replacing(path) as file:
+                figure.savefig(file, dpi=110)
             paths.append(path)
     return paths
 

@@ -16,6 +16,8 @@ import numpy as np
 
 from ..atomic import replacing
 from ..errors import FormatError, SpecError
+from ..regular import check_regular
+from . import saved as saved_values
 
 _RESAMPLES = 2000
 _MAGIC = "mlx_turboquant evaluation 1"
@@ -75,13 +77,20 @@ class Evaluation:
             FormatError: if it is another kind of file, or damaged.
         """
         try:
-            saved = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            check_regular(path)
+            saved = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise FormatError(
-                f"cannot read an evaluation from {path}: {error}"
+                f"cannot read an evaluation from {path} ({reason}); choose another "
+                "folder or remove it"
             ) from error
         if not isinstance(saved, dict) or saved.get("format") != _MAGIC:
-            raise FormatError(f"{path} is not an evaluation of this version")
+            raise FormatError(
+                f"{path} is not an evaluation of this version; choose another folder "
+                "or remove it"
+            )
+        saved_values.check(saved, path)
         return cls(saved["about"], saved["jobs"])
 
     def save(self, path: Path) -> None:

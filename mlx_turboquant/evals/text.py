@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SpecError
+from ..regular import check_regular
 
 _MARGIN = 20_000  # characters skipped at the front: title pages, tables of contents
 _CHARACTERS = 7  # more than any English token needs, on average
@@ -33,6 +34,7 @@ def read_texts(path: str | Path | None) -> list[str]:
     if path is None:
         return books()
     try:
+        check_regular(Path(path))
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:  # no file, no path, no UTF-8
         reason = getattr(error, "strerror", None) or error

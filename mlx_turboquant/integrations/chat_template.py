@@ -16,6 +16,30 @@ Messages = Sequence[Mapping[str, str]]
 _PLACEHOLDERS = ("A", "B")
 
 
+def use_default(tokenizer: Any) -> None:
+    """Give a tokenizer that has no chat template its class's.
+
+    transformers 5 has no class with one: there this does nothing or is refused, where
+    mlx-lm's generate goes on without a template and its server ends in an error.
+
+    Args:
+        tokenizer: Of mlx-lm's wrapper class.
+
+    Raises:
+        SpecError: if the class has none either.
+    """
+    if tokenizer.has_chat_template:
+        return
+    template = getattr(tokenizer, "default_chat_template", None)
+    if template is None:
+        raise SpecError(
+            "neither this tokenizer nor its class has a chat template; leave "
+            "--use-default-chat-template out"
+        )
+    tokenizer.chat_template = template
+    tokenizer.has_chat_template = True
+
+
 def render(
     tokenizer: Any, messages: Messages, options: Mapping[str, Any], answers: bool = True
 ) -> str:
@@ -47,6 +71,13 @@ def render(
             f"the chat template makes {type(text).__name__}, no text; use "
             "--ignore-chat-template"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SpecError(
+            f"the chat template makes what no UTF-8 has ({text[error.start]!a}); use "
+            "--ignore-chat-template"
+        ) from None
     return text
 
 

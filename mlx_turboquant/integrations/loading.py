@@ -5,13 +5,16 @@ The loading itself is mlx-lm's; the dtype on a CPU and the words for a failure a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as host
 
-from ..errors import TurboQuantError, UnsupportedError
+from ..errors import TurboQuantError, UnsupportedError, UnsupportedModelError
+from ..regular import check_regular
 from . import model_folder
 
 
@@ -40,12 +43,15 @@ def load(
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UnsupportedModelError: if there is no such model, mlx-lm cannot load it, or its
-            tokenizer is another model's.
+        UnsupportedModelError: if there is no such model, mlx-lm cannot load it, its
+            tokenizer is another model's, or the adapters are.
+        UnsupportedError: if activations cannot be quantized here.
     """
     try:
         folder = host._download(model, revision=revision)
-        model_folder.read_config(folder)
+        config = {**model_folder.read_config(folder), **(model_config or {})}
+        if config.get("quantize_activations", False):
+            _check_activations(config)
         network, config = host.load_model(
             folder,
             lazy,
@@ -54,8 +60,7 @@ def load(
             trust_remote_code=trust_remote_code,
         )
         if adapter_path is not None:
-            network = host.load_adapters(network, adapter_path)
-            network.eval()
+            network = _with_adapters(network, adapter_path)
         tokenizer = host.load_tokenizer(
             folder, tokenizer_config, eos_token_ids=config.get("eos_token_id")
         )
@@ -73,6 +78,62 @@ def load(
 def is_cast_for_device() -> bool:
     """Whether models become float32 when they are loaded."""
     return bool(mx.default_device().type == mx.DeviceType.cpu)
+
+
+def _check_activations(config: Mapping[str, Any]) -> None:
+    """Make sure that MLX can quantize activations of such a model on this device."""
+    for name in ("quantization", "quantization_config"):
+        if isinstance(values := config.get(name), Mapping):
+            mode = values.get("mode") or values.get("quant_method") or "affine"
+            break
+    else:
+        mode = "none"
+    if mode in ("affine", "none"):
+        raise UnsupportedError(
+            f"activations are quantized as weights are, and these are: {mode}",
+            "choose a model in nvfp4 or mxfp8, or leave --quantize-activations out",
+        )
+    if mx.default_device().type == mx.DeviceType.cpu:
+        raise UnsupportedError(
+            "MLX multiplies no quantized activations on the CPU",
+            "use a GPU, or leave --quantize-activations out",
+        )
+
+
+def check_adapters(adapter_path: str) -> None:
+    """Make sure that there is a folder of adapters that can be read.
+
+    Raises:
+        UnsupportedModelError: if there is not.
+    """
+    folder = Path(adapter_path)
+    try:
+        for name in ("adapter_config.json", "adapters.safetensors"):
+            check_regular(folder / name)
+            with (folder / name).open("rb"):
+                pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise _cannot_adapt(adapter_path, f"{name}: {reason}") from error
+
+
+def _with_adapters(network: nn.Module, adapter_path: str) -> nn.Module:
+    check_adapters(adapter_path)
+    try:
+        network = host.load_adapters(network, adapter_path)
+    except Exception as error:  # whatever is made of a stranger's files
+        reason = model_folder.first_line(error)
+        raise _cannot_adapt(adapter_path, reason) from error
+    network.eval()
+    return network
+
+
+def _cannot_adapt(adapter_path: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"cannot load adapters {adapter_path!r} ({reason})",
+        "give a folder with adapter_config.json and adapters.safetensors that were "
+        "trained for this model, or leave --adapter-path out",
+    )
 
 
 def cast_for_device(network: nn.Module) -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UnsupportedModelError
+from ..regular import check_regular
 
 _REMEDY = (
     "give a folder with config.json and safetensors, or a hub id such as "
@@ -50,22 +51,38 @@ def first_line(error: BaseException) -> str:
     )
 
 
+def check_files(folder: Path, model: str) -> None:
+    """Make sure that reading a folder's files ends.
+
+    Raises:
+        UnsupportedModelError: if there is a pipe, a socket or a device among them.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        try:
+            check_regular(path)
+        except OSError as error:
+            raise cannot_load(model, f"{path.name}: {error.strerror}") from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's ``config.json``, with numbers where numbers belong.
 
     Raises:
         UnsupportedModelError: if it is missing, no JSON object, or has a value that no
-            model could be built of.
+            model could be built of; or as `check_files`.
     """
     name = str(folder)
+    check_files(folder, name)
     config = _read_object(folder / "config.json", name)
     if not isinstance(config.get("model_type"), str):
         raise cannot_load(name, "config.json has no model_type that is a text")
     if (folder / "generation_config.json").is_file():
         _read_object(folder / "generation_config.json", name)
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping):
-            _check_values(part, name)
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, Mapping):
+        raise cannot_load(name, f"text_config {text!r} is no object")
+    for part in (config, text or {}):
+        _check_values(part, name)
     return config
 
 

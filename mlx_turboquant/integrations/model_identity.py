@@ -13,6 +13,8 @@ from pathlib import Path
 
 from mlx_lm.utils import hf_repo_to_path
 
+from ..regular import check_regular
+
 #: Where a saved cache has its model's identity, among the file's metadata.
 KEY = "mlx_turboquant_model"
 #: Parts of a file of weights that are read, and their bytes: any layer has some.
@@ -79,6 +81,7 @@ def _folder(model: str) -> Path:
 
 
 def _add(digest: hashlib.blake2b, path: Path) -> None:
+    check_regular(path)
     size = path.stat().st_size
     digest.update(f"{path.suffix} {size} ".encode())
     with path.open("rb") as file:

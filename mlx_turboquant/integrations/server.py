@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from pathlib import Path
 from typing import Any
 
 import mlx_lm.server as host_server
@@ -19,8 +20,10 @@ from rich.filesize import decimal
 from ..errors import TurboQuantError, UnsupportedError
 from ..spec import CacheSpec
 from . import proofs
+from .chat_template import use_default
 from .factory import apply
 from .loading import cast_for_device, check_context
+from .model_folder import check_files
 from .prompt_store import UNBOUNDED
 from .reading import SharedReading
 from .speculation import check_rewinds, check_split
@@ -44,7 +47,9 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
         draft_spec: CacheSpec | None = None,
         max_kv_size: int | None = None,
     ) -> None:
-        super().__init__(options)
+        self.uses_default_template = options.use_default_chat_template
+        own = {"use_default_chat_template": False}
+        super().__init__(argparse.Namespace(**{**vars(options), **own}))
         self.spec, self.draft_spec, self.max_kv_size = spec, draft_spec, max_kv_size
 
     def _load(
@@ -53,8 +58,12 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
         adapter_path: str | None = None,
         draft_model_path: str | None = None,
     ) -> None:
+        for path in filter(None, (model_path, adapter_path, draft_model_path)):
+            check_files(Path(path), path)
         super()._load(model_path, adapter_path, draft_model_path)
         try:
+            if self.uses_default_template:
+                use_default(self.tokenizer)
             cast_for_device(self.model)
             if self.spec is not None:
                 explanation = apply(self.model, self.spec, self.max_kv_size)

@@ -18,8 +18,9 @@ from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import MODEL_REMAPPING
 
 from ..errors import SpecError, UnsupportedError, UnsupportedModelError
-from .loading import cast_for_device
-from .model_folder import first_line, read_config
+from ..regular import check_regular
+from .loading import cast_for_device, check_adapters
+from .model_folder import check_files, first_line, read_config
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ def load(
 
     # mlx-vlm asks for this, in a variable that comes too late behind mlx-lm.
     logging.set_verbosity_error()
+    check_files(Path(model), model)
+    if adapter_path is not None:
+        check_adapters(adapter_path)
     try:
         network, processor = host_load(
             model, adapter_path, trust_remote_code=trust_remote_code
@@ -119,9 +123,12 @@ def open_image(source: str) -> Any:
     from mlx_vlm.utils import load_image
 
     try:
+        if not source.startswith(("data:", "http://", "https://")):
+            check_regular(Path(source))
         return load_image(source)
-    except ValueError as error:
-        first = str(error.__cause__ or error).splitlines()[0]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error.__cause__ or error)
+        first = reason.splitlines()[0]
         raise SpecError(f"--image {source!r} cannot be read ({first})") from error
 
 

@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -29,10 +30,20 @@ from .tuned import Tuned
 
 #: Seconds after which it ends itself, if nobody is left who would.
 _LONGEST = 20 * PATIENCE
+#: Seconds between two looks at whether its parent is there.
+_GLANCE = 0.5
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: a kernel that hangs would keep it."""
+    while os.getppid() == parent:
+        time.sleep(_GLANCE)
+    os._exit(1)
 
 
 def main() -> None:
     """Run the checks of the job on stdin."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     faulthandler.enable()
     faulthandler.dump_traceback_later(_LONGEST, exit=True)
     # Kernels and libraries that print must not do so between the messages.

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import subprocess
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,11 @@ UNDER_WAY = (
 UNKNOWN = "unknown"
 #: Seconds between two looks at a check that is waited for.
 _GLANCE = 0.2
+
+
+def _forked(ledger: Ledger | None) -> None:
+    if ledger is not None:
+        ledger.start_over()
 
 
 class Ledger:
@@ -57,6 +64,16 @@ class Ledger:
         self._guard = threading.Lock()
         # One child at a time, also where no file can be locked.
         self._turn = threading.Lock()
+        alive = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forked(alive()))
+
+    def start_over(self) -> None:
+        """In a forked process: no thread has come along, whatever it held or ran."""
+        self._guard, self._turn = threading.Lock(), threading.Lock()
+        under_way = [key for key, over in self._checks.items() if not over.is_set()]
+        for digest in under_way:
+            del self._checks[digest]
+        self._child, self.progress = None, ("", 0, 0)
 
     def standing(self, key: Key) -> Verdict | None:
         """What is known of a key's kernels; None if that is nothing yet.

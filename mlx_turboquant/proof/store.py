@@ -160,7 +160,11 @@ class Store:
                     if gives_up():
                         raise BusyError("another process checks kernels") from None
                 time.sleep(_PAUSE)
-            yield
+            try:
+                yield
+            finally:
+                # Closed, it would stay with a process forked meanwhile.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _read(path: Path) -> Verdict | None:

@@ -72,7 +72,7 @@ class CacheSpec:
         sink: First tokens kept in the model's dtype.
         window: Most recent tokens kept in the model's dtype. Between ``window``
             and ``window + page`` recent tokens are held at any time; behind a prompt
-            of under 2,048 tokens, fewer than ``window + 32``.
+            of under 1,060 tokens, fewer than ``window + 32``.
         page: Tokens encoded together, a multiple of 32. The first page also decides
             the channels' gains.
         center: Key mean subtracted before quantizing: one per ``"page"``, or ``"off"``.

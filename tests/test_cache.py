@@ -79,7 +79,7 @@ def test_codes_do_not_depend_on_where_a_short_text_ends(spec, steps):
     cut = feed(tq.TurboQuantCache(spec), keys, values, steps)
     same_state(settle(cut), settle(whole))
     page, sink = whole.spec.page, whole.spec.sink
-    short = 2048 // page * page
+    short = 1024 // page * page
     q = whole._quantizers.sides.keys
     for start, sample in ((short - page, 32), (short, page)):
         held = q.means.of_pages(start // page, start // page + 1)

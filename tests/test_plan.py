@@ -50,10 +50,10 @@ def test_predicted_bytes_are_those_of_a_filled_cache(spec, dims):
     want = filled(tq.TurboQuantCache(spec), layer, 4000)
     assert abs(got - want) < 0.03 * want
     # Of a short text, the most that it may be, be it a prompt or written.
-    got = Footprint([layer], 0, 0).cache_bytes(2000, parse(spec))
+    got = Footprint([layer], 0, 0).cache_bytes(1000, parse(spec))
     for step in (500, 16):
-        want = filled(tq.TurboQuantCache(spec), layer, 2000, step)
-        assert 0 <= got - want < 0.07 * want
+        want = filled(tq.TurboQuantCache(spec), layer, 1000, step)
+        assert 0 <= got - want < 0.3 * want
 
 
 def test_predicted_windows_too():

@@ -35,7 +35,7 @@ from ..tokens import TILE
 #: longer ones are prefill.
 DECODE_TOKENS = 16
 #: Codes up to which a text is short, rounded down to whole pages.
-SHORT_TEXT = 2048
+SHORT_TEXT = 1024
 
 
 def is_short(step: int) -> bool:

@@ -478,6 +478,18 @@ def test_killed_at_any_moment_it_keeps_what_was_written(tmp_path):
         assert found is None or found[0].tobytes() == whole(record(i, 20_000))
 
 
+def test_what_cannot_be_forgotten_is_said(folder, monkeypatch):
+    """ "Forgotten" is a promise: a folder that is busy has not been emptied."""
+    folder.write([record(1)])
+    other = sqlite3.connect(folder.folder / "index.sqlite", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(SpecError, match=r"cannot empty .* end what uses it"):
+        folder.forget()
+    other.execute("ROLLBACK")
+    other.close()
+    assert folder.forget() == 1000
+
+
 def test_the_command_forgets_and_refuses_in_words(tmp_path, run_cli):
     folder = DiskFolder(tmp_path / "kv", 10**6)
     folder.write([record(1)])
@@ -488,6 +500,10 @@ def test_the_command_forgets_and_refuses_in_words(tmp_path, run_cli):
     code, _, err = run_cli("server", "--kv-dir", str(tmp_path / "kv"))
     assert code == 2
     assert "--kv-dir keeps codes: add for example --kv-bits 3" in err
+    mistyped = str(tmp_path / "vk")
+    code, _, err = run_cli("server", "--kv-dir", mistyped, "--forget")
+    assert (code, os.path.exists(mistyped)) == (2, False)
+    assert f"no kept texts in {mistyped}" in err
     code, _, err = run_cli("server", "--forget")
     assert code == 2
     assert "--forget needs --kv-dir" in err
@@ -535,7 +551,13 @@ def test_a_killed_server_s_successor_goes_on(tmp_path, name):
             answer = json.load(got)
         if kill:
             folder = DiskFolder(tmp_path / "kv", 10**9)
-            until(lambda: folder.nbytes)
+
+            def is_idle():
+                before = folder.nbytes
+                time.sleep(2)
+                return 0 < folder.nbytes == before
+
+            until(is_idle)
             folder.close()
         process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         process.communicate(timeout=LIMIT)

@@ -1,6 +1,7 @@
 """No request ends the server: what each wrong value gets, in OpenAI's error form."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import bench_faults
@@ -11,8 +12,10 @@ from helpers import ROOT
 from serving_faults import ACCEPTED, REFUSED
 from serving_tools import STORY, Running, until
 
+from mlx_turboquant.errors import RequestError
 from mlx_turboquant.integrations import supervision
 from mlx_turboquant.integrations.rows import GuardedBatch
+from mlx_turboquant.serving.fields import CompletionFields, parse
 from mlx_turboquant.serving.service import Limits
 
 USER = [{"role": "user", "content": "Hello"}]
@@ -62,6 +65,27 @@ def test_a_wrong_value_is_refused_by_name(running, name, value, says):
     assert says in error["message"]
     assert error["param"].split(".")[0] == name
     assert running.is_well()
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"prompt": [""] * 300_000}, "prompt is"),
+        ({"prompt": [-1] * 300_000}, "prompt is"),
+        (
+            {"prompt": "a", "logit_bias": {str(i): 1e9 for i in range(200_000)}},
+            "at most 4096 tokens, here are 200000",
+        ),
+    ],
+)
+def test_what_is_wrong_a_million_times_is_said_once(fields, says):
+    """An error for each member would be gigabytes, and seconds for everyone."""
+    body = json.dumps(fields).encode()
+    begun = time.process_time()
+    with pytest.raises(RequestError, match=says) as caught:
+        parse(CompletionFields, body)
+    assert time.process_time() - begun < 1.0
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.parametrize("fields", ACCEPTED, ids=str)

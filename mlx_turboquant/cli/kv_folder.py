@@ -77,8 +77,11 @@ def opened(
             f"--kv-dir {path} begins with the home of nobody here; name another folder"
         ) from None
 
+    from ..conversations.catalog import INDEX
     from ..conversations.disk import DiskFolder
 
+    if forget and not (folder / INDEX).is_file():
+        raise SpecError(f"there are no kept texts in {folder}; name another --kv-dir")
     opened = DiskFolder(folder, limit, most)
     if forget:
         typer.echo(f"{decimal(opened.forget())} forgotten")

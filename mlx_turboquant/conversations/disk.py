@@ -260,13 +260,20 @@ class DiskFolder:
         return 0
 
     def forget(self) -> int:
-        """Empty the folder; returns the bytes that its files had."""
-        size = 0
-        with self._errors("write"):
+        """Empty the folder; returns the bytes that its files had.
+
+        Raises:
+            SpecError: if it cannot be emptied: whoever asks wants to know.
+        """
+        try:
             size = self._catalog.nbytes
             for file in self._catalog.files:
                 self._catalog.drop_file(file)
             self._sweep()
+        except (OSError, sqlite3.Error) as error:
+            raise SpecError(
+                f"cannot empty {self.folder} ({error}); end what uses it and try again"
+            ) from error
         return size
 
     def close(self) -> None:

@@ -38,6 +38,9 @@ _GROUP_SIZES = (16, 32, 64, 128)
 
 def cannot_load(model: str, reason: str) -> UnsupportedModelError:
     """The error for a model that cannot be loaded."""
+    is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        reason = "there is no such folder"  # and it is no name of the hub's either
     return UnsupportedModelError(f"cannot load model {model!r} ({reason})", _REMEDY)
 
 

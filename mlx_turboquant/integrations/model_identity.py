@@ -42,8 +42,10 @@ def identity_of(model: str, adapter: str | None = None) -> str | None:
 
 
 def metadata_of(model: str, adapter: str | None = None) -> dict[str, str]:
-    """What a file says of its model: the name, and the identity if it is known."""
+    """What a file says of its model: where it is, and its identity if that is known."""
     identity = identity_of(model, adapter)
+    if Path(model).is_dir():
+        model = str(Path(model).resolve())  # found from other folders, too
     return {"model": model, **({} if identity is None else {KEY: identity})}
 
 

@@ -45,7 +45,9 @@ class Block(Fields):
     name: Name | None = None
     input: dict[str, Any] | None = None
     tool_use_id: Name | None = None
-    content: str | list[ResultPart] | None = None
+    content: (
+        str | Annotated[list[ResultPart], Field(max_length=4096, fail_fast=True)] | None
+    ) = None
     is_error: bool | None = None
 
 
@@ -60,7 +62,7 @@ class AnthropicMessage(Fields):
     """A message of either side."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[Block], Field(max_length=4096)]
+    content: str | Annotated[list[Block], Field(max_length=4096, fail_fast=True)]
 
 
 class AnthropicTool(Fields):
@@ -95,9 +97,15 @@ class CountFields(Fields):
     """``/v1/messages/count_tokens``."""
 
     model: Name | None = None
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=16384)]
-    system: str | list[SystemPart] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=4096)] | None = None
+    messages: Annotated[
+        list[AnthropicMessage], Field(min_length=1, max_length=16384, fail_fast=True)
+    ]
+    system: (
+        str | Annotated[list[SystemPart], Field(max_length=4096, fail_fast=True)] | None
+    ) = None
+    tools: (
+        Annotated[list[AnthropicTool], Field(max_length=4096, fail_fast=True)] | None
+    ) = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
@@ -150,7 +158,9 @@ class MessagesFields(CountFields):
     temperature: Probability | None = None
     top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    stop_sequences: Annotated[list[Word], Field(max_length=64)] | None = None
+    stop_sequences: (
+        Annotated[list[Word], Field(max_length=64, fail_fast=True)] | None
+    ) = None
     output_config: OutputConfig | None = None
 
 

@@ -28,6 +28,7 @@ from ..errors import RequestError
 #: What mlx-lm calls the model that the server was started with.
 DEFAULT_MODEL = "default_model"
 _INT32 = 2**31 - 1
+_MOST_BIASES = 4096
 _TEMPLATE_ARGUMENTS = frozenset(
     inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 )
@@ -48,6 +49,8 @@ def _whole_numbers(given: Any) -> Any:
     """JSON's names of members as the numbers they spell."""
     if not isinstance(given, dict):
         return given
+    if len(given) > _MOST_BIASES:  # before each is looked at
+        raise ValueError(f"at most {_MOST_BIASES} tokens, here are {len(given)}")
     try:
         return {int(token): bias for token, bias in given.items()}
     except ValueError:
@@ -64,7 +67,6 @@ Token = Annotated[int, Field(ge=0, le=_INT32)]
 LogitBias = Annotated[
     dict[int, Annotated[float, Field(ge=-100, le=100)]],
     BeforeValidator(_whole_numbers),
-    Field(max_length=4096),
 ]
 TemplateVariables = Annotated[
     dict[str, Any], AfterValidator(_without_template_arguments)
@@ -116,7 +118,9 @@ class SamplingFields(Fields):
     logit_bias: LogitBias | None = None
     top_logprobs: Annotated[int, Field(ge=-1, le=20)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: Word | Annotated[list[Word], Field(max_length=64)] | None = None
+    stop: Word | Annotated[list[Word], Field(max_length=64, fail_fast=True)] | None = (
+        None
+    )
     n: Only1 | None = None
 
     def stop_words(self) -> list[str]:
@@ -158,10 +162,14 @@ class Message(Open):
     """A message of a chat."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Annotated[list[Part], Field(max_length=4096)] | None = None
+    content: (
+        str | Annotated[list[Part], Field(max_length=4096, fail_fast=True)] | None
+    ) = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=1024)] | None = None
+    tool_calls: (
+        Annotated[list[ToolCall], Field(max_length=1024, fail_fast=True)] | None
+    ) = None
 
 
 class Function(Open):
@@ -188,8 +196,10 @@ class ResponseFormat(Fields):
 class ChatFields(SamplingFields):
     """``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=16384)]
-    tools: Annotated[list[Tool], Field(max_length=4096)] | None = None
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=16384, fail_fast=True)
+    ]
+    tools: Annotated[list[Tool], Field(max_length=4096, fail_fast=True)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     role_mapping: dict[str, str] | None = None
     chat_template_kwargs: TemplateVariables | None = None
@@ -202,8 +212,8 @@ class CompletionFields(SamplingFields):
 
     prompt: (
         str
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
+        | Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, max_length=1, fail_fast=True)]
     )
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Only1 | None = None

@@ -44,7 +44,7 @@ def identity_of(model: str, adapter: str | None = None) -> str | None:
 def metadata_of(model: str, adapter: str | None = None) -> dict[str, str]:
     """What a file says of its model: where it is, and its identity if that is known."""
     identity = identity_of(model, adapter)
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         model = str(Path(model).resolve())  # found from other folders, too
     return {"model": model, **({} if identity is None else {KEY: identity})}
 

@@ -34,11 +34,20 @@ class Asked:
         running: The server.
         prompt: Its tokens.
         on: Called with each item, in the generation thread.
+        leaves_at: Tokens of the prompt after which its client hangs up; None: never.
     """
 
-    def __init__(self, running, prompt, on=lambda item: None, max_tokens=4, seed=None):
+    def __init__(
+        self,
+        running,
+        prompt,
+        on=lambda item: None,
+        max_tokens=4,
+        seed=None,
+        leaves_at=None,
+    ):
         self.items, self.over = [], threading.Event()
-        self._on = on
+        self._on, self._leaves_at = on, leaves_at
         self.ticket = Ticket(self._take)
         arguments = agents.arguments(max_tokens)
         arguments.seed = seed
@@ -48,6 +57,9 @@ class Asked:
     def _take(self, item):
         self.items.append(item)
         self._on(item)
+        is_progress = isinstance(item, tuple)
+        if self._leaves_at is not None and is_progress and item[0] >= self._leaves_at:
+            self.ticket.cancel()
         if item is None or isinstance(item, Exception):
             self.over.set()
 
@@ -74,11 +86,7 @@ def test_what_was_read_for_a_client_that_left_is_kept():
     try:
         prompt = text_of(running, 400)
 
-        def leave(item):
-            if isinstance(item, tuple) and item[0] >= 192:
-                asked.ticket.cancel()
-
-        asked = Asked(running, prompt, leave)
+        Asked(running, prompt, leaves_at=192)
         until(lambda: len(running.cache))
         assert Asked(running, prompt).cached == 192
         # Another one leaves while it is answered.
@@ -107,11 +115,7 @@ def test_what_is_kept_already_is_not_kept_twice():
         assert Asked(running, prompt).cached == 0
         until(lambda: len(running.cache) == 1)
 
-        def leave(item):
-            if isinstance(item, tuple):
-                asked.ticket.cancel()
-
-        asked = Asked(running, prompt[:200], leave, max_tokens=500)
+        Asked(running, prompt[:200], leaves_at=0, max_tokens=500)
         assert Asked(running, prompt[:50]).cached == 49
         until(lambda: len(running.cache) > 1)
         lengths = [len(entry.tokens) for entry in running.cache._kept]
@@ -130,11 +134,7 @@ def test_states_that_cannot_go_back_are_kept_between_steps_only(tmp_path, hooked
     try:
         prompt = text_of(running, 400)
 
-        def leave(item):
-            if isinstance(item, tuple) and item[0] >= 128:
-                asked.ticket.cancel()
-
-        asked = Asked(running, prompt, leave)
+        Asked(running, prompt, leaves_at=128)
         until(lambda: len(running.cache))
         (kept,) = running.cache._kept
         assert len(kept.tokens) == 128

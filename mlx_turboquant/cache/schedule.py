@@ -130,10 +130,8 @@ class PackingSchedule:
         return max(0, due - self.packed)
 
     def is_due(self, stored: int, step: int) -> bool:
-        """Whether anything is to be encoded when a step of ``step`` was stored."""
-        return stored >= self.next_page_at or (
-            not is_short(step) and self.tokens_due(stored) > 0
-        )
+        """Whether anything is to be encoded behind a step of ``step``: a long one."""
+        return not is_short(step) and self.tokens_due(stored) > 0
 
     @property
     def room(self) -> int:

@@ -253,7 +253,7 @@ def _make_cache(
     leaves = [leaf for _, leaf in labelled_leaves(stored)]
     sizes = {getattr(leaf, "max_size", None) for leaf in leaves}
     if max_kv_size is not None and (
-        max_kv_size not in sizes or any(map(keeps_all, leaves))
+        max_kv_size not in sizes or any(keeps_all([leaf]) for leaf in leaves)
     ):
         raise SpecError(
             f"--max-kv-size {max_kv_size} is for a new cache, and the prompt cache was "

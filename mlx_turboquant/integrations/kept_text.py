@@ -46,7 +46,7 @@ class KeptText:
     @property
     def keeps_all(self) -> bool:
         """Whether it can be cut to any length, as long as it may get."""
-        return all(keeps_all(leaf) for _, leaf in labelled_leaves(self.caches))
+        return keeps_all(self.caches)
 
     def usable(self, common: int) -> int:
         """For how many tokens it is good, of ``common`` that it shares with a text."""

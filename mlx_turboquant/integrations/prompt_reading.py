@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .places import Parts, cut_at_places
-from .stock import keeps_all, labelled_leaves
+from .stock import keeps_all
 
 #: Tokens of a long prompt behind which it is kept, should it be given up.
 _PIECE = 4096
@@ -59,7 +59,7 @@ def segments_of(
         find_parts: Gives the prompt's parts.
         parted: Where other texts parted from it.
     """
-    if all(keeps_all(leaf) for _, leaf in labelled_leaves(cache)):
+    if keeps_all(cache):
         last = len(tokens) - 1
         ends = [0, *range(_PIECE, last, _PIECE), last, len(tokens)]
         segments = [[*tokens[i:j]] for i, j in itertools.pairwise(ends)]

@@ -89,7 +89,7 @@ class SavedTexts:
         sink, page = shapes.pop() if self.is_possible else (0, 1)
         self._sink: int = sink
         self._page: int = page
-        self._keeps_all = all(keeps_all(leaf) for leaf in leaves)
+        self._keeps_all = keeps_all(caches)
         #: Bytes that were written: of pages, and of what is behind the last.
         self.page_bytes = self.tail_bytes = 0
         if not self.is_possible:

@@ -27,7 +27,7 @@ from .model_folder import check_files
 from .prompt_store import UNBOUNDED
 from .reading import SharedReading
 from .speculation import check_rewinds, check_split
-from .stock import keeps_all, labelled_leaves
+from .stock import keeps_all
 
 
 class Provider(host_server.ModelProvider):  # type: ignore[misc]
@@ -84,7 +84,7 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
                 hasattr(cache, "merge") for cache in caches
             )
             self.empty_caches = caches
-            self.keeps_all = all(keeps_all(leaf) for _, leaf in labelled_leaves(caches))
+            self.keeps_all = keeps_all(caches)
         except TurboQuantError:
             self.reset()  # or the next request would find a half-made model
             raise

@@ -115,13 +115,16 @@ def length_of(caches: Iterable[Any]) -> int | None:
     return max((o for o in offsets if isinstance(o, int)), default=None)
 
 
-def keeps_all(leaf: Any) -> bool:
-    """Whether it can be cut to any length, however long its text gets.
+def keeps_all(caches: Iterable[Any]) -> bool:
+    """Whether a prompt cache can be cut to any length, however long its text gets.
 
     Recurrent states cannot, nor windows and chunks that tokens will leave.
     """
-    bounded = hasattr(leaf, "max_size") or hasattr(leaf, "chunk_size")
-    return bool(leaf.is_trimmable()) and not bounded
+    return all(
+        leaf.is_trimmable()
+        and not (hasattr(leaf, "max_size") or hasattr(leaf, "chunk_size"))
+        for _, leaf in labelled_leaves(caches)
+    )
 
 
 def can_go_back(leaf: Any) -> bool:

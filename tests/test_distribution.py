@@ -1,5 +1,6 @@
 """What is released: a wheel and a source archive, built as a release builds them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 from packaging.metadata import Metadata
 
@@ -16,7 +18,8 @@ import mlx_turboquant as tq
 
 TABLES = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT, BUILD = TABLES["project"], TABLES["build-system"]
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FOLDER = ROOT / ".github" / "workflows"
+WORKFLOWS = sorted(FOLDER.glob("*.yml"))
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
@@ -166,22 +169,57 @@ def test_install_lines_name_this_distribution():
     assert {"plots", "vlm"} <= extras <= set(PROJECT["optional-dependencies"])
 
 
+def jobs(name):
+    """Jobs of a workflow."""
+    return yaml.safe_load((FOLDER / f"{name}.yml").read_text())["jobs"]
+
+
+def runs(job):
+    """What the steps of a job run, one after the other."""
+    return "\n".join(step.get("run", "") for step in job["steps"])
+
+
 def test_workflows_run_what_they_pin():
     """A tag of an action can be moved; a commit cannot."""
-    used = [
-        use
-        for path in WORKFLOWS
-        for use in re.findall(r"uses: *(\S+)", path.read_text())
-        if not use.startswith("./")
-    ]
-    assert len(used) > 5
-    for use in used:
+    used = []
+    for path in WORKFLOWS:
+        workflow = yaml.safe_load(path.read_text())
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for job in workflow["jobs"].values():
+            for step in (job, *job.get("steps", ())):
+                used += [step["uses"]] if "uses" in step else []
+                assert "secrets" not in step
+    ours = {use for use in used if use.startswith("./")}
+    assert all((ROOT / use).is_file() for use in ours)
+    assert len(used) - len(ours) > 5
+    for use in set(used) - ours:
         assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", use), use
-    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
-    assert "id-token: write" in text
+
+
+def test_every_python_is_tested_and_tried():
+    versions = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
+    linux, tried = jobs("ci")["linux"], jobs("package")["try"]
+    for job in (linux, tried):
+        assert job["strategy"]["matrix"]["python"] == versions
+    assert ".ci/run" in runs(linux)
+    assert ".ci/try_wheel" in runs(tried)
+    assert all(os.access(ROOT / ".ci" / name, os.X_OK) for name in ("run", "try_wheel"))
+
+
+def test_a_release_waits_for_the_tests():
+    """On Linux and on a Mac, where doctor has the kernels proved as a user's would."""
+    release = jobs("release")
+    called = {name: job["uses"] for name, job in release.items() if "uses" in job}
+    assert set(release["publish"]["needs"]) == called.keys()
+    assert {Path(path).stem for path in called.values()} == {"ci", "package"}
+    assert all(release[name]["needs"] == "tag" for name in called)
+    assert release["publish"]["permissions"] == {"id-token": "write"}
+    text = (FOLDER / "release.yml").read_text()
     assert "secrets." not in text
     assert "password:" not in text
-    versions = re.findall(r"Python :: (3\.\d+)", " ".join(PROJECT["classifiers"]))
-    matrix = (ROOT / ".github" / "workflows" / "package.yml").read_text()
-    tried = re.search(r"python: \[(.*)\]", matrix)[1]
-    assert versions == re.findall(r"3\.\d+", tried)
+    assert Path(jobs("ci")["mac"]["uses"]).stem == "macos"
+    metal = jobs("macos")["metal"]
+    (proof,) = (step for step in metal["steps"] if "doctor" in step.get("run", ""))
+    assert proof["env"] == {"MLX_TQ_BACKEND": ""}
+    (tests,) = (step for step in metal["steps"] if step.get("run") == "make test")
+    assert "continue-on-error" not in tests

@@ -25,6 +25,7 @@ HUB = re.compile(r"mlx-community/[\w.-]+")
 #: Messages in docs/troubleshooting.md that are Python's, MLX's or the system's.
 FOREIGN = {
     "No module named 'mlx_tq'",
+    "module 'mlx_turboquant' has no attribute 'apply'",
     "pip show mlx-turboquant",
     "libmlx.so: cannot open shared object file",
     "KeyError: 'TurboQuantCache'",

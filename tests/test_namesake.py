@@ -41,25 +41,45 @@ def test_a_checkout_under_the_former_name_is_none(tmp_path):
     refuse_namesake(str(tmp_path / "mlx_turboquant"))
 
 
-@pytest.mark.parametrize("last", ["ours", "theirs"])
-def test_whichever_was_installed_last_it_is_said(tmp_path, last):
-    """Their ``__init__`` knows nothing of it, so our commands look as well."""
+def mixed(tmp_path, last):
+    """A folder with files of both."""
     shutil.copytree(PACKAGE, tmp_path / "mlx_turboquant")
     metadata(tmp_path, "mlx_turboquant-0.0.2", "mlx_turboquant/__init__.py")
     if last == "theirs":
         (tmp_path / "mlx_turboquant" / "__init__.py").write_text("")
-    code = "import mlx_turboquant.cli.plan"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
+    return f"two distributions share the folder {tmp_path / 'mlx_turboquant'}"
+
+
+def run(tmp_path, *words):
+    return subprocess.run(
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         cwd=tmp_path,
         env={"PYTHONPATH": str(tmp_path)},
     )
-    assert run.returncode == 1
-    said = run.stderr.splitlines()[-1]
-    folder = tmp_path / "mlx_turboquant"
-    assert said.startswith(f"ImportError: two distributions share the folder {folder}")
+
+
+@pytest.mark.parametrize("last", ["ours", "theirs"])
+def test_whichever_was_installed_last_it_is_said(tmp_path, last):
+    """Their ``__init__`` knows nothing of it, so our commands look as well."""
+    sentence = mixed(tmp_path, last)
+    done = run(tmp_path, "-c", "import mlx_turboquant.cli.plan")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {sentence}")
+
+
+@pytest.mark.parametrize("last", ["ours", "theirs"])
+def test_commands_say_it_in_a_line(tmp_path, last):
+    """As all their errors: no traceback, code 2."""
+    sentence = mixed(tmp_path, last)
+    script = tmp_path / "mlx_tq.plan"
+    script.write_text("from mlx_turboquant.cli.plan import main; main()")
+    for words in ([script], ["-m", "mlx_turboquant", "plan"]):
+        done = run(tmp_path, *words)
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {sentence}")
 
 
 def test_looking_costs_an_import_nothing():
@@ -69,5 +89,5 @@ def test_looking_costs_an_import_nothing():
         "sys.path.insert(0, sys.argv[1]); import namesake; "
         "print(*sorted(set(sys.modules) - before))"
     )
-    run = [sys.executable, "-c", code, str(PACKAGE)]
-    assert subprocess.check_output(run, text=True) == "namesake\n"
+    words = [sys.executable, "-c", code, str(PACKAGE)]
+    assert subprocess.check_output(words, text=True) == "namesake\n"

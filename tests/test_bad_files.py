@@ -1,8 +1,10 @@
 """Prompt-cache files whose checksum is right and whose content is not."""
 
 import json
+import os
 import struct
 import time
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm.models.cache as host_cache
@@ -451,3 +453,33 @@ def test_paths_that_are_none_are_refused_in_a_line(path, states, tmp_path, monke
         "folder",
         "folder.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("plain", r"\(it is a folder\); name a file in it"),
+        ("plain/", r"\(it is a folder\); name a file in it"),
+        ("taken", r"\(it is a folder\); name a file in it"),
+        ("/dev/zero", r"\(it is a device, no regular file\); name another file"),
+        ("pipe", r"\(it is a pipe, no regular file\); name another file"),
+    ],
+)
+def test_what_is_no_file_is_said(path, says, states, tmp_path, monkeypatch):
+    """And no file is written beside it."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("plain", "taken.safetensors"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.iterdir())
+    cache = [tq.TurboQuantCache.from_state(states[0])]
+    with pytest.raises(FormatError, match=says):
+        tq.load_prompt_cache(path)
+    with pytest.raises(SpecError, match=says):
+        tq.save_prompt_cache(path, cache)
+    assert sorted(tmp_path.iterdir()) == before
+    assert not Path("/dev/zero.safetensors").exists()
+    if path == "plain":  # as it names the file when there is one
+        tq.save_prompt_cache("plain/c", cache)
+        (tmp_path / "plain" / "c.safetensors").rename("plain.safetensors")
+        assert len(tq.load_prompt_cache(path)) == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import socket
 import types
 
@@ -12,6 +13,7 @@ import tiny_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_lm import models
 from mlx_lm.models import llama
 from tiny_folder import CONFIG, WORDS
 from typer.testing import CliRunner
@@ -83,6 +85,7 @@ CONFIGS = {
     "deep": (b"[" * 100_000, "is not JSON"),
     "no type": (b"{}", "has no model_type"),
     "unknown type": (b'{"model_type": "none.such"}', "not supported"),
+    "no package": (b'{"model_type": "olmo"}', "(To run olmo install ai2-olmo"),
     "no model": (b'{"model_type": "base"}', "has no attribute"),
 }
 
@@ -92,6 +95,33 @@ def test_what_is_no_config_is_refused(case, folder):
     content, says = CONFIGS[case]
     (folder / "config.json").write_bytes(content)
     assert says in refused(folder)
+
+
+def test_fields_that_are_missing_are_named(folder):
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    line = refused(folder)
+    assert "(config.json has no hidden_size, num_hidden_layers, " in line
+    assert "rms_norm_eps, vocab_size, which ModelArgs needs); give a folder" in line
+
+
+def test_missing_fields_are_named_for_every_type():
+    """Whatever classes mlx-lm has for configs and their parts."""
+    named = 0
+    for module in pkgutil.iter_modules(models.__path__):
+        config = {"model_type": module.name}
+        for part in ("text_config", "vision_config"):
+            try:
+                _, args_class = model_folder.classes_of(config)
+            except (AttributeError, ValueError):
+                continue  # no model's module
+            try:
+                args_class.from_dict(config)
+            except Exception as error:
+                said = model_folder.first_line(error)
+                assert "__init__" not in said
+                named += said.startswith("config.json has no ")
+            config[part] = {}
+    assert named > 100
 
 
 VALUES = {

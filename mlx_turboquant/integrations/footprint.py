@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from mlx_lm.utils import _get_classes as classes_of
 from mlx_lm.utils import load_config
 
 from ..entries import CacheEntry
@@ -24,7 +23,7 @@ from ..errors import TurboQuantError, UnsupportedModelError
 from ..memory import CHUNK, IN_FLIGHT, Footprint
 from . import probe
 from .loading import context_length, is_cast_for_device
-from .model_folder import cannot_load, first_line, read_config
+from .model_folder import cannot_load, classes_of, first_line, read_config
 from .stock import stock_caches
 
 _INDEX = "model.safetensors.index.json"

@@ -26,8 +26,9 @@ def load(
     model_config: dict[str, Any] | None = None,
     revision: str | None = None,
     lazy: bool = False,
+    return_config: bool = False,
     trust_remote_code: bool = False,
-) -> tuple[nn.Module, Any]:
+) -> tuple[Any, ...]:
     """Load ``(model, tokenizer)`` from a folder or a hub id, as ``mlx_lm.load`` does.
 
     On MLX's CPU device the weights become float32: products of fp16, bf16 and
@@ -40,6 +41,7 @@ def load(
         model_config: Values that win over those of ``config.json``.
         revision: Of a hub id.
         lazy: Leave weights on disk until they are used.
+        return_config: Return the config as well, as the third.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
@@ -56,7 +58,7 @@ def load(
             folder,
             lazy,
             model_config=model_config,
-            get_model_classes=model_folder.checked_model(host._get_classes),
+            get_model_classes=model_folder.checked_model,
             trust_remote_code=trust_remote_code,
         )
         if adapter_path is not None:
@@ -72,7 +74,7 @@ def load(
         reason = model_folder.first_line(error)
         raise model_folder.cannot_load(model, reason) from error
     cast_for_device(network)
-    return network, tokenizer
+    return (network, tokenizer, config) if return_config else (network, tokenizer)
 
 
 def is_cast_for_device() -> bool:

@@ -7,13 +7,17 @@ on some sizes that do not fit one another, instead of an error.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm import utils as host
 
 from ..errors import UnsupportedModelError
 from ..regular import check_regular
@@ -34,6 +38,10 @@ _POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta
 #: An axis of MLX is shorter.
 _MOST = 2**31 - 1
 _GROUP_SIZES = (16, 32, 64, 128)
+#: How Python says that a config, or a part of it, leaves fields of its class out.
+_MISSING = re.compile(
+    r"(\w*(?:Args|Config))\.__init__\(\) missing \d+ required [\w-]+ arguments?: (.+)"
+)
 
 
 def cannot_load(model: str, reason: str) -> UnsupportedModelError:
@@ -48,6 +56,9 @@ def first_line(error: BaseException) -> str:
     """What an error says, on one line."""
     if isinstance(error, KeyError):
         return f"no {error}"
+    if missing := _MISSING.search(str(error)):
+        names = ", ".join(re.findall(r"'(\w+)'", missing[2]))
+        return f"config.json has no {names}, which {missing[1]} needs"
     lines = str(error).strip().splitlines()
     return (
         " ".join(line.strip() for line in lines[:2]) if lines else type(error).__name__
@@ -136,34 +147,42 @@ def _check_quantization(values: Mapping[str, Any], model: str) -> None:
         raise cannot_load(model, f"quantization bits {bits!r} are outside 2..8")
 
 
-def checked_model(
-    classes: Callable[[dict[str, Any]], tuple[type[nn.Module], Any]],
-) -> Callable[[dict[str, Any]], tuple[Callable[[Any], nn.Module], Any]]:
-    """mlx-lm's ``get_model_classes``, for models that look at weights given to them.
+def classes_of(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's classes of a model and of its config.
 
-    Args:
-        classes: mlx-lm's own.
+    Raises:
+        ValueError: if it has none; also where it would end the process, as for a type
+            whose own package is not installed.
     """
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            found: tuple[type[nn.Module], Any] = host._get_classes(config)
+        except SystemExit as error:
+            reason = said.getvalue().strip() or f"it ends with {error.code}"
+            raise ValueError(reason) from error
+    return found
 
-    def of_config(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], Any]:
-        model_class, args_class = classes(config)
 
-        def build(args: Any) -> nn.Module:
-            model = model_class(args)
-            sanitize = getattr(model, "sanitize", None)
+def checked_model(
+    config: dict[str, Any],
+) -> tuple[Callable[[Any], nn.Module], Any]:
+    """`classes_of`, for models that look at weights given to them."""
+    model_class, args_class = classes_of(config)
 
-            def checked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
-                del model.sanitize  # the instance's; the class's stays
-                weights = weights if sanitize is None else sanitize(weights)
-                _check_groups(model, weights)
-                return weights
+    def build(args: Any) -> nn.Module:
+        model = model_class(args)
+        sanitize = getattr(model, "sanitize", None)
 
-            model.sanitize = checked
-            return model
+        def checked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            del model.sanitize  # the instance's; the class's stays
+            weights = weights if sanitize is None else sanitize(weights)
+            _check_groups(model, weights)
+            return weights
 
-        return build, args_class
+        model.sanitize = checked
+        return model
 
-    return of_config
+    return build, args_class
 
 
 def _check_groups(model: nn.Module, weights: Mapping[str, mx.array]) -> None:

@@ -6,6 +6,7 @@ itself `prompt_headers`'s, and whether it is a model's `prompt_fit`'s.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 from ..atomic import replacing
 from ..entries import PromptCache
 from ..errors import FormatError, SpecError, TurboQuantError, UnsupportedError
+from ..regular import check_regular
 from . import hook, prompt_fit, prompt_headers
 from .model_folder import first_line
 
@@ -70,8 +72,8 @@ def checked_target(path: str | Path) -> Path:
     """
     try:
         file = _with_suffix(path)
-        if file.is_dir():
-            raise IsADirectoryError(21, "Is a directory", str(file))
+        # A file beside it, with the suffix, is not what a folder's name asks for.
+        _check_kinds(Path(path), file)
         if not file.parent.is_dir():
             raise FileNotFoundError(2, f"there is no folder {file.parent}", str(file))
     except (OSError, ValueError) as error:
@@ -113,9 +115,9 @@ def load_prompt_cache(
         if sample is not None:
             prompt_fit.check_sample(cache, sample)
     except Exception as error:  # whatever a stranger's file makes of it
+        other = _another(error) or "make it again with tq.save_prompt_cache"
         raise FormatError(
-            f"cannot read a prompt cache from {path} ({_reason(error)}); "
-            "make it again with tq.save_prompt_cache"
+            f"cannot read a prompt cache from {path} ({_reason(error)}); {other}"
         ) from error
     if model is not None:
         prompt_fit.check(model, cache, str(path))
@@ -140,14 +142,24 @@ def check_cache(model: nn.Module, cache: Sequence[Any], name: str) -> None:
 
 def _existing(path: str | Path) -> Path:
     """The file that is there, with the suffix or without it."""
-    file = Path(path)
-    if not file.is_file():
-        file = _with_suffix(path)
-    if file.is_dir():
-        raise IsADirectoryError(21, "Is a directory", str(path))
-    if not file.is_file():
-        raise FileNotFoundError(2, "there is no such file", str(path))
-    return file
+    named = [Path(path), _with_suffix(path)]
+    for file in named:
+        if file.is_file():
+            return file
+    _check_kinds(*named)
+    raise FileNotFoundError(2, "there is no such file", str(path))
+
+
+def _check_kinds(*paths: Path) -> None:
+    """Make sure that each is of a file, or of nothing.
+
+    Raises:
+        OSError: if one is not.
+    """
+    for path in paths:
+        check_regular(path)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
 
 
 def _with_suffix(path: str | Path) -> Path:
@@ -161,9 +173,18 @@ def _with_suffix(path: str | Path) -> Path:
 
 
 def _cannot_write(path: str | Path, error: Exception) -> SpecError:
+    other = _another(error) or "name another file"
     return SpecError(
-        f"cannot write a prompt cache to {path} ({_reason(error)}); name another file"
+        f"cannot write a prompt cache to {path} ({_reason(error)}); {other}"
     )
+
+
+def _another(error: Exception) -> str | None:
+    """What to do about a path of something that is no file; None if it is a file's."""
+    if isinstance(error, IsADirectoryError):
+        return "name a file in it"
+    is_odd = isinstance(error, OSError) and error.errno == errno.EINVAL
+    return "name another file" if is_odd else None
 
 
 def _reason(error: Exception) -> str:

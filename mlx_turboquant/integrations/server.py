@@ -22,7 +22,7 @@ from ..spec import CacheSpec
 from . import proofs
 from .chat_template import use_default
 from .factory import apply
-from .loading import cast_for_device, check_context
+from .loading import cast_for_device, check_context, load
 from .model_folder import check_files
 from .prompt_store import UNBOUNDED
 from .reading import SharedReading
@@ -50,6 +50,7 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
         self.uses_default_template = options.use_default_chat_template
         own = {"use_default_chat_template": False}
         super().__init__(argparse.Namespace(**{**vars(options), **own}))
+        host_server.load = load  # with the checks that all commands make
         self.spec, self.draft_spec, self.max_kv_size = spec, draft_spec, max_kv_size
 
     def _load(

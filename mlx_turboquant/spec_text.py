@@ -53,8 +53,9 @@ def read_spec(
     if budget is not None:
         return names, bits, options | {"budget": budget}
     if chosen_later:
+        (said, *_) = sorted(chosen_later)
         raise SpecError(
-            f"budget= and quality= choose the bits, and {head} says them; "
+            f"{said}= is for bits that are chosen, and {head} says them; "
             "write 'auto' in its place"
         )
     return names, bits, options

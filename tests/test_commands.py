@@ -79,13 +79,12 @@ def test_a_plan(run_cli):
     code, out, err = run_cli("plan", "--model", MODEL, "--memory", "0.096GB", "3", "2")
     assert code == 0, err
     rows = dict(re.findall(r"^(fp32|k\dv\d) +(\d+) ", out, re.M))
-    peaks = [float(mb) for mb in re.findall(r"([\d.]+) MB +[\d.]+$", out, re.M)]
+    peaks = [float(mb) for mb in re.findall(r"([\d.]+) MB(?: +[\d.]+)?$", out, re.M)]
     assert peaks == sorted(peaks, reverse=True)
     assert len(set(peaks)) == 3
     fits = [int(rows[name]) for name in ("fp32", "k3v3", "k2v2")]
     assert fits == sorted(fits)
     assert 0 < fits[0] < fits[1] < 8192
-    assert "no Mac has been measured" in out
 
 
 def test_generate_warns_before_memory_runs_out(run_cli, monkeypatch):

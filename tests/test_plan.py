@@ -9,8 +9,10 @@ import mlx.core as mx
 import pytest
 import tiny_models
 from helpers import MODEL, attend
+from typer.testing import CliRunner
 
 import mlx_turboquant as tq
+from mlx_turboquant.cli import app
 from mlx_turboquant.entries import CacheEntry, nbytes_of
 from mlx_turboquant.errors import UnsupportedModelError
 from mlx_turboquant.integrations.footprint import footprint, of_network
@@ -100,6 +102,23 @@ def test_speed_at_best_grows_with_the_text_and_never_beats_the_bytes():
     ratio = model.cache_bytes(10**6) / model.cache_bytes(10**6, parse("3"))
     assert speeds[-1] < ratio
     assert model.speed(10**5, parse("4,codec=research.affine")) is None
+
+
+@pytest.mark.parametrize("is_nvidia", [False, True])
+def test_speed_is_said_only_where_decoding_was_timed(is_nvidia, monkeypatch):
+    """What codes cost to decode is an H100's: of a Mac or a CPU it says nothing."""
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: is_nvidia)
+    args = ["plan", "3", "--model", str(MODEL), "--memory", "0.1GB", "--kv-memory=9MB"]
+    out = CliRunner().invoke(app.main, args).output
+    (head,) = (line for line in out.splitlines() if line.startswith("cache "))
+    (row,) = (line for line in out.splitlines() if line.startswith("k3v3 "))
+    columns, cells = re.split(r"  +", head), re.split(r"  +", row)
+    assert len(columns) == len(cells)
+    assert ("speed at best" in columns) == ("NVIDIA H100" in out) == is_nvidia
+    if is_nvidia:
+        assert 1 < float(cells[columns.index("speed at best")]) < 5
+    else:
+        assert "speed: said on NVIDIA GPUs alone" in out
 
 
 def test_of_experts_only_those_chosen_are_read():

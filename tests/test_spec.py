@@ -3,6 +3,7 @@ from cases import each_codec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_turboquant.cli.options import cache_spec
 from mlx_turboquant.codecs import codec_info, codec_names
 from mlx_turboquant.errors import SpecError, TurboQuantError
 from mlx_turboquant.spec import CENTERS, QUALITIES, CacheSpec, CodecSpec
@@ -145,3 +146,20 @@ def test_bad_text_names_the_value_and_a_way_out(text, names):
     assert names in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, TurboQuantError | ValueError)
+
+
+@pytest.mark.parametrize("bits", ["3", "3.25", "k4v3", "auto,budget=3", "2,window=64"])
+def test_a_quality_beside_bits_names_what_was_typed(bits):
+    with pytest.raises(SpecError) as caught:
+        cache_spec(bits, None, "small")
+    said = str(caught.value)
+    assert f"--kv-quality is for --kv-bits auto, and --kv-bits {bits} says" in said
+    assert "budget= " not in said
+    for option in ("quality=small", "budget=3"):
+        with pytest.raises(SpecError, match=f"{option.partition('=')[0]}= is for bits"):
+            CacheSpec.parse(f"3,{option}")
+    assert cache_spec("auto,window=64", "trellis", "small") == CacheSpec.parse(
+        "auto,window=64,codec=trellis,quality=small"
+    )
+    with pytest.raises(SpecError, match="--kv-quality 'tiny' is unknown"):
+        cache_spec("auto", None, "tiny")

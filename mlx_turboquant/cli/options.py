@@ -174,10 +174,23 @@ def cache_spec(
     """The spec that the three ``--kv`` options say, or None without ``--kv-bits``.
 
     Raises:
-        SpecError: for a bad value, or a companion without ``--kv-bits``.
+        SpecError: for a bad value, a companion without ``--kv-bits``, or a quality
+            beside bits that say themselves what they are.
     """
     if kv_bits is not None:
-        return CacheSpec.parse(kv_bits, codec=kv_codec, quality=kv_quality)
+        if kv_quality not in (None, *QUALITIES):
+            raise SpecError(
+                f"--kv-quality {shown(kv_quality)} is unknown; use one of "
+                f"{', '.join(QUALITIES)}"
+            )
+        spec = CacheSpec.parse(kv_bits, codec=kv_codec)
+        if kv_quality is not None and spec.quality is None:
+            raise SpecError(
+                f"--kv-quality is for --kv-bits auto, and --kv-bits {kv_bits} says how "
+                f"many; write --kv-bits auto --kv-quality {kv_quality}, or leave "
+                "--kv-quality out"
+            )
+        return CacheSpec.parse(spec, quality=kv_quality)
     if kv_quality is not None:
         raise SpecError("--kv-quality needs --kv-bits auto")
     if kv_codec is not None:

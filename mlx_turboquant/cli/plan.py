@@ -87,10 +87,18 @@ def plan(
             return []
         return [str(footprint.tokens_in_cache(kv_bytes, stored))]
 
+    # What decoding costs was measured on an NVIDIA GPU: it says nothing of others.
+    is_timed = mx.cuda.is_available()
+
+    def timed(stored: CacheSpec | None) -> list[str]:
+        if not is_timed:
+            return []
+        speed = 1.0 if stored is None else footprint.speed(at_tokens, stored)
+        return ["not timed" if speed is None else f"{speed:.2f}"]
+
     rows = []
     fits = zip([None, *presets], [fp16_tokens, *fitting_tokens], strict=True)
     for stored, fitting in fits:
-        speed = 1.0 if stored is None else footprint.speed(at_tokens, stored)
         peak = footprint.weights + footprint.prompt_bytes(at_tokens, stored)
         rows.append(
             (
@@ -98,7 +106,7 @@ def plan(
                 str(fitting),
                 decimal(footprint.cache_bytes(at_tokens, stored)),
                 decimal(peak),
-                "not timed" if speed is None else f"{speed:.2f}",
+                *timed(stored),
                 *served(stored),
             )
         )
@@ -106,16 +114,19 @@ def plan(
     print_table(
         rows,
         head=(
-            *("cache", "tokens that fit", "cache", "peak", "speed at best"),
+            *("cache", "tokens that fit", "cache", "peak"),
+            *(("speed at best",) if is_timed else ()),
             *(() if kv_memory is None else (f"in {kv_memory} of cache",)),
         ),
         right_aligned=(1, 2, 3, 4, 5),
     )
+    typer.echo("\npeak: while the prompt is read in chunks of 2048, weights included")
     typer.echo(
-        "\npeak: while the prompt is read in chunks of 2048, weights included\n"
         f"speed at best: tokens per second over {plain}'s at that length if reading "
         "memory\nis all that takes time, codes counted as often as their decoding was "
-        "measured to\ncost on an NVIDIA H100; no Mac has been measured"
+        "measured to\ncost on an NVIDIA H100"
+        if is_timed
+        else "speed: said on NVIDIA GPUs alone, on which what decoding costs was timed"
     )
     if fp16_tokens == 0:
         typer.echo("the weights alone do not fit", err=True)

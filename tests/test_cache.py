@@ -252,6 +252,19 @@ def test_bytes_at_8k_tokens(dtype):
     assert cache.state["recent:keys"].dtype == dtype
 
 
+@pytest.mark.parametrize("count", [1, 20, 32, 42, 164, 165, 200, 400, 1200])
+@pytest.mark.parametrize("steps", [[1200], [100, 1]])
+def test_a_loaded_cache_takes_what_the_kept_one_does(count, steps):
+    """Of a short text not a whole page's buffer, as while it is written."""
+    count = min(count, 400) if len(steps) > 1 else count
+    for cache in (tq.TurboQuantCache(3), tq.RotatingTurboQuantCache(3, max_size=512)):
+        feed(cache, tokens(count), tokens(count, DV), steps)
+        again = type(cache).from_state(cache.state)
+        assert again.nbytes == cache.nbytes
+        few = tokens(20, seed=5), tokens(20, DV, seed=5)
+        assert feed(again, *few, [1]).nbytes == feed(cache, *few, [1]).nbytes
+
+
 def test_buffers_are_not_copied_every_step():
     """Growth is by capacity: the buffer's size changes once per 256 tokens."""
     store = TokenArrays(growth=256)

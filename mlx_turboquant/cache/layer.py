@@ -313,6 +313,8 @@ class TurboQuantCache(SequenceCache):
             quantizers.trim(tokens.length)
         self.offset = self._tokens.length
         self._set_packed(self._tokens.packed_length)
+        if tokens.packed_length:  # a buffer as packing leaves
+            tokens.recent.replace(tokens.recent.views(), self._schedule.room)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> TurboQuantCache:

@@ -263,4 +263,4 @@ class StoredTokens:
             }
             self.table.extend(codes)
             self._codes_changed()
-        self.recent.replace(groups["recent"])
+        self.recent.replace(groups["recent"], room=_SHORT)

@@ -48,6 +48,8 @@ layers of the tiny models, most of which have four. *In slanted letters:* what m
 model's logits that is no fault of its cache (`tests/test_models.py` compares it with as
 much noise on mlx-lm's own caches).
 
+<!-- not measured: layers of tiny models, held by tests -->
+
 | model type | codes | sliding | decoded | left to mlx-lm |
 |---|---|---|---|---|
 """

@@ -8,12 +8,15 @@ The numbers of a row must then stand together in at most so many lines of these 
 (one, unless said otherwise), rounded to the digits that are quoted; an entry of a JSON
 file is a line. Column 6 here is column 3 over column 5. With ``thousands``, numbers in
 the files may be thousands of those quoted (MB and GB). A paragraph's numbers may stand
-in any lines. Code is no number. A table that quotes no run says so:
+in any lines. ``log:scale-search`` is a section of dev/LOG.md, by the beginning of its
+heading (all that begin so). Code is no number. A table that quotes no run says so:
 <!-- not measured: why -->.
 """
 
+import functools
 import json
 import re
+import tomllib
 
 import draw_frontier
 import model_apple
@@ -25,19 +28,7 @@ import mlx_turboquant as tq
 
 RESULTS = ROOT / "benchmarks" / "results"
 #: Pages on which a table of numbers has to say where they are from.
-PAGES = [ROOT / "README.md"] + [
-    ROOT / "docs" / f"{name}.md"
-    for name in (
-        "codecs",
-        "limits",
-        "mac",
-        "quality",
-        "quickstart",
-        "serving",
-        "settings",
-        "speed",
-    )
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = re.compile(r"<!-- (?:numbers|(not measured)): ([^>]*?) -->")
 NUMBER = re.compile(
     r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)?(?:(?<!\.)\.\d+)?(?:(?<=\d)e-?\d+)?"
@@ -81,8 +72,25 @@ class Source:
         self.lines = [line for name in names for line in read(name)]
 
 
+@functools.cache
+def log():
+    """Sections of dev/LOG.md by heading, in words with hyphens, without its date."""
+    sections = re.split(r"^## ", (ROOT / "dev" / "LOG.md").read_text(), flags=re.M)
+    texts = {}
+    for section in sections[1:]:
+        heading, _, text = section.partition("\n")
+        words = re.sub(r"\d{4}-\d\d-\d\d", "", heading).lower()
+        texts[re.sub(r"\W+", "-", words).strip("-")] = text
+    return texts
+
+
+@functools.cache
 def read(name):
-    text = (RESULTS / name).read_text()
+    if name.startswith("log:"):
+        text = "\n".join(log()[key] for key in log() if key.startswith(name[4:]))
+        assert text, name
+    else:
+        text = (RESULTS / name).read_text()
     if name.endswith(".json"):
         return [Line(json.dumps(entry)) for entry in json.loads(text).values()]
     return [Line(line) for line in text.splitlines()]
@@ -180,6 +188,24 @@ def test_the_readme_quotes_runs():
     assert {"eval-cpu.txt", "step-h100.txt", "memory-h200.txt", "plan.txt"} <= named
 
 
+def test_the_headline_is_what_the_table_below_it_says():
+    """How much longer: 16 bits over those of our first and last settings."""
+    source = Source("eval-cpu.txt")
+    (table,) = (
+        lines for comment, lines in blocks(PAGES[0]) if comment == "eval-cpu.txt"
+    )
+    ours = [cells for line, cells in rows_of(table) if "--kv-bits" in line]
+    bits = [float(numbers_in(cells[1])[0]) for cells in ours]
+    assert len(bits) == 4
+    assert all(any(x.has(f"{b}", (1,)) for x in source.lines) for b in bits)
+    least, most = (int(16 / b) for b in (max(bits), min(bits)))
+    said = f"contexts {least} to {most} times as long in the same memory"
+    first = (ROOT / "README.md").read_text().split("\n\n")[1]
+    assert first.endswith(f"at 2 to {max(bits):.0f} bits instead of 16: {said}.")
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert about["description"].endswith(said)
+
+
 def test_a_wrong_number_is_seen(tmp_path):
     """A digit, a number of another row, one digit more than there is."""
     page = tmp_path / "page.md"
@@ -196,6 +222,9 @@ def test_a_wrong_number_is_seen(tmp_path):
         assert (not list(untrue(page))) == fine, row
     page.write_text(table.partition("\n\n")[2].format("8 GB"))
     assert list(untrue(page))
+    for number, fine in ((".946", True), (".947", False), ("0.95", True)):
+        page.write_text(f"<!-- numbers: log:scale-search -->\n\nThree bits: {number}.\n")
+        assert (not list(untrue(page))) == fine, number
 
 
 def test_the_plan_is_what_the_code_says():

@@ -1,6 +1,6 @@
 """The openai package against mlx_tq.server, which runs beside this:
 
-    pip install '.[server]'
+    pip install 'mlx-tq[server]'
     mlx_tq.server --model mlx-community/Llama-3.2-3B-Instruct-4bit --kv-bits 4
 
 python openai_client.py [http://127.0.0.1:8080/v1]

@@ -112,15 +112,26 @@ def test_its_metadata_is_valid_and_says_what_the_project_does(built):
 
 
 def check_description(shown):
-    """README.md, less what an index that has this text alone could not open."""
+    """README.md, less what an index that has this text alone could not open.
+
+    Nor does it say that the project is not there, or how to install from a clone.
+    """
     targets = re.findall(r"\]\(([^)]*)\)", shown)
     assert len(targets) >= 2
     assert [t for t in targets if not t.startswith("https://")] == []
     assert "<!--" not in shown
-    readme = (ROOT / "README.md").read_text()
-    kept = re.sub(
-        r"<!--.*-->|!\[.*\)", "", readme
-    )  # comments and pictures: a line each
+    for of_clones in ("not on PyPI", "pip install .", "'.[", "git clone", "make demo"):
+        assert of_clones not in shown
+    assert "pip install mlx-tq " in shown
+    readme, count = re.subn(
+        "<!-- clone -->.*?<!-- /clone -->",
+        "",
+        (ROOT / "README.md").read_text(),
+        flags=re.S,
+    )
+    assert count == 1
+    # Comments and pictures: a line each.
+    kept = re.sub(r"<!--.*-->|!\[.*\)", "", readme)
     kept = re.sub(r"\]\((?!https)[^)]*\)", "", kept)
     words = [re.findall(r"[\w.%]+", text) for text in (shown, kept)]
     assert words[0] == words[1]
@@ -167,6 +178,22 @@ def test_install_lines_name_this_distribution():
     assert found == {"mlx-tq"}
     extras = {name for line in lines for name in re.findall(r"mlx-tq\[(\w+)\]", line)}
     assert {"plots", "vlm"} <= extras <= set(PROJECT["optional-dependencies"])
+
+
+def test_only_whoever_has_a_clone_is_told_to_install_from_it():
+    """Where the package is, pip adds an extra by its name, whether released or not."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = {
+        path.name
+        for path in [*pages, *(ROOT / "mlx_turboquant").rglob("*.py")]
+        if re.search(r"pip install '?\.", path.read_text())
+    }
+    assert found == {"README.md", "quickstart.md"}
+    for name in found:
+        path = next(page for page in pages if page.name == name)
+        before, _, behind = path.read_text().partition("git clone ADDRESS")
+        assert "not on PyPI" in before[-300:]
+        assert behind.count("pip install .") == 1
 
 
 def jobs(name):

@@ -223,7 +223,7 @@ def test_a_wrong_number_is_seen(tmp_path):
     page.write_text(table.partition("\n\n")[2].format("8 GB"))
     assert list(untrue(page))
     for number, fine in ((".946", True), (".947", False), ("0.95", True)):
-        page.write_text(f"<!-- numbers: log:scale-search -->\n\nThree bits: {number}.\n")
+        page.write_text(f"<!-- numbers: log:scale-search -->\n\nThree bits: {number}\n")
         assert (not list(untrue(page))) == fine, number
 
 

@@ -161,5 +161,5 @@ def test_a_quality_beside_bits_names_what_was_typed(bits):
     assert cache_spec("auto,window=64", "trellis", "small") == CacheSpec.parse(
         "auto,window=64,codec=trellis,quality=small"
     )
-    with pytest.raises(SpecError, match="--kv-quality 'tiny' is unknown"):
+    with pytest.raises(SpecError, match="--kv-quality tiny is none of lossless"):
         cache_spec("auto", None, "tiny")

@@ -14,8 +14,8 @@ from mlx_turboquant.errors import UnsupportedModelError
 HEAD = """\
 
 The same for models that [mlx-vlm](https://github.com/Blaizzy/mlx-vlm) 0.7.10 loads
-(`pip install 'mlx-tq[vlm]'`): tiny random ones (`tests/tiny_vlms.py`), each with an image, a
-video or a sound of its own that goes through its own tower; made by
+(`pip install 'mlx-tq[vlm]'`): tiny random ones (`tests/tiny_vlms.py`), each with an
+image, a video or a sound of its own that goes through its own tower; made by
 `python tests/vlm_table.py` and held by `tests/test_vlms.py`, which compares what
 mlx-vlm's own loop says behind a prompt in two chunks, over six decode steps at 8 bits,
 with mlx-vlm's own caches (less than 1% of the spread apart), and a step behind a prompt

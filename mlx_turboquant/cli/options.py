@@ -105,7 +105,6 @@ DraftModel = Annotated[
 NumDraftTokens = Annotated[
     int, typer.Option(min=1, max=1024, help="Tokens drafted at a time.")
 ]
-
 Pipeline = Annotated[
     bool,
     typer.Option(help="Under mlx.launch: split by layers, not by tensors."),
@@ -140,7 +139,6 @@ KvQuality = Annotated[
         help=f"For --kv-bits auto: {', '.join(QUALITIES)} (default: balanced)."
     ),
 ]
-
 QuantizeActivations = Annotated[
     bool,
     typer.Option(
@@ -174,21 +172,18 @@ def cache_spec(
     """The spec that the three ``--kv`` options say, or None without ``--kv-bits``.
 
     Raises:
-        SpecError: for a bad value, a companion without ``--kv-bits``, or a quality
-            beside bits that say themselves what they are.
+        SpecError: for a bad value, or a companion that --kv-bits has no use for.
     """
     if kv_bits is not None:
         if kv_quality not in (None, *QUALITIES):
             raise SpecError(
-                f"--kv-quality {shown(kv_quality)} is unknown; use one of "
-                f"{', '.join(QUALITIES)}"
+                f"--kv-quality {kv_quality} is none of {', '.join(QUALITIES)}"
             )
         spec = CacheSpec.parse(kv_bits, codec=kv_codec)
         if kv_quality is not None and spec.quality is None:
             raise SpecError(
                 f"--kv-quality is for --kv-bits auto, and --kv-bits {kv_bits} says how "
-                f"many; write --kv-bits auto --kv-quality {kv_quality}, or leave "
-                "--kv-quality out"
+                "many; write --kv-bits auto, or leave --kv-quality out"
             )
         return CacheSpec.parse(spec, quality=kv_quality)
     if kv_quality is not None:

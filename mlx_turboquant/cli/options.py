@@ -18,7 +18,6 @@ DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
 #: MLX counts an axis in 32 bits; texts are shorter.
 MOST_TOKENS = 2**31 - 1
-
 Model = Annotated[
     str | None,
     typer.Option(help=f"A model folder or hub id. Default: {DEFAULT_MODEL}."),
@@ -147,7 +146,6 @@ QuantizeActivations = Annotated[
         help="Quantize activations as the weights of each layer are (nvfp4 or mxfp8).",
     ),
 ]
-
 #: Of mlx-lm's own quantization, for an error that says what takes their place.
 GroupSize = Annotated[
     str | None, typer.Option("--kv-group-size", hidden=True, help="mlx-lm's.")
@@ -176,9 +174,8 @@ def cache_spec(
     """
     if kv_bits is not None:
         if kv_quality not in (None, *QUALITIES):
-            raise SpecError(
-                f"--kv-quality {kv_quality} is none of {', '.join(QUALITIES)}"
-            )
+            names = ", ".join(QUALITIES)
+            raise SpecError(f"--kv-quality {kv_quality} is none of {names}")
         spec = CacheSpec.parse(kv_bits, codec=kv_codec)
         if kv_quality is not None and spec.quality is None:
             raise SpecError(

@@ -78,8 +78,9 @@ def measure(python: str, extra: str) -> dict[str, float | str]:
         timed(python, "-m", "venv", tools)
         timed(tools / "bin" / "pip", "install", "--quiet", "uv", "pipx")
         empty = {"UV_CACHE_DIR": f"{folder}/uv", "PIPX_HOME": f"{folder}/pipx"}
-        for name, (program, *words) in RUNNERS.items():
-            run = (tools / "bin" / program, *words, target, *CHAT)
+        for name, (program, *words, spec) in RUNNERS.items():
+            here = (tools / "bin" / program, *words, "--python", python)
+            run = (*here, spec, target, *CHAT)
             for start in ("first", "second"):
                 # pipx may have uv do its work, which has a cache: each begins without.
                 env = {key: f"{path}-{name}" for key, path in empty.items()}

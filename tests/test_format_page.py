@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT, stored
 
 import mlx_turboquant as tq
+from mlx_turboquant.cache.state import FORMAT_VERSION
 from mlx_turboquant.polynomial import coefficients
 
 PAGE = (ROOT / "docs" / "format.md").read_text()
@@ -22,6 +23,15 @@ def reader():
     names = {}
     exec(compile(code, "docs/format.md", "exec"), names)
     return names
+
+
+def test_the_changelog_has_every_version_of_the_format():
+    """Under one heading, the newest first."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = [int(n) for n in re.findall(r"^- Version (\d+)", text, re.M)]
+    assert versions == list(range(FORMAT_VERSION, 0, -1))
+    assert "*Format*" not in text.partition("## Unreleased")[2]
+    assert PAGE.startswith(f"# The saved format, version {FORMAT_VERSION}\n")
 
 
 @pytest.mark.parametrize("spec", ["3", "k4v2", "k8v5,page=64,seed=7", "3,center=off"])

@@ -54,6 +54,28 @@ def test_options_reach_the_spec(run_cli):
     assert "k3.5v3.5,codec=trellis,sink=2,window=16,center=off,seed=5 in 8 of 8" in out
 
 
+@pytest.mark.parametrize("command", ["plan", "doctor", "generate"])
+def test_an_mlx_without_its_library_is_said_in_a_line(command, tmp_path):
+    """As on Linux without an extra."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").write_text("")
+    said = "libmlx.so: cannot open shared object file"
+    (tmp_path / "mlx" / "core.py").write_text(
+        f"raise ImportError({said!r}, name='core', path=__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_turboquant", command],
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        input="",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: MLX cannot be loaded ({said})")
+    assert ("pip install 'mlx-tq[cpu]'" in line) == (sys.platform == "linux")
+
+
 def test_without_kv_bits_it_is_mlx_lm(run_cli):
     code, out, _ = run_cli("generate", "--model", MODEL, "-p", "Hello", "-m", "4")
     assert code == 0

@@ -18,12 +18,19 @@ import typer
 from ..errors import TurboQuantError
 
 P = ParamSpec("P")
+#: On Linux, MLX's shared library is in a package of its own.
+_MLX_REMEDY = (
+    "; pip install 'mlx-tq[cpu]', or 'mlx-tq[cuda]' with an NVIDIA GPU and its driver"
+    if sys.platform == "linux"
+    else ""
+)
 
 
 def with_short_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Turn this package's errors into one line on stderr and exit code 2.
 
-    The system's own errors are such a line, too: the path and the reason.
+    The system's own errors are such a line, too: the path and the reason. So is an MLX
+    that cannot be loaded.
     """
 
     @functools.wraps(command)
@@ -34,6 +41,11 @@ def with_short_errors(command: Callable[P, None]) -> Callable[P, None]:
             sys.stdout.flush()
         except TurboQuantError as error:
             _fail(str(error))
+        except ImportError as error:
+            # Of a library that is missing, the path is that of who needs it.
+            if os.path.basename(os.path.dirname(error.path or "")) != "mlx":
+                raise
+            _fail(f"MLX cannot be loaded ({error}){_MLX_REMEDY}")
         except BrokenPipeError:
             _drop_output()  # its reader went away
             raise typer.Exit(0) from None

@@ -1,6 +1,7 @@
 """Commands begin proofs, wait for them in a line, show what they found."""
 
 import json
+import os
 import re
 
 import mlx.core as mx
@@ -63,10 +64,13 @@ def test_doctor_shows_verdicts_and_forgets_them(a_mac, monkeypatch, tmp_path, co
     code, out = doctor("--retry", "--report", str(tmp_path / "none" / "x.json"))
     assert code == 2
     assert "is in no folder that exists" in out
-    assert len(ledger.store.verdicts()) == 2
     code, out = doctor("--retry", "--report", str(tmp_path))
     assert code == 2
-    assert re.search(r"--report cannot write .*directory", out)
+    assert "is a folder; name a file in it" in out
+    assert len(ledger.store.verdicts()) == 2
+    code, out = doctor("--retry", "--report", os.devnull)
+    assert code == 2
+    assert re.search(r"--report cannot write .*no file", out)
     assert "forgot 2 verdicts" in out
     assert re.search(new, out, re.M)  # checked again
     assert "an older one" not in out

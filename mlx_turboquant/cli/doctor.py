@@ -62,6 +62,8 @@ def doctor(
         raise SpecError("--model needs --tune")
     if report is not None and not report.absolute().parent.is_dir():
         raise SpecError(f"--report {report} is in no folder that exists; make it first")
+    if report is not None and report.is_dir():
+        raise SpecError(f"--report {report} is a folder; name a file in it")
     if retry:
         _forget(proved.this_ledger())
     backend = select.gpu_backend()

@@ -6,6 +6,7 @@ whole. Files themselves are `disk`'s.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -62,21 +63,27 @@ class Catalog:
             self.close()  # another server found it damaged, and began it anew
         if self._opened is None:
             index = sqlite3.connect(self._path, timeout=_BUSY)
-            index.execute("PRAGMA journal_mode=WAL")
-            index.execute("PRAGMA synchronous=NORMAL")
-            index.execute("PRAGMA foreign_keys=ON")
-            index.execute("PRAGMA secure_delete=ON")  # notes hold ids of tokens
-            version = index.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                index.executescript(_SCHEMA)
-            elif version != _VERSION:
+            try:
+                self._prepare(index)
+            except BaseException:
                 index.close()
-                raise SpecError(
-                    f"--kv-dir {self._path.parent} is of version {version}, this "
-                    f"package writes {_VERSION}; give another folder, or remove it"
-                )
+                raise
             self._opened, self._opened_as = index, self._on_disk
         return self._opened
+
+    def _prepare(self, index: sqlite3.Connection) -> None:
+        index.execute("PRAGMA journal_mode=WAL")
+        index.execute("PRAGMA synchronous=NORMAL")
+        index.execute("PRAGMA foreign_keys=ON")
+        index.execute("PRAGMA secure_delete=ON")  # notes hold ids of tokens
+        version = index.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            index.executescript(_SCHEMA)
+        elif version != _VERSION:
+            raise SpecError(
+                f"--kv-dir {self._path.parent} is of version {version}, this "
+                f"package writes {_VERSION}; give another folder, or remove it"
+            )
 
     @property
     def _on_disk(self) -> tuple[int, int] | None:
@@ -86,6 +93,10 @@ class Catalog:
         except FileNotFoundError:
             return None
         return status.st_dev, status.st_ino
+
+    def __del__(self) -> None:
+        with contextlib.suppress(sqlite3.ProgrammingError):  # of another thread
+            self.close()
 
     def close(self) -> None:
         """Close it; it is opened again by whoever asks next, in that one's thread."""

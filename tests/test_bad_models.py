@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 import tiny_folder
+from helpers import MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -446,3 +447,25 @@ def test_activations_are_quantized_where_they_can_be(in_mxfp8, monkeypatch):
         options = {"quantize_activations": choice}
         network, _ = tq.load(str(in_mxfp8), model_config=options)
         assert type(network.layers[0].self_attn.q_proj) is layer
+
+
+#: A draft model or the model, changes of its folder, and what is said.
+FOLDERS = {
+    "fields": ("draft-", {"config.json": {"model_type": "llama"}}, "no hidden_size, "),
+    "groups": ("", {"config.json": {**CONFIG, "hidden_size": 1}}, "groups of weights"),
+    "ids": ("", {"tokenizer.json": tiny_folder.tokenizer(first=10_000)}, "for 0..31"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_a_server_looks_at_models_as_other_commands_do(run_cli, folder, case):
+    """MLX ends the process on the second, and reads what is not its own on the last."""
+    option, changed, says = FOLDERS[case]
+    for name, content in changed.items():
+        (folder / name).write_text(json.dumps(content))
+    models = ["--model", str(MODEL), f"--{option}model", str(folder)]
+    code, _, err = run_cli("server", *models, "--port", "0")
+    assert code == 2
+    (line,) = err.splitlines()
+    assert line.startswith("error: ")
+    assert says in line

@@ -12,10 +12,8 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import tiny_folder
 from helpers import MODEL
 from serving_tools import LIMIT, until
-from tiny_folder import CONFIG
 
 from mlx_turboquant.serving.run import SaidOnce
 
@@ -50,29 +48,6 @@ def test_a_server_that_cannot_start_says_why_in_one_line(run_cli, taken, case):
     if "--port" not in options:
         options = [*options, "--port", "0"]
     code, _, err = run_cli("server", "--model", str(MODEL), *options)
-    assert code == 2
-    (line,) = err.splitlines()
-    assert line.startswith("error: ")
-    assert says in line
-
-
-#: An option, changes of its model's folder that other commands refuse, what is said.
-FOLDERS = {
-    "fields": ("draft-", {"config.json": {"model_type": "llama"}}, "no hidden_size, "),
-    "groups": ("", {"config.json": {**CONFIG, "hidden_size": 1}}, "groups of weights"),
-    "ids": ("", {"tokenizer.json": tiny_folder.tokenizer(first=10_000)}, "for 0..31"),
-}
-
-
-@pytest.mark.parametrize("case", FOLDERS)
-def test_a_server_looks_at_models_as_other_commands_do(run_cli, tmp_path, case):
-    """MLX ends the process on the second, and reads what is not its own on the last."""
-    option, changed, says = FOLDERS[case]
-    folder = tiny_folder.write(tmp_path)
-    for name, content in changed.items():
-        (folder / name).write_text(json.dumps(content))
-    models = ["--model", str(MODEL), f"--{option}model", str(folder)]
-    code, _, err = run_cli("server", *models, "--port", "0")
     assert code == 2
     (line,) = err.splitlines()
     assert line.startswith("error: ")

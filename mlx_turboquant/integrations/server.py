@@ -17,7 +17,7 @@ import mlx_lm.server as host_server
 from mlx_lm.models.cache import make_prompt_cache
 from rich.filesize import decimal
 
-from ..errors import TurboQuantError, UnsupportedError
+from ..errors import RequestError, TurboQuantError, UnsupportedError
 from ..spec import CacheSpec
 from . import proofs
 from .chat_template import use_default
@@ -59,9 +59,12 @@ class Provider(host_server.ModelProvider):  # type: ignore[misc]
         adapter_path: str | None = None,
         draft_model_path: str | None = None,
     ) -> None:
-        for path in filter(None, (model_path, adapter_path, draft_model_path)):
-            check_files(Path(path), path)
-        super()._load(model_path, adapter_path, draft_model_path)
+        try:
+            for path in filter(None, (model_path, adapter_path, draft_model_path)):
+                check_files(Path(path), path)
+            super()._load(model_path, adapter_path, draft_model_path)
+        except UnsupportedError as error:  # requests name what the server listed
+            raise RequestError(error.reason, error.remedy, status=500) from error
         try:
             if self.uses_default_template:
                 use_default(self.tokenizer)

@@ -4,7 +4,7 @@ It begins with the bits, options follow in any order:
 
     bits      3 | 3.5 | 3.25 | k4v3 | k16v3 | auto
     options   codec=NAME or NAME/NAME, sink=, window=, page=, center=page|off,
-              equalize=on|off, seed=; with auto: budget=, quality=
+              equalize=on|off, seed=, evict=sliding|score; with auto: budget=, quality=
 
 What values are allowed is `spec`'s to check.
 """
@@ -122,7 +122,7 @@ def _read_bits(head: str, names: Names) -> tuple[Bits, float | None]:
 def _read_option(option: str) -> tuple[str, Any]:
     """One ``name=value`` of a spec's text."""
     name, sep, value = option.strip().partition("=")
-    if name in ("codec", "center", "quality") and sep:
+    if name in ("codec", "center", "evict", "quality") and sep:
         return name, value
     if name == "equalize" and value in ("on", "off"):
         return name, value == "on"
@@ -138,5 +138,6 @@ def _read_option(option: str) -> tuple[str, Any]:
             raise SpecError(f"{name}={value!r} is not a whole number") from None
     raise SpecError(
         f"option {option!r} is unknown; use codec=, sink=, window=, page=, "
-        "center=page|off, equalize=on|off, seed=, or with auto budget=, quality="
+        "center=page|off, equalize=on|off, seed=, evict=sliding|score, or with auto "
+        "budget=, quality="
     )

@@ -16,7 +16,13 @@ from typing import Any
 import mlx.nn as nn
 
 from ..backends import select
-from ..cache import BitAllocator, LayerSlot, RotatingTurboQuantCache, TurboQuantCache
+from ..cache import (
+    BitAllocator,
+    LayerSlot,
+    RotatingTurboQuantCache,
+    ScoredTurboQuantCache,
+    TurboQuantCache,
+)
 from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
@@ -223,6 +229,11 @@ def _make(
         stock = bound(stock, max_kv_size)
         entries = [entry.bounded(max_kv_size, BOUNDED_KEEP) for entry in entries]
     any_spec = spec[0] if isinstance(spec, list) else spec
+    if max_kv_size is None and any_spec.evict != "sliding":
+        raise SpecError(
+            f"evict={any_spec.evict} says what a limit on tokens drops, and there is "
+            "none; give max_kv_size (--max-kv-size), or leave evict out"
+        )
     entries = [entry.under(any_spec) for entry in entries]
     chosen = [entry for entry in entries if entry.is_compressed]
     if not chosen:
@@ -254,6 +265,13 @@ def _compressed(
     returns_arrays = entry.decision == "returns_arrays"
     if entry.sliding_window is None:
         return TurboQuantCache(spec, slot, returns_arrays)
+    if entry.is_bounded and spec.evict == "score":
+        if returns_arrays:
+            raise UnsupportedModelError(
+                "evict=score goes by queries, and this model keeps them to itself",
+                "leave evict out, and --max-kv-size drops the oldest tokens",
+            )
+        return ScoredTurboQuantCache(spec, entry.sliding_window, entry.keep, slot)
     return RotatingTurboQuantCache(
         spec, entry.sliding_window, entry.keep, slot, returns_arrays, sees_kept
     )

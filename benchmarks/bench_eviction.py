@@ -31,9 +31,7 @@ LENGTH, NEEDLE_LENGTH, TAIL, PREFILL, DEPTHS = 4096, 3500, 512, 512, 6
 Maker = Callable[[], list[Any]]
 
 
-def log_probabilities(
-    model: nn.Module, tokens: list[int], cache: list[Any]
-) -> mx.array:
+def score(model: nn.Module, tokens: list[int], cache: list[Any]) -> mx.array:
     """Of the last `TAIL` tokens, read 16 at a time."""
     ids = mx.array(tokens)[None]
     needles.read(model, tokens[:-TAIL], cache, PREFILL)
@@ -71,7 +69,7 @@ def main() -> None:
     books = text.read_texts(None)
     windows = text.windows(books, tokenizer, LENGTH, args.windows)
     haystacks = text.windows(books, tokenizer, NEEDLE_LENGTH, args.windows)
-    exact = [log_probabilities(model, w, stock_caches(model)) for w in windows]
+    exact = [score(model, w, stock_caches(model)) for w in windows]
     print(f"# MLX {mx.__version__}, {mx.default_device()}, {platform.machine()}")
     print(f"# {args.model}: {LENGTH} tokens, {TAIL} scored; facts in {NEEDLE_LENGTH}")
     print(f"{'cache':34} {'tokens':>6} {'KLD':>8}  by window {'':32} facts      MB")
@@ -80,7 +78,7 @@ def main() -> None:
         divergences = []
         for window, rows in zip(windows, exact, strict=True):
             cache = make()
-            got = log_probabilities(model, window, cache)
+            got = score(model, window, cache)
             kld = mx.mean(mx.sum(mx.exp(rows) * (rows - got), axis=-1))
             divergences.append(float(kld))
         held = stored_bits(cache)[0] / 8e6

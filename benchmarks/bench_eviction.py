@@ -86,9 +86,8 @@ def main() -> None:
         by_window = " ".join(f"{kld:.5f}" for kld in divergences)
         mean = sum(divergences) / len(divergences)
         of = f"{sum(facts)}/{DEPTHS * len(facts)}"
-        print(
-            f"{name:34} {size or LENGTH:6} {mean:8.5f}  {by_window:42} {of:>6} {held:7.2f}"
-        )
+        cells = f"{size or LENGTH:6} {mean:8.5f}  {by_window:42} {of:>6} {held:7.2f}"
+        print(f"{name:34} {cells}", flush=True)
 
     row("uncompressed", None, lambda: stock_caches(model))
     for size in args.sizes:

@@ -80,7 +80,8 @@ class CacheSpec:
         equalize: Divide channels by gains measured on the first page.
         seed: Seed of the rotation signs (see ``docs/format.md``).
         evict: What ``max_kv_size`` drops: the oldest tokens (``"sliding"``), or the
-            pages that score least (``"score"``, see `ScoredTurboQuantCache`).
+            pages that score least (``"score"``, see `ScoredTurboQuantCache`), which
+            are of 32 tokens in a text that does not say ``page=``.
         budget: Choose each layer's bits from the text's first page, so that they are
             this many on average, code bits per element. Until then ``keys`` and
             ``values`` only name the codec.

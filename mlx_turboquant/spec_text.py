@@ -20,6 +20,9 @@ from .errors import SpecError
 
 DEFAULT_CODEC = "turboquant"
 ADVICE = "use 1..8, a mean such as 3.25, sides such as 'k4v3' or 'k16v3', or 'auto'"
+#: Tokens that eviction by score keeps or drops together, unless ``page=`` says others:
+#: with more, a small limit holds too few pages to choose from (dev/LOG.md).
+SCORED_PAGE = 32
 _SIDES = re.compile(r"k(\d{1,9}(?:\.\d{1,9})?)v(\d{1,9}(?:\.\d{1,9})?)")
 _WHOLE_NUMBERS = ("sink", "window", "page", "seed")
 #: Bits of sides that are still to be chosen: any that adaptive codecs have.
@@ -45,6 +48,8 @@ def read_spec(
     """
     head, *parts = text.strip().lower().split(",")
     options = dict(map(_read_option, parts)) | dict(overrides)
+    if options.get("evict") == "score":
+        options.setdefault("page", SCORED_PAGE)
     names = side_names(options.pop("codec", DEFAULT_CODEC))
     chosen_later = _CHOSEN_LATER & options.keys()
     if head == "auto":

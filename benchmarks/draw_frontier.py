@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parent.parent
 LOGS = tuple(
     ROOT / "benchmarks" / "results" / name
-    for name in ("eval-cpu.txt", "eval-trellis-cpu.txt")
+    for name in ("eval-h100.txt",)
 )
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
 TOKENS = 2048

@@ -17,10 +17,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-LOGS = tuple(
-    ROOT / "benchmarks" / "results" / name
-    for name in ("eval-h100.txt",)
-)
+LOGS = tuple(ROOT / "benchmarks" / "results" / name for name in ("eval-h100.txt",))
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
 TOKENS = 2048
 #: A row of `mlx_tq.eval`'s table: cache, tokens, bits, KLD, its interval.

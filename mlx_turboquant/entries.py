@@ -96,9 +96,10 @@ class CacheEntry:
         shortest = min_window(replace(spec, sink=max(spec.sink, self.keep)))
         if self.sliding_window >= shortest:
             return self
+        remedy = f"; raise max_kv_size to {shortest}" if self.is_bounded else ""
         return self.left_alone(
             f"its window of {self.sliding_window} tokens is too short for {shortest}: "
-            "sink, window and two pages"
+            f"sink, window and two pages{remedy}"
         )
 
 

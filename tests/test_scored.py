@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny_models
 from helpers import attend, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,12 +96,25 @@ def test_odd_keys_and_those_attended_to_outlive_the_others():
     assert sliding._first_visible > 2 + 4 * 32  # age alone would have dropped both
 
 
-def test_without_queries_age_decides(monkeypatch):
+def pages_kept(keys, queries, **numbers):
+    """`kept_pages` of decoded keys."""
+    return kept_pages(
+        lambda heads: keys[:, heads],
+        queries,
+        0.25,
+        kv_heads=keys.shape[1],
+        page=32,
+        **numbers,
+    )
+
+
+def test_without_queries_age_decides():
     keys = mx.random.normal((1, 2, 10 * 32, 64), key=mx.random.key(0))
-    pages = kept_pages(keys, [], 1.0, first=0, page=32, held=10, count=5)
-    odd = np.argmax(np.array(page_scores.odd_keys(keys, 32))[:9])
-    rest = [p for p in (8, 7, 6, 5) if p != odd][:3]
-    assert pages == sorted({9, int(odd), *rest})
+    pages = pages_kept(keys, [], first=0, held=10, count=5)
+    odd = page_scores.oddness(keys[:, :1]) + page_scores.oddness(keys[:, 1:])
+    oddest = int(np.argmax(np.array(odd).reshape(10, 32).max(1)[:9]))
+    rest = [p for p in (8, 7, 6, 5) if p != oddest][:3]
+    assert pages == sorted({9, oddest, *rest})
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,23 +125,39 @@ def test_as_many_pages_stay_as_are_asked_for(held, drop, seed):
     queries = [
         mx.random.normal((2, 4, n, 16), key=mx.random.key(n)) for n in (20, 1, 15)
     ]
-    pages = kept_pages(keys, queries, 0.25, first=3, page=32, held=held, count=count)
+    pages = pages_kept(keys, queries, first=3, held=held, count=count)
     assert len(pages) == count
     assert pages == sorted(set(pages))
-    latest = round(count / 4)
+    latest = max(round(count / 4), min(count, 1))
     assert set(range(held - latest, held)) <= set(pages) <= set(range(held))
 
 
-def test_weights_of_pages_are_those_of_attention():
-    keys = mx.random.normal((1, 2, 100, 16), key=mx.random.key(1))
-    q = mx.random.normal((1, 4, 32, 16), key=mx.random.key(2))
-    got = page_scores.attention_of_pages([q], keys, 0.3, 4, 32, 3)
+def test_oddness_and_weights_are_those_of_float64():
+    keys = mx.random.normal((1, 1, 100, 16), key=mx.random.key(1)) + 1
+    q = mx.random.normal((1, 2, 32, 16), key=mx.random.key(2))
     k64, q64 = (np.array(x, np.float64) for x in (keys, q))
-    logits = 0.3 * np.einsum("hgqd,htd->hgqt", q64[0].reshape(2, 2, 32, 16), k64[0])
+    logits = 0.3 * np.einsum("gqd,td->gqt", q64[0], k64[0, 0])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    want = weights.mean((0, 1, 2))[4:].reshape(3, 32).sum(-1)
-    np.testing.assert_allclose(np.array(got), want, rtol=1e-5)
+    got = page_scores.attention_weights(q, keys, 0.3)
+    np.testing.assert_allclose(np.array(got), weights.mean((0, 1)), rtol=1e-5)
+    unit = k64[0, 0] / np.linalg.norm(k64[0, 0], axis=-1, keepdims=True)
+    mean = unit.mean(0) / np.linalg.norm(unit.mean(0))
+    got = page_scores.oddness(keys)
+    np.testing.assert_allclose(np.array(got), 1 - unit @ mean, atol=1e-6)
+
+
+def test_a_large_limit_forgets_several_pages_at_once():
+    plan = [2600, 1, 1]
+    q, k, v = (x[..., :8] for x in drawn(plan))
+    cache = tq.ScoredTurboQuantCache(SPEC, 2500)
+    run(cache, plan, (q, k, v))
+    assert cache.shown_before() == 2602 - (104 // 32 + 1) * 32
+    run(cache, [1] * 40, tuple(x[:, :, :40] for x in (q, k, v)))
+    before = cache._evicted_pages
+    run(cache, [1] * 200, tuple(x[:, :, :200] for x in (q, k, v)))
+    dropped = (cache._evicted_pages - before) // 32
+    assert dropped % (2500 // 32 // 32) == 0
 
 
 def test_a_saved_cache_goes_on():
@@ -170,7 +200,8 @@ def test_it_trims_until_something_is_gone():
     cache = tq.ScoredTurboQuantCache(SPEC, LIMIT)
     run(cache, plan, drawn(plan))
     assert cache.is_trimmable()
-    assert cache.trim(2) == 2
+    assert cache.trim(3) == 3
+    assert sum(q.shape[2] for q in cache._queries) == 31  # one of the prompt's went
     plan = PLANS[0]
     run(cache := tq.ScoredTurboQuantCache(SPEC, LIMIT), plan, drawn(plan))
     assert not cache.is_trimmable()
@@ -211,6 +242,34 @@ def test_it_takes_the_place_of_unbounded_caches_only():
         tq.RotatingTurboQuantCache,
     ]
     assert (caches[0].max_size, caches[1].max_size) == (LIMIT, 120)
+
+
+def test_layers_that_stay_uncompressed_would_show_other_tokens(monkeypatch):
+    model = tiny_models.build("minimax_m3_vl")
+    with pytest.raises(UnsupportedModelError, match=r"cache .* stays .*leave evict"):
+        tq.make_prompt_cache(
+            model, "8,window=4,sink=4,page=32,evict=score", max_kv_size=140
+        )
+    with pytest.raises(SpecError, match="say the same for all"):
+        tq.make_prompt_cache(tiny_model(), ["3", "3,evict=score"], max_kv_size=140)
+    with pytest.raises(UnsupportedModelError, match="raise max_kv_size to 100"):
+        tq.make_prompt_cache(tiny_model(), "3,evict=score", max_kv_size=99)
+
+
+def test_numbers_that_a_scored_cache_never_has():
+    plan = [330, 1]
+    cache = tq.ScoredTurboQuantCache(SPEC, LIMIT)
+    run(cache, plan, drawn(plan))
+    state = cache.state
+    for was, now in (
+        ("first_visible=0", "first_visible=270"),
+        ("returns_arrays=0", "returns_arrays=1"),
+        ("scored=1", "scored=2"),
+    ):
+        assert was in state["header"]
+        header = state["header"].replace(was, now)
+        with pytest.raises(FormatError, match="do not fit its header"):
+            tq.ScoredTurboQuantCache.from_state({**state, "header": header})
 
 
 def test_without_a_limit_there_is_nothing_to_evict():

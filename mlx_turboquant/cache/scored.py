@@ -7,6 +7,7 @@ layers show equally many, each those of its own choice.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from typing import Any, cast
 
@@ -17,6 +18,9 @@ from . import state as saved
 from .page_scores import QUERIES, kept_pages
 from .protocol import make_mask
 from .sliding import RotatingTurboQuantCache
+
+#: Of so many pages one is forgotten at a time, at least.
+_SLACK = 32
 
 
 class ScoredTurboQuantCache(RotatingTurboQuantCache):
@@ -53,15 +57,18 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
             self._pack()
         page = self.spec.page
         held = self.packed_length // page
-        dropped = min(held, -(-self._excess() // page))
+        # A large limit forgets several at once: each time all keys are decoded.
+        least = max(-(-self._excess() // page), held // _SLACK)
+        dropped = min(held, least)
         backend = self._backend
         if dropped <= 0 or backend is None:
             return
         keys, _ = self.compressed()
         kept = kept_pages(
-            backend.dequantize(keys),
-            list(self._queries),
+            functools.partial(backend.dequantize, keys),
+            self._queries,
             self._scale,
+            kv_heads=keys.shape[1],
             first=self.sink_length,
             page=page,
             held=held,
@@ -70,6 +77,17 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
         self._tokens.drop_pages(set(range(held)) - set(kept))
         self._evicted_pages += dropped * page
         self._codes_changed()
+
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens, and their queries; none once pages are gone."""
+        trimmed = super().trim(n)
+        left = trimmed
+        while left > 0 and self._queries:
+            latest = self._queries.pop()
+            if latest.shape[2] > left:
+                self._queries.append(latest[:, :, :-left])
+            left -= latest.shape[2]
+        return trimmed
 
     def _excess(self) -> int:
         return self._tokens.length - (self.max_size - 1)

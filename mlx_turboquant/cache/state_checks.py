@@ -188,7 +188,7 @@ class _Layer:
         """What is hidden, or evicted, must have been there."""
         _demand(tokens + gone <= _MOST, f"it has {tokens + gone} tokens")
         if "max_size" not in self.numbers or "scored" in self.numbers:
-            return
+            return  # nothing is hidden then
         first, keep = self.numbers["first_visible"], self.numbers["keep"]
         hidden = first - gone - keep
         _demand(
@@ -231,6 +231,9 @@ def _check_numbers(spec: CacheSpec, numbers: Numbers) -> None:
     gone, pages = numbers["evicted_sink"], numbers["evicted_pages"]
     _demand(pages % spec.page == 0, f"evicted_pages={pages} are no whole pages")
     is_cut = pages and "scored" not in numbers
+    if "scored" in numbers:
+        for name in ("first_visible", "returns_arrays"):
+            _demand(numbers[name] == 0, f"{name}={numbers[name]} is not 0")
     expected = spec.sink - numbers["keep"] if is_cut else 0
     _demand(gone == expected, f"evicted_sink={gone} is not {expected}")
 

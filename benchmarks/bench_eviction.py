@@ -57,6 +57,18 @@ def found(model: nn.Module, tokenizer: Any, tokens: list[int], make: Maker) -> i
     return count
 
 
+def unseen(windows: list[list[int]], count: int) -> list[list[int]]:
+    """So many windows that share next to nothing with each other, nor with `SEEN`."""
+    chosen: list[list[int]] = []
+    known: set[tuple[int, ...]] = set()
+    for index, window in enumerate(windows):
+        runs = set(zip(*(window[i:] for i in range(8)), strict=False))
+        if index >= SEEN and len(runs & known) < 0.05 * len(runs):
+            chosen.append(window)
+        known |= runs
+    return chosen[:count]
+
+
 def main() -> None:
     """Print a row for each cache and limit."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,9 +81,10 @@ def main() -> None:
     dequantize_model(model)
     model.set_dtype(mx.float32)
     books = text.read_texts(None)
-    count = SEEN + args.windows
-    windows = text.windows(books, tokenizer, LENGTH, count)[SEEN:]
-    haystacks = text.windows(books, tokenizer, NEEDLE_LENGTH, count)[SEEN:]
+    windows, haystacks = (
+        unseen(text.windows(books, tokenizer, length, 4 * args.windows), args.windows)
+        for length in (LENGTH, NEEDLE_LENGTH)
+    )
     exact = [score(model, w, stock_caches(model)) for w in windows]
     print(f"# MLX {mx.__version__}, {mx.default_device()}, {platform.machine()}")
     print(f"# {args.model}: {LENGTH} tokens, {TAIL} scored; facts in {NEEDLE_LENGTH}")

@@ -226,7 +226,8 @@ def test_rows_of_a_batch_are_their_single_streams():
         want = mx.concatenate(
             [model(tokens[i : i + 1], cache=cache) for i, cache in enumerate(alone)]
         )
-        assert relative_error(got, want) < 1e-4
+        # Kernels see other runs of pages; another choice of pages is .1 and more.
+        assert relative_error(got, want) < 1e-3
     assert all(len({c.shown_before() for c in cache}) == 1 for cache in alone)
 
 

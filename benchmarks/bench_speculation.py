@@ -22,7 +22,7 @@ from mlx_turboquant.integrations.factory import caches_for  # noqa: E402
 from mlx_turboquant.integrations.speculation import PairedCaches  # noqa: E402
 
 MODEL = "examples/books-20m"
-CACHES = (None, "4", "3", "2")
+CACHES = ("fp", "4", "3", "2")
 
 
 def cut(model, layers):
@@ -33,9 +33,14 @@ def cut(model, layers):
     return draft
 
 
+def caches_of(model, name):
+    """Caches of a spec, or mlx-lm's for ``fp``."""
+    return caches_for(model, None if name == "fp" else name)
+
+
 def accepted(model, draft, tokenizer, prompt, target_spec, draft_spec, tokens, drafts):
     """(tokens written, of them drafted)."""
-    pair = PairedCaches(caches_for(model, target_spec), caches_for(draft, draft_spec))
+    pair = PairedCaches(caches_of(model, target_spec), caches_of(draft, draft_spec))
     found = stream_generate(
         model,
         tokenizer,
@@ -55,6 +60,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--texts", type=int, default=4)
     parser.add_argument("--drafts", type=int, default=3)
+    parser.add_argument("--targets", nargs="+", default=CACHES)
+    parser.add_argument("--draft-caches", nargs="+", default=CACHES)
     args = parser.parse_args()
     model, tokenizer = tq.load(MODEL)
     ids = tokenizer.encode(books.books()[0])
@@ -69,22 +76,22 @@ def main():
                     tokenizer,
                     prompt,
                     max_tokens=args.tokens,
-                    prompt_cache=caches_for(model, spec),
+                    prompt_cache=caches_of(model, spec),
                 )
             ]
             for prompt in prompts
         ]
-        for spec in CACHES
+        for spec in args.targets
     }
     print(f"mlx on {mx.default_device()}; {vars(args)}")
     for name, draft in (("same model", model), ("6 of 8 layers", cut(model, 6))):
         print(
             f"\ndraft: {name}\ntarget \\ draft  "
-            + "".join(f"{s or 'fp':>8}" for s in CACHES)
+            + "".join(f"{s:>8}" for s in args.draft_caches)
         )
-        for target_spec in CACHES:
+        for target_spec in args.targets:
             row = []
-            for draft_spec in CACHES:
+            for draft_spec in args.draft_caches:
                 written, drafted = 0, 0
                 for prompt, want in zip(prompts, plain[target_spec], strict=True):
                     got, count = accepted(
@@ -95,7 +102,7 @@ def main():
                     written, drafted = written + len(got), drafted + count
                 # Of every step's drafts; each step writes one token more itself.
                 row.append(drafted / (args.drafts * (written - drafted)))
-            print(f"{target_spec or 'fp':15s}" + "".join(f"{r:8.3f}" for r in row))
+            print(f"{target_spec:15s}" + "".join(f"{r:8.3f}" for r in row))
             print(json.dumps({"draft": name, "target": target_spec, "accepted": row}))
 
 

@@ -17,22 +17,22 @@ import matplotlib
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-LOGS = tuple(
-    ROOT / "benchmarks" / "results" / name
-    for name in ("eval-cpu.txt", "eval-trellis-cpu.txt")
-)
+LOGS = tuple(ROOT / "benchmarks" / "results" / name for name in ("eval-h100.txt",))
 PICTURE = ROOT / "docs" / "pictures" / "frontier.svg"
 TOKENS = 2048
 #: A row of `mlx_tq.eval`'s table: cache, tokens, bits, KLD, its interval.
 _ROW = re.compile(
     r"^(\S+) +(\d+) +([\d.]+) +([\d.e-]+) +([\d.]+(?:e-\d+)?)\.\.(\S+)", re.M
 )
-#: Series: what the names of its caches match, color, marker, and where labels go.
+#: Series: what the names of its caches match, color, marker, and where labels go; None
+#: where they would hide others.
 SERIES = {
     "mlx-lm's caches": (r"affine:\d", "#c0392b", "s", (8, 4)),
+    "the same, rotated": (r"rotated-affine:\d", "#e59866", "s", (8, -10)),
     "bits said": (r"k\dv\d", "#1f5fa8", "o", (8, 4)),
     "bits chosen by layer": (r"auto,quality=\w+", "#2e8b57", "D", (-8, -10)),
-    "trellis": (r"k\dv\d,codec=trellis", "#7d3c98", "^", (-8, -3)),
+    "trellis": (r"k([\d.]+)v\1,codec=trellis", "#7d3c98", "^", (-8, -3)),
+    "trellis, by layer": (r"auto,codec=trellis,quality=\w+", "#b58bd6", "v", None),
 }
 
 
@@ -64,11 +64,14 @@ def digest() -> str:
 
 def label(name: str) -> str:
     """What a user would say to have a cache."""
-    if name.startswith("affine"):
-        return f"kv_bits={name[-1]}"
+    if "affine" in name:
+        return f"{'rotated ' * ('rot' in name)}kv_bits={name[-1]}"
     if name.startswith("auto"):
         return f"auto, {name.partition('quality=')[2]}"
-    return f"trellis {name[1]}" if "trellis" in name else f"--kv-bits {name[1]}"
+    bits = name[1:].partition("v")[0]
+    if "trellis" in name:
+        return f"trellis {bits}"
+    return f"--kv-bits {bits if name.count(bits) == 2 else name}"
 
 
 def draw(path: Path) -> None:
@@ -88,7 +91,7 @@ def draw(path: Path) -> None:
             capsize=2,
             label=series,
         )
-        for p in own:
+        for p in own if offset else ():
             axes.annotate(
                 label(p.name),
                 (p.bits, p.kld),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .attention import attend as attend
     from .cache import BatchTurboQuantCache as BatchTurboQuantCache
     from .cache import RotatingTurboQuantCache as RotatingTurboQuantCache
+    from .cache import ScoredTurboQuantCache as ScoredTurboQuantCache
     from .cache import TurboQuantCache as TurboQuantCache
     from .codecs import CodecInfo as CodecInfo
     from .codecs import codec_for as codec_for
@@ -62,6 +63,7 @@ _HOMES = {
     "PromptStore": "integrations.prompt_store",
     "Quantizer": "quantizer",
     "RotatingTurboQuantCache": "cache",
+    "ScoredTurboQuantCache": "cache",
     "TokenArrays": "tokens",
     "TurboQuantCache": "cache",
     "apply": "integrations.factory",

@@ -50,6 +50,7 @@ class CacheEntry:
         reason: Why it stays mlx-lm's; "" if it does not.
         state_bytes: Bytes of a state that does not grow; 0 for keys and values.
         itemsize: Bytes of an element of keys and values as the model has them.
+        is_bounded: Whether its window is ``max_kv_size``, not the model's own.
     """
 
     label: str
@@ -61,6 +62,7 @@ class CacheEntry:
     reason: str = ""
     state_bytes: int = 0
     itemsize: int = 2
+    is_bounded: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheEntry:
         """Itself: what was decided stays, and forks of long prompts cost nothing."""
@@ -80,7 +82,11 @@ class CacheEntry:
         if self.kind != "KVCache":
             return self
         return replace(
-            self, kind="RotatingKVCache", sliding_window=max_kv_size, keep=keep
+            self,
+            kind="RotatingKVCache",
+            sliding_window=max_kv_size,
+            keep=keep,
+            is_bounded=True,
         )
 
     def under(self, spec: CacheSpec) -> CacheEntry:
@@ -90,9 +96,10 @@ class CacheEntry:
         shortest = min_window(replace(spec, sink=max(spec.sink, self.keep)))
         if self.sliding_window >= shortest:
             return self
+        remedy = f"; raise max_kv_size to {shortest}" if self.is_bounded else ""
         return self.left_alone(
             f"its window of {self.sliding_window} tokens is too short for {shortest}: "
-            "sink, window and two pages"
+            f"sink, window and two pages{remedy}"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -133,15 +133,20 @@ class PageTable:
             self._layouts.clear()
         self._forget(slice(needed, None))
 
-    def drop_first(self, count: int) -> None:
-        """Forget the first ``count`` tokens, whole pages.
+    def drop(self, places: Collection[int]) -> None:
+        """Forget whole pages of tokens; what is left moves together, if it is alone.
 
-        What is left moves together, if nobody shares it.
+        Args:
+            places: Where they stand among its pages.
         """
-        gone = count // self.pool.page
-        self.length = max(0, self.length - count)
-        self.means = max(0, self.means - gone)
-        self._forget(slice(0, gone))
+        gone, pages = set(places), self.pages
+        released = [pages[place] for place in sorted(gone)]
+        self.length = max(0, self.length - len(gone) * self.pool.page)
+        self.means = max(0, self.means - len(gone))
+        self.pages = [page for i, page in enumerate(pages) if i not in gone]
+        self._runs = None
+        self.pool.release(tuple(runs_of(released)))
+        self.pool.shrink()
         if self.is_alone:
             self.move_to(PagePool(self.pool.page))
 

@@ -16,6 +16,7 @@ from .spec_text import ADVICE, DEFAULT_CODEC, read_spec, side_names, write_spec
 
 CENTERS = ("page", "off")
 QUALITIES = ("lossless", "balanced", "small")
+EVICTIONS = ("sliding", "score")
 _LIMITS = {"sink": (0, 1024), "window": (0, 65536), "page": (32, 1024)}
 #: Kernels read tokens in tiles of this many, which share a key mean.
 _TILE = 32
@@ -78,6 +79,9 @@ class CacheSpec:
         center: Key mean subtracted before quantizing: one per ``"page"``, or ``"off"``.
         equalize: Divide channels by gains measured on the first page.
         seed: Seed of the rotation signs (see ``docs/format.md``).
+        evict: What ``max_kv_size`` drops: the oldest tokens (``"sliding"``), or the
+            pages that score least (``"score"``, see `ScoredTurboQuantCache`), which
+            are of 32 tokens in a text that does not say ``page=``.
         budget: Choose each layer's bits from the text's first page, so that they are
             this many on average, code bits per element. Until then ``keys`` and
             ``values`` only name the codec.
@@ -101,6 +105,7 @@ class CacheSpec:
     center: str = "page"
     equalize: bool = True
     seed: int = 0
+    evict: str = "sliding"
     budget: float | None = None
     quality: str | None = None
 
@@ -122,6 +127,10 @@ class CacheSpec:
         if self.center not in CENTERS:
             raise SpecError(
                 f"center={self.center} is unknown; use one of {', '.join(CENTERS)}"
+            )
+        if self.evict not in EVICTIONS:
+            raise SpecError(
+                f"evict={self.evict} is unknown; use one of {', '.join(EVICTIONS)}"
             )
         if not 0 <= self.seed < 2**32:
             raise SpecError(f"seed {self.seed} is outside 0..2**32-1; leave it out")

@@ -4,7 +4,7 @@ It begins with the bits, options follow in any order:
 
     bits      3 | 3.5 | 3.25 | k4v3 | k16v3 | auto
     options   codec=NAME or NAME/NAME, sink=, window=, page=, center=page|off,
-              equalize=on|off, seed=; with auto: budget=, quality=
+              equalize=on|off, seed=, evict=sliding|score; with auto: budget=, quality=
 
 What values are allowed is `spec`'s to check.
 """
@@ -20,6 +20,9 @@ from .errors import SpecError
 
 DEFAULT_CODEC = "turboquant"
 ADVICE = "use 1..8, a mean such as 3.25, sides such as 'k4v3' or 'k16v3', or 'auto'"
+#: Tokens that eviction by score keeps or drops together, unless ``page=`` says others:
+#: with more, a small limit holds too few pages to choose from (dev/LOG.md).
+SCORED_PAGE = 32
 _SIDES = re.compile(r"k(\d{1,9}(?:\.\d{1,9})?)v(\d{1,9}(?:\.\d{1,9})?)")
 _WHOLE_NUMBERS = ("sink", "window", "page", "seed")
 #: Bits of sides that are still to be chosen: any that adaptive codecs have.
@@ -45,6 +48,8 @@ def read_spec(
     """
     head, *parts = text.strip().lower().split(",")
     options = dict(map(_read_option, parts)) | dict(overrides)
+    if options.get("evict") == "score":
+        options.setdefault("page", SCORED_PAGE)
     names = side_names(options.pop("codec", DEFAULT_CODEC))
     chosen_later = _CHOSEN_LATER & options.keys()
     if head == "auto":
@@ -123,7 +128,7 @@ def _read_bits(head: str, names: Names) -> tuple[Bits, float | None]:
 def _read_option(option: str) -> tuple[str, Any]:
     """One ``name=value`` of a spec's text."""
     name, sep, value = option.strip().partition("=")
-    if name in ("codec", "center", "quality") and sep:
+    if name in ("codec", "center", "evict", "quality") and sep:
         return name, value
     if name == "equalize" and value in ("on", "off"):
         return name, value == "on"
@@ -139,5 +144,6 @@ def _read_option(option: str) -> tuple[str, Any]:
             raise SpecError(f"{name}={value!r} is not a whole number") from None
     raise SpecError(
         f"option {option!r} is unknown; use codec=, sink=, window=, page=, "
-        "center=page|off, equalize=on|off, seed=, or with auto budget=, quality="
+        "center=page|off, equalize=on|off, seed=, evict=sliding|score, or with auto "
+        "budget=, quality="
     )

@@ -235,7 +235,7 @@ def test_a_windows_numbers_fit_one_another():
         assert header != state["header"], old
         with pytest.raises(FormatError):
             tq.RotatingTurboQuantCache.from_state({**state, "header": header})
-    with pytest.raises(FormatError, match="sliding window"):
+    with pytest.raises(FormatError, match="another kind of cache"):
         tq.TurboQuantCache.from_state(state)
 
 

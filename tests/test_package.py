@@ -144,6 +144,7 @@ def test_public_names():
         "PromptStore",
         "Quantizer",
         "RotatingTurboQuantCache",
+        "ScoredTurboQuantCache",
         "TokenArrays",
         "TurboQuantCache",
         "apply",

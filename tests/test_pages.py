@@ -115,7 +115,7 @@ def test_tokens_are_dropped_from_both_ends(tiles):
     table.extend(both(in_tiles(codes, LAYOUT) if tiles else codes))
     table.drop_last(60)
     assert len(table.pages) == 4
-    table.drop_first(64)
+    table.drop(range(64 // PAGE))
     left = {name: array[:, :, 64:100] for name, array in codes.arrays.items()}
     same(table, TokenArrays(left))
     table.drop_last(4)
@@ -218,12 +218,14 @@ class Sequences(RuleBasedStateMachine):
         table.drop_last(count)
         del held[len(held) - count :]
 
-    @rule(which=st.integers(0, 9), part=st.floats(0, 1))
-    def drop_first(self, which, part):
+    @rule(which=st.integers(0, 9), parts=st.sets(st.floats(0, 0.999), max_size=4))
+    def drop(self, which, parts):
         table, held = self.of(which)
-        count = int(part * (table.length // PAGE)) * PAGE
-        table.drop_first(count)
-        del held[:count]
+        places = {int(part * (table.length // PAGE)) for part in parts}
+        places &= set(range(table.length // PAGE))
+        table.drop(places)
+        for place in sorted(places, reverse=True):
+            del held[place * PAGE : (place + 1) * PAGE]
 
     @invariant()
     def holds_what_was_written(self):

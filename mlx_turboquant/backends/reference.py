@@ -164,14 +164,16 @@ class Reference:
             parts.append(transform.encode(recent).astype(dtype))
         return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
-    def dequantize(self, side: CompressedTokens) -> mx.array:
-        """All stored tokens (B, H, T, D) in the model's basis and dtype."""
-        parts = [] if side.sink is None else [side.sink]
+    def dequantize(
+        self, side: CompressedTokens, heads: slice = slice(None)
+    ) -> mx.array:
+        """All stored tokens (B, heads, T, D) in the model's basis and dtype."""
+        parts = [] if side.sink is None else [side.sink[:, heads]]
         if side.packed is not None:
-            packed_rot = self.decode_rot(side, mx.float32, slice(None))
-            packed = side.quantizer.transform.decode(packed_rot)
+            packed_rot = self.decode_rot(side, mx.float32, heads)
+            packed = side.quantizer.transform.of_heads(heads).decode(packed_rot)
             parts.append(packed.astype(side.dtype))
-        parts.append(side.recent_tokens)
+        parts.append(side.recent_tokens[:, heads])
         return mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reference:

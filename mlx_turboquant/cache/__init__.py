@@ -4,6 +4,7 @@ from . import beginnings as beginnings
 from .batch import BatchTurboQuantCache
 from .bit_allocation import BitAllocator, LayerSlot
 from .layer import TurboQuantCache
+from .scored import ScoredTurboQuantCache
 from .sliding import RotatingTurboQuantCache, min_window
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "BitAllocator",
     "LayerSlot",
     "RotatingTurboQuantCache",
+    "ScoredTurboQuantCache",
     "TurboQuantCache",
     "min_window",
 ]

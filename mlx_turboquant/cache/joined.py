@@ -18,6 +18,7 @@ from ..batch_handles import CompressedBatch
 from ..page_table import Moved
 from ..segments import PreparedSteps, RowTokens
 from .layer import TurboQuantCache
+from .scored import ScoredTurboQuantCache
 from .sliding import RotatingTurboQuantCache
 
 #: Tokens that the buffer has room for when it is laid out.
@@ -38,6 +39,8 @@ def kind_of(row: TurboQuantCache) -> Hashable | None:
     if not backend.joins or keys.shape[0] != 1:
         return None
     window = None
+    if isinstance(row, ScoredTurboQuantCache):
+        return None  # it wants to see its own queries
     if isinstance(row, RotatingTurboQuantCache):
         window = row.max_size, row.keep
     spec, kind = row.spec, row._quantizers.kind

@@ -15,7 +15,7 @@ Speaks mlx-lm's cache protocol, but imports nothing of it (see ``integrations``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -55,7 +55,8 @@ class TurboQuantCache(SequenceCache):
     merge: ClassVar[Callable[..., Any]]
     #: Where other caches of its layer have their codes, if they do.
     _shelf: PoolShelf | None = None
-    _is_sliding: ClassVar[bool] = False
+    #: Numbers in its header that tell its kind.
+    _header_marks: ClassVar[Sequence[str]] = ()
     to_batch: ClassVar[Callable[..., Any]]
 
     def __init__(
@@ -289,7 +290,7 @@ class TurboQuantCache(SequenceCache):
 
     @state.setter
     def state(self, state: Mapping[str, Any]) -> None:
-        self._restore(*saved.from_state(state, self._is_sliding))
+        self._restore(*saved.from_state(state, self._header_marks))
 
     def _numbers(self) -> saved.Numbers:
         """What a file says of the cache besides spec and arrays."""

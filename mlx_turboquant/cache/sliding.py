@@ -8,8 +8,9 @@ else is stored, at most a page, is hidden; whole pages are forgotten.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -47,7 +48,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
     RotatingTurboQuantCache(k3v3, empty)
     """
 
-    _is_sliding = True
+    _header_marks: ClassVar[Sequence[str]] = ("max_size",)
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class RotatingTurboQuantCache(TurboQuantCache):
             # The sink goes with the first page, but for the tokens that are kept.
             self._tokens.cut_sink(self.keep)
             self._evicted_sink = spec.sink - self.keep
-        self._tokens.drop_first_codes(count)
+        self._tokens.drop_pages(range(count // spec.page))
         self._evicted_pages += count
         self._prepared = PreparedSteps()
 

@@ -6,7 +6,7 @@ and writing of the file itself is mlx-lm's (see ``integrations``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +22,8 @@ from .state_checks import check
 #: Raised by any change to bit layout, levels, signs or array names.
 FORMAT_VERSION = 6
 _MAGIC = "mlx_turboquant"
+#: Numbers that only some kinds of caches have: windows, and those that score pages.
+_KINDS = ("max_size", "scored")
 _GROUPS = ("sink", "packed", "recent", "means", "gains", "queries")
 Groups = dict[str, dict[str, mx.array]]
 State = dict[str, Any]
@@ -66,13 +68,13 @@ def to_state(
 
 
 def from_state(
-    state: Mapping[str, Any], is_sliding: bool = False
+    state: Mapping[str, Any], of_kind: Sequence[str] = ()
 ) -> tuple[CacheSpec, Groups, Numbers]:
     """The inverse of `to_state`.
 
     Args:
         state: What it made.
-        is_sliding: Whether a window's numbers must be in it, or must not.
+        of_kind: Those of `_KINDS` that must be in it; the others must not.
 
     Raises:
         FormatError: saying what is foreign, damaged or newer.
@@ -99,8 +101,8 @@ def from_state(
                 raise ValueError(f"it does not say {name}=")
         if len(numbers) != len(pairs):
             raise ValueError(f"{header!r} says something twice")
-        if ("max_size" in numbers) != is_sliding:
-            raise ValueError(f"max_size= goes with a sliding window: {header!r}")
+        if {name for name in _KINDS if name in numbers} != set(of_kind):
+            raise ValueError(f"it is of another kind of cache: {header!r}")
     except ValueError as error:  # as is SpecError
         raise FormatError(f"the cache's header is damaged: {error}") from error
     groups: Groups = {group: {} for group in _GROUPS}

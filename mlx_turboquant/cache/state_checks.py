@@ -25,7 +25,7 @@ Numbers = Mapping[str, int]
 Made = dict[str, tuple[mx.Dtype, int]]
 
 _FLOATS = (mx.float16, mx.bfloat16, mx.float32)
-_FLAGS = ("returns_arrays", "tiles", "sees_kept")
+_FLAGS = ("returns_arrays", "tiles", "sees_kept", "scored")
 _MOST = 2**31 - 1
 
 
@@ -187,8 +187,8 @@ class _Layer:
     def _check_window(self, tokens: int, gone: int) -> None:
         """What is hidden, or evicted, must have been there."""
         _demand(tokens + gone <= _MOST, f"it has {tokens + gone} tokens")
-        if "max_size" not in self.numbers:
-            return
+        if "max_size" not in self.numbers or "scored" in self.numbers:
+            return  # nothing is hidden then
         first, keep = self.numbers["first_visible"], self.numbers["keep"]
         hidden = first - gone - keep
         _demand(
@@ -230,7 +230,11 @@ def _check_numbers(spec: CacheSpec, numbers: Numbers) -> None:
         _demand(least <= number <= most, f"{name}={number} is outside {least}..{most}")
     gone, pages = numbers["evicted_sink"], numbers["evicted_pages"]
     _demand(pages % spec.page == 0, f"evicted_pages={pages} are no whole pages")
-    expected = spec.sink - numbers["keep"] if pages else 0
+    is_cut = pages and "scored" not in numbers
+    if "scored" in numbers:
+        for name in ("first_visible", "returns_arrays"):
+            _demand(numbers[name] == 0, f"{name}={numbers[name]} is not 0")
+    expected = spec.sink - numbers["keep"] if is_cut else 0
     _demand(gone == expected, f"evicted_sink={gone} is not {expected}")
 
 

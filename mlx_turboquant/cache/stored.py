@@ -9,7 +9,7 @@ When tokens move is `schedule`'s, what codes are made with `quantizers`'.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -205,9 +205,9 @@ class StoredTokens:
             self.table.rewrite(sides)
             self._codes_changed()
 
-    def drop_first_codes(self, count: int) -> None:
-        """Forget the first ``count`` tokens that are codes."""
-        self.table.drop_first(count)
+    def drop_pages(self, places: Collection[int]) -> None:
+        """Forget whole pages of codes, by where they stand among all."""
+        self.table.drop(places)
         self._codes_changed()
 
     def cut_sink(self, keep: int) -> None:

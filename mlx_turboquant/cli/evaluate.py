@@ -69,6 +69,7 @@ def evaluate(
     bounds: Annotated[
         bool, typer.Option(help="Bound the error of attention; see docs/quality.md.")
     ] = False,
+    max_kv_size: opt.MaxKvSize = None,
     pathologies: Annotated[
         bool,
         typer.Option(help="Also score under transforms that make the cache hard."),
@@ -91,6 +92,7 @@ def evaluate(
         "long": long,
         "written": written,
         "bounds": bounds,
+        "max_kv_size": max_kv_size,
     }
 
     from .. import evals
@@ -120,14 +122,15 @@ def evaluate(
     if select.awaits_proof():
         # Begun before the first job, so that every job is measured on one backend.
         for spec in spec_texts or grid.SPECS:
-            make_prompt_cache(session.network, spec)
+            make_prompt_cache(session.network, spec, max_kv_size)
         wait_for_proofs()
     with progress_bar() as progress:
         results = evals.evaluate(
             session.network,
             session.tokenizer,
             spec_texts or grid.SPECS,
-            baselines=grid.BASELINES if baselines else ("fp",),
+            # mlx-lm's quantized caches have no limit.
+            baselines=grid.BASELINES if baselines and not max_kv_size else ("fp",),
             plan=plan,
             text_file=text,
             pathology=NAMES if pathologies else (),

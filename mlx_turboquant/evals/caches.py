@@ -56,13 +56,16 @@ class AffineCache(StockKVCache):  # type: ignore[misc]
         return rotation.inverse(decoded_rot).astype(x.dtype)
 
 
-def cache_factory(name: str, model: nn.Module, seed: int = 0) -> CacheFactory:
+def cache_factory(
+    name: str, model: nn.Module, seed: int = 0, max_kv_size: int | None = None
+) -> CacheFactory:
     """What makes the prompt cache called ``name`` for a model.
 
     Args:
         name: See the module's docstring.
         model: A model of mlx-lm's.
         seed: Of the rotation of a spec that names none.
+        max_kv_size: Tokens to keep at most.
 
     Raises:
         SpecError: for a name that cannot be read.
@@ -70,17 +73,19 @@ def cache_factory(name: str, model: nn.Module, seed: int = 0) -> CacheFactory:
     """
     kind, _, bits = name.partition(":")
     if name == "fp":
-        return lambda: stock_caches(model)
+        return lambda: stock_caches(model, max_kv_size)
     if kind in ("affine", "rotated-affine"):
         if bits not in ("2", "3", "4", "5", "6", "8"):
             raise SpecError(f"{name!r} is unknown; affine bits are 2, 3, 4, 5, 6 or 8")
+        if max_kv_size is not None:
+            raise SpecError(f"{name} keeps all tokens; leave it or max_kv_size out")
         return lambda: replace_plain(
             model, lambda: AffineCache(int(bits), kind == "rotated-affine")
         )
     spec = CacheSpec.parse(name)
     if "seed=" not in name:
         spec = replace(spec, seed=seed)
-    return lambda: make_prompt_cache(model, spec)
+    return lambda: make_prompt_cache(model, spec, max_kv_size)
 
 
 def uses_seed(name: str) -> bool:

@@ -49,6 +49,8 @@ class EvalPlan:
         long: Tokens of the model's own text that are read behind a prompt, as
             `evals.long` says; 0 for none.
         written: Tokens of them that each cache also writes itself.
+        max_kv_size: Tokens that the compared caches keep at most; what they are held to
+            keeps all. Not with ``layers``, ``long`` or ``bounds``.
         bounds: Also bound the error of attention, at the first length or else at 1,024
             tokens (`evals.bounds`). With this or ``long`` there may be no lengths.
 
@@ -70,8 +72,14 @@ class EvalPlan:
     long: int = 0
     written: int = 1024
     bounds: bool = False
+    max_kv_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.max_kv_size is not None and (self.layers or self.long or self.bounds):
+            raise SpecError(
+                f"max_kv_size {self.max_kv_size} does not go with layers, long or "
+                "bounds; leave one out"
+            )
         for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if not least <= value <= most:
@@ -107,5 +115,7 @@ class EvalPlan:
     def state(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in asdict(self).items()
+            if k != "max_kv_size" or v is not None  # older results have none
         }

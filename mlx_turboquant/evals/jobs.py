@@ -89,7 +89,13 @@ class JobRunner:
         return text.windows(self.texts, self.tokenizer, length, count)[index]
 
     def _factory(self, cache: str, window: int) -> CacheFactory:
-        return cache_factory(cache, self.model, window % self.plan.seeds)
+        plan = self.plan
+        return cache_factory(cache, self.model, window % plan.seeds, plan.max_kv_size)
+
+    @property
+    def _exact(self) -> CacheFactory:
+        """What caches are held to: all tokens, uncompressed."""
+        return cache_factory("fp", self.model)
 
     def _reference_of(
         self, window: int, transform: str
@@ -99,8 +105,7 @@ class JobRunner:
         if self._reference is None or self._reference[0] != key:
             self._reference = None  # let the older one go first
             tokens = self._window(window, self.plan.lengths[-1] + 1)
-            factory = self._factory("fp", 0)
-            logprobs = scoring.reference(self.model, tokens, factory, self.plan)
+            logprobs = scoring.reference(self.model, tokens, self._exact, self.plan)
             self._reference = (key, tokens, logprobs)
         return self._reference[1:]
 
@@ -133,7 +138,7 @@ class JobRunner:
     def _layer(self, cache: str, layer: int) -> KeyedJob:
         def job() -> Job:
             tokens, reference = self._reference_of(0, "")
-            compressed, plain = self._factory(cache, 0), self._factory("fp", 0)
+            compressed, plain = self._factory(cache, 0), self._exact
 
             def one_compressed() -> list[Any]:
                 caches = plain()
@@ -164,17 +169,16 @@ class JobRunner:
     def _greedy(self, cache: str, window: int) -> KeyedJob:
         def job() -> Job:
             if window not in self._greedy_texts:
-                self._greedy_texts[window] = self._write("fp", window)
-            tokens = self._write(cache, window)
+                self._greedy_texts[window] = self._write(self._exact, window)
+            tokens = self._write(self._factory(cache, window), window)
             same = needles.common_prefix(self._greedy_texts[window], tokens)
             return {"kind": "greedy", "name": cache, "window": window, "same": same}
 
         return f"greedy {cache} window {window}", job
 
-    def _write(self, cache: str, window: int) -> list[int]:
+    def _write(self, factory: CacheFactory, window: int) -> list[int]:
         plan = self.plan
         tokens = self._window(window, plan.lengths[0])
-        factory = self._factory(cache, window)
         return needles.greedy(self.model, tokens, factory, plan.greedy, plan.prefill)
 
     def _long(self, cache: str, window: int) -> KeyedJob:
@@ -182,7 +186,7 @@ class JobRunner:
 
         def job() -> Job:
             own, questions = self._own_text(window)
-            factory, plain = self._factory(cache, window), self._factory("fp", 0)
+            factory, plain = self._factory(cache, window), self._exact
             # The uncompressed cache is read in other steps: its self-noise.
             step = long.STEP // 2 if cache == "fp" else long.STEP
             scores, behind = long.divergence(
@@ -219,7 +223,7 @@ class JobRunner:
         )
         if window not in self.own_texts:
             self.own_texts[window] = self._write_own(
-                prompt, self._factory("fp", 0), self.plan.long, window
+                prompt, self._exact, self.plan.long, window
             )
         written = self.own_texts[window]
         check_tokens(self.model, written, "the model's own text in results.json")

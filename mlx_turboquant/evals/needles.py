@@ -5,12 +5,14 @@ The facts are made up, in a wording that the bundled model was trained to answer
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..integrations.stock import labelled_leaves
 from .caches import CacheFactory
 
 _COLOURS = ("silver", "golden", "ancient", "crooked", "hidden", "frozen", "hollow")
@@ -65,16 +67,23 @@ def retrieve(
     depths: int,
     prefill: int,
 ) -> list[dict[str, Any]]:
-    """Ask for every fact in a text that is read once; the cache is trimmed between."""
+    """Ask for every fact in a text that is read once.
+
+    The cache is trimmed between, or copied where it forgets tokens or has states.
+    """
     text_ids, questions = haystack(tokenizer, tokens, depths)
     cache = factory()
     read(model, text_ids, cache, prefill)
     answers = []
+    leaves = [leaf for _, leaf in labelled_leaves(cache)]
+    is_whole = all(x.is_trimmable() and not hasattr(x, "max_size") for x in leaves)
     for depth, question, code in questions:
         question_ids = ids_of(tokenizer, question)
-        answer_ids = continuation(model, question_ids, cache, _ANSWER_TOKENS)
-        for layer in cache:
-            layer.trim(len(question_ids) + _ANSWER_TOKENS - 1)
+        asked = cache if is_whole else copy.deepcopy(cache)
+        answer_ids = continuation(model, question_ids, asked, _ANSWER_TOKENS)
+        if is_whole:
+            for layer in cache:
+                layer.trim(len(question_ids) + _ANSWER_TOKENS - 1)
         answer = tokenizer.decode(answer_ids)
         answers.append(
             {

@@ -100,6 +100,8 @@ def as_text(results: Evaluation) -> str:
         "KLD in nats per token against the uncompressed cache; bits are all stored "
         "bits per element at that length",
     ]
+    if limit := about["plan"].get("max_kv_size"):
+        lines.append(f"Caches keep {limit} tokens; the one they are held to keeps all")
     for title, head, rows in _tables(results):
         lines += ["", *([title, ""] if title else []), _text(head, rows)]
     return "\n".join(lines)

@@ -16,7 +16,13 @@ from typing import Any
 import mlx.nn as nn
 
 from ..backends import select
-from ..cache import BitAllocator, LayerSlot, RotatingTurboQuantCache, TurboQuantCache
+from ..cache import (
+    BitAllocator,
+    LayerSlot,
+    RotatingTurboQuantCache,
+    ScoredTurboQuantCache,
+    TurboQuantCache,
+)
 from ..entries import CacheEntry, PromptCache
 from ..errors import SpecError, UnsupportedModelError
 from ..explanation import Explanation, explain
@@ -223,8 +229,11 @@ def _make(
         stock = bound(stock, max_kv_size)
         entries = [entry.bounded(max_kv_size, BOUNDED_KEEP) for entry in entries]
     any_spec = spec[0] if isinstance(spec, list) else spec
+    _check_eviction(spec if isinstance(spec, list) else [spec], max_kv_size)
     entries = [entry.under(any_spec) for entry in entries]
     chosen = [entry for entry in entries if entry.is_compressed]
+    if any_spec.evict == "score":
+        _check_all_score(entries)
     if not chosen:
         kinds = sorted({f"{entry.kind} ({entry.reason})" for entry in entries})
         raise UnsupportedModelError(
@@ -248,12 +257,44 @@ def _make(
     return caches
 
 
+def _check_eviction(specs: Sequence[CacheSpec], max_kv_size: int | None) -> None:
+    evicts = {spec.evict for spec in specs}
+    if len(evicts) > 1:
+        raise SpecError(
+            "some layers have evict=score and some not, so they would not show equally "
+            "many tokens; say the same for all"
+        )
+    if max_kv_size is None and evicts == {"score"}:
+        raise SpecError(
+            "evict=score says what a limit on tokens drops, and there is none; give "
+            "max_kv_size (--max-kv-size), or leave evict out"
+        )
+
+
+def _check_all_score(entries: Sequence[CacheEntry]) -> None:
+    """What stays mlx-lm's under a limit drops its oldest tokens: others than ours."""
+    for entry in entries:
+        if entry.is_bounded and not entry.is_compressed:
+            raise UnsupportedModelError(
+                f"evict=score needs all layers compressed, and cache {entry.label} "
+                f"stays {entry.kind} ({entry.reason})",
+                "leave evict out, and --max-kv-size drops the oldest tokens",
+            )
+
+
 def _compressed(
     entry: CacheEntry, spec: CacheSpec, slot: LayerSlot | None, sees_kept: bool
 ) -> TurboQuantCache:
     returns_arrays = entry.decision == "returns_arrays"
     if entry.sliding_window is None:
         return TurboQuantCache(spec, slot, returns_arrays)
+    if entry.is_bounded and spec.evict == "score":
+        if returns_arrays:
+            raise UnsupportedModelError(
+                "evict=score goes by queries, and this model keeps them to itself",
+                "leave evict out, and --max-kv-size drops the oldest tokens",
+            )
+        return ScoredTurboQuantCache(spec, entry.sliding_window, entry.keep, slot)
     return RotatingTurboQuantCache(
         spec, entry.sliding_window, entry.keep, slot, returns_arrays, sees_kept
     )

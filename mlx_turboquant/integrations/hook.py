@@ -20,13 +20,23 @@ import mlx_lm.models.base as host_base
 import mlx_lm.models.cache as host_cache
 
 from ..attention import attend
-from ..cache import BatchTurboQuantCache, RotatingTurboQuantCache, TurboQuantCache
+from ..cache import (
+    BatchTurboQuantCache,
+    RotatingTurboQuantCache,
+    ScoredTurboQuantCache,
+    TurboQuantCache,
+)
 from ..errors import FormatError
 from ..segments import CompressedKV
 from . import vision
 
 _HOOKED = "scaled_dot_product_attention"
-_CLASSES = (TurboQuantCache, RotatingTurboQuantCache, BatchTurboQuantCache)
+_CLASSES = (
+    TurboQuantCache,
+    RotatingTurboQuantCache,
+    ScoredTurboQuantCache,
+    BatchTurboQuantCache,
+)
 #: What files call our classes: mlx-lm, which does not know them, fails with this text.
 _LABEL = (
     "{}, which mlx_turboquant reads (pip install mlx-tq): mlx_tq.generate, or "
@@ -104,7 +114,7 @@ def cache_class(name: str) -> Any:
     Raises:
         FormatError: if there is none.
     """
-    for cls in _CLASSES[:2]:
+    for cls in _CLASSES[:-1]:
         if cls.__name__ == name:
             return cls
     found = getattr(host_cache, name, None)

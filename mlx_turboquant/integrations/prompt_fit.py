@@ -35,7 +35,7 @@ _TOLERANCE = 1e-3
 _IN_PLACE_OF = {
     "KVCache": (
         *("KVCache", "QuantizedKVCache", "RotatingKVCache"),
-        *("TurboQuantCache", "RotatingTurboQuantCache"),
+        *("TurboQuantCache", "RotatingTurboQuantCache", "ScoredTurboQuantCache"),
     ),
     "RotatingKVCache": ("RotatingKVCache", "RotatingTurboQuantCache"),
 }

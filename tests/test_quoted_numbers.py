@@ -185,7 +185,7 @@ def test_the_readme_quotes_runs():
     """Quality, time and memory, and what fits."""
     said = [Source(comment) for comment, _ in blocks(PAGES[0]) if comment]
     named = {name for source in said for name in source.names}
-    assert {"eval-cpu.txt", "step-h100.txt", "memory-h200.txt", "plan.txt"} <= named
+    assert {"eval-h100.txt", "step-h100.txt", "memory-h200.txt", "plan.txt"} <= named
 
 
 def test_the_headline_is_what_the_table_below_it_says():

@@ -117,7 +117,7 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         soon = 0.01 if self._waiting and timeout else timeout
         taken: Request | None = super()._next_request(soon)
         if taken is None and timeout and not self._waiting:
-            self.prompt_cache.idle()
+            self.prompt_cache.idle(lambda: self._stop or not self.requests.empty())
         counts_only = taken is not None and taken[2].max_tokens == 0
         if taken is None or counts_only or self._is_distributed or not self._reading:
             return taken

@@ -193,6 +193,8 @@ class SupervisedGenerator(Generator):
         if timeout or time.monotonic() > self._counted_at + _PAUSE:
             self.kept = len(self.prompt_cache), self.prompt_cache.nbytes
             self._counted_at = time.monotonic()
+            if not timeout:
+                self.prompt_cache.busy()
         if self._is_ending:
             self.prompt_cache.save_next()
         entry = super()._next_request(timeout)

@@ -1,9 +1,9 @@
 """`TextWriter`: when a store's texts go to a folder.
 
 Owns what is written, and when: pages soon, once; what lies behind a text's last page,
-and states that stand at one place of it, as long as they are few beside the pages, and
-of the text that was used last at the end. Which texts are kept is ``prompt_store.py``'s,
-what records are ``saved_texts.py``'s.
+and states at a place of it, as long as they are few beside the pages, and all of the
+text that was used last at the end. Which texts are kept is ``prompt_store.py``'s, what
+records are ``saved_texts.py``'s.
 """
 
 from __future__ import annotations

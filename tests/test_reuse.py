@@ -1,5 +1,6 @@
 """What is read again of texts that begin alike: the index, places, and an agent."""
 
+import copy
 import logging
 import threading
 import time
@@ -160,6 +161,31 @@ def test_what_is_gone_on_from_is_what_would_be_read(run):
     fresh = agents.Session(run("hybrid").generator, answer_tokens=16)
     assert fresh.ask(talk) == again
     assert fresh.read[0] > 4 * session.read[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_what_is_prepared_elsewhere_is_what_the_loop_would_find(run):
+    generator = run("hybrid").generator
+    talk = [{"role": "system", "content": agents.SYSTEM}]
+    talk.append({"role": "user", "content": [{"type": "text", "text": "Well?"}]})
+    asked = [
+        server.host_server.CompletionRequest("chat", "", each, agents.TOOLS, None)
+        for each in (talk, copy.deepcopy(talk))
+    ]
+    arguments = agents.arguments(8)
+    agents.Session(generator).ask([*talk[:1], {"role": "user", "content": "?"}])
+    generator.prepare(asked[0], arguments)
+    assert isinstance(talk[1]["content"], list)
+    tokenizer = generator.model_provider.tokenizer
+    assert asked[0].prepared.tokenizer is tokenizer
+    found = [generator._tokenize(tokenizer, one, arguments) for one in asked]
+    assert found[0] == found[1]
+    assert len(found[0][1]) > 3  # places, not mlx-lm's segments
+    assert found[0][2][-1] == "user"
+    # Tokens of another tokenizer are not taken.
+    other = copy.deepcopy(tokenizer)
+    asked[0].prepared.tokenized[0].clear()
+    assert generator._prompt_of(other, asked[0], arguments)[0] == found[1][0]
 
 
 def test_one_reads_what_two_begin_with(run, caplog):

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import RequestError
 from ..integrations.supervision import SupervisedGenerator, TokensCounted
-from . import images
+from . import images, tool_images
 from .answer import Answer, Piece
 from .anthropic_fields import CountFields, MessagesFields
 from .anthropic_form import AnthropicForm
@@ -180,6 +180,9 @@ class Service:
         return b"".join(chunks)
 
     async def _fetch_images(self, messages: list[dict[str, Any]]) -> None:
+        provider = self.generator.model_provider
+        if provider.processor is None:
+            tool_images.omit(messages)
         parts = [
             part
             for message in messages
@@ -189,13 +192,14 @@ class Service:
         ]
         if not parts:
             return
-        if self.generator.model_provider.processor is None:
+        if provider.processor is None:
             raise RequestError(
                 "this model takes no images",
                 "send text, or serve a vision model",
                 param="messages",
             )
         await asyncio.to_thread(images.inline, messages)
+        tool_images.place(messages, provider.tokenizer, provider.processor)
 
     def _openai_form(
         self, kind: Any, fields: SamplingFields, arguments: GenerationArguments

@@ -251,7 +251,7 @@ def test_what_cannot_go_back_says_so(run, caplog):
 
 
 def test_where_bytes_are_short_places_go_before_texts():
-    """Of two texts; the end of the system prompt stays until a text is alone."""
+    """Of two texts; the system prompt's stay until a text is alone."""
     index, kept = PrefixIndex(), []
 
     def keep(text, length, kind, used):
@@ -276,7 +276,9 @@ def test_where_bytes_are_short_places_go_before_texts():
         kept.remove(entry)
         gone.append((int(entry.tokens[-1]), len(entry.tokens)))
     assert gone == [
-        *((0, 300), (0, 1000)),  # the first text's places, but three
-        *((0, 2000), (0, 1900), (0, 1500), (0, 900)),  # the first text
-        *((1, 1800), (0, 600), (1, 1700), (1, 1900)),  # the latest, its end last
+        # Places, the first text's before the other's, until each has one.
+        *((0, 1000), (0, 900), (0, 1500), (1, 1800)),
+        *((0, 2000), (0, 1900)),  # the first text
+        # Of the latest, its end last, and of its system prompt two places until then.
+        *((0, 300), (0, 600), (1, 1700), (1, 1900)),
     ]

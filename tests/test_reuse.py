@@ -91,9 +91,9 @@ def test_parts_of_a_template_that_refuses_some():
 class Running:
     """A generator of a tiny model in this process."""
 
-    def __init__(self, folder, name, spec=SPEC, **changes):
+    def __init__(self, folder, name, spec=SPEC, template=agents.TEMPLATE, **changes):
         path = agents.save_tiny(name, folder / name)
-        given = options(model=str(path), chat_template=agents.TEMPLATE, **changes)
+        given = options(model=str(path), chat_template=template, **changes)
         self.store = PromptStore(given.prompt_cache_size)
         provider = server.Provider(given, spec)
         self.generator = server.Generator(provider, self.store)
@@ -140,6 +140,35 @@ def test_an_agent_reads_nothing_twice(run, name, caplog):
         assert sum(more) <= 2
     texts = [entry for entry in running.store._kept if entry.kind == "user"]
     assert len(texts) <= MAX_PLACES * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("hybrid", "IN_TAGS"),
+        ("sliding window", "IN_CHANNELS"),
+        pytest.param("llama", "IN_TAGS", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "IN_CHANNELS", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_calls_and_channels_are_read_once_too(run, name, template, caplog):
+    """Templates shaped as those of models that agents are used with."""
+    caplog.set_level(logging.ERROR)
+    running = run(name, template=getattr(agents, template))
+    session = agents.Session(running.generator)
+    agents.play(session, with_calls=True)
+    assert len(session.read) == 34
+    assert session.ratio <= 1.05
+    longest = max((e.tokens for e in running.store._kept), key=len)
+    text = running.generator.model_provider.tokenizer.decode(longest.tolist())
+    if template == "IN_TAGS":
+        assert text.count("<tool_call>\n{") == text.count("</tool_response>") == 21
+        assert 0 <= text.count("<think>") < 8  # of the last turn only
+    else:
+        assert text.count("[call]") == text.count(" to=assistant") == 21
+        assert text.count("[channel]analysis") < 8
+        assert time.strftime("Today: %Y-") in text
 
 
 @pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")

@@ -322,6 +322,31 @@ def test_texts_are_written_while_the_last_answers_are(tmp_path):
         running.close()
 
 
+def test_a_request_ends_a_write_and_a_stream_lets_some_be_done(monkeypatch):
+    """What is written while nobody asks is told who comes; what is while one does."""
+    running, begun, over, busy = Running(), threading.Event(), [], []
+
+    def idle(is_wanted):
+        begun.set()
+        until(is_wanted)
+        over.append(True)
+
+    monkeypatch.setattr(running.cache, "busy", lambda: busy.append(True))
+    try:
+        with running.complete("The", max_tokens=4000, stream=True) as stream:
+            next(stream)
+            until(lambda: len(busy) >= 2)  # once a second
+        running.settled()
+        monkeypatch.setattr(running.cache, "idle", idle)
+        assert begun.wait(LIMIT)
+        running.complete("The", max_tokens=1)
+        assert over
+        monkeypatch.undo()
+        assert running.is_well()
+    finally:
+        running.close()
+
+
 def test_when_time_is_over_the_last_used_texts_are_written(
     tmp_path, caplog, monkeypatch
 ):

@@ -17,7 +17,7 @@ from mlx_turboquant.conversations import PrefixIndex, spread, stops
 from mlx_turboquant.conversations.index import as_tokens, common_length
 from mlx_turboquant.conversations.snapshots import CLOSE
 from mlx_turboquant.errors import UnsupportedError
-from mlx_turboquant.integrations import server
+from mlx_turboquant.integrations import reading, server
 from mlx_turboquant.integrations.kept_places import first_to_go
 from mlx_turboquant.integrations.places import parts_of
 from mlx_turboquant.integrations.prompt_store import MAX_PLACES, KeptText, PromptStore
@@ -193,7 +193,7 @@ def test_what_is_gone_on_from_is_what_would_be_read(run):
 
 
 @pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
-def test_what_is_prepared_elsewhere_is_what_the_loop_would_find(run):
+def test_what_is_prepared_elsewhere_is_what_the_loop_would_find(run, monkeypatch):
     generator = run("hybrid").generator
     talk = [{"role": "system", "content": agents.SYSTEM}]
     talk.append({"role": "user", "content": [{"type": "text", "text": "Well?"}]})
@@ -211,8 +211,11 @@ def test_what_is_prepared_elsewhere_is_what_the_loop_would_find(run):
     assert found[0] == found[1]
     assert len(found[0][1]) > 3  # places, not mlx-lm's segments
     assert found[0][2][-1] == "user"
-    # Tokens of another tokenizer are not taken.
     other = copy.deepcopy(tokenizer)
+    monkeypatch.setattr(reading.copy, "deepcopy", None)  # seconds, of two million ids
+    tokens = generator._tokens_of_request((None, asked[0], arguments))
+    assert tokens.tolist() == found[0][0]
+    # Tokens of another tokenizer are not taken.
     asked[0].prepared.tokenized[0].clear()
     assert generator._prompt_of(other, asked[0], arguments)[0] == found[1][0]
 

@@ -179,8 +179,9 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         """What the loop will find; None if it has no tokens that say all."""
         _, asked, arguments = request
         try:
-            # mlx-lm rewrites messages while it renders them.
-            asked, tokenizer = copy.deepcopy(asked), self.model_provider.tokenizer
+            tokenizer = self.model_provider.tokenizer
+            if not hasattr(asked, "prepared"):
+                asked = copy.deepcopy(asked)  # mlx-lm rewrites messages
             prompt, *_, images = self._prompt_of(tokenizer, asked, arguments)
         except Exception:
             return None  # the loop will find the same, and say it

@@ -350,6 +350,7 @@ def test_a_request_ends_a_write_and_a_stream_lets_some_be_done(monkeypatch):
 def test_when_time_is_over_the_last_used_texts_are_written(
     tmp_path, caplog, monkeypatch
 ):
+    monkeypatch.setattr(text_writer, "PAGES_AFTER", LIMIT)
     folder = DiskFolder(tmp_path / "kv", 10**9)
     running = Running(folder=folder)
     for i in range(3):

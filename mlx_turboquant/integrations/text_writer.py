@@ -91,11 +91,13 @@ class TextWriter:
         now = time.monotonic()
         for entry in self._unsaved(kept):
             idle = now - entry.at
-            if not entry.saved and idle > after:
+            if idle <= after:
+                continue
+            if not entry.saved:
                 self._save_pages(entry, is_wanted)
                 return
             is_late = idle > TAIL_AFTER or not entry.keeps_all
-            if entry.saved and is_late and self._save_next_place(entry):
+            if is_late and self._save_next_place(entry):
                 return
 
     def write(self, kept: Iterable[KeptText]) -> None:
@@ -183,10 +185,12 @@ class TextWriter:
             whole: Also if that is too much beside these.
         """
         saved = self.saved[entry.model]
+        waits = entry.waits_for == saved.page_bytes and not whole
+        if waits or time.monotonic() < self._idle_from:
+            return False  # looking for places takes a while
         likely = likely_places(entry, self._index.beginnings(entry.model, entry.tokens))
         places = [place for place in likely if place.saved != "all"]
-        waits = entry.waits_for == saved.page_bytes and not whole
-        if not places or waits or time.monotonic() < self._idle_from:
+        if not places:
             return False
         size = saved.tail_bytes + nbytes_behind_pages(places[0].caches)
         share = TAIL_SHARE if entry.keeps_all else STATES_SHARE

@@ -5,6 +5,7 @@ that the template cuts when the user speaks again, a header line in the system p
 that changes twice, and two sub-agents that begin at the same moment.
 """
 
+import copy
 import json
 import shutil
 import threading
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import numpy as np
 import tiny_models
+from agent_templates import IN_CHANNELS, IN_TAGS, TEMPLATE
 from helpers import MODEL
 from mlx.utils import tree_flatten
 from mlx_lm.server import (
@@ -25,17 +27,7 @@ from mlx_lm.server import (
 
 from mlx_turboquant.conversations.index import as_tokens, common_length
 
-TEMPLATE = """\
-{%- for t in tools or [] %}{{ t | tojson }}
-{% endfor %}
-{%- set spoken = namespace(at=-1) %}
-{%- for m in messages %}{% if m.role == 'user' %}{% set spoken.at = loop.index0 %}
-{%- endif %}{% endfor %}
-{%- for m in messages %}<{{ m.role }}>
-{%- if m.reasoning and loop.index0 > spoken.at %}(thinking: {{ m.reasoning }})
-{%- endif %}
-{{- m.content }}
-{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+__all__ = ["IN_CHANNELS", "IN_TAGS", "TEMPLATE"]
 
 
 def _tool(name, about, *arguments):
@@ -179,9 +171,7 @@ class Session:
 
     def ask(self, messages, tools=TOOLS):
         """The answer's text."""
-        request = CompletionRequest(
-            "chat", "", [dict(m) for m in messages], tools, None
-        )
+        request = CompletionRequest("chat", "", copy.deepcopy(messages), tools, None)
         with self._lock:
             ctx, answers = self.generator.generate(
                 request, arguments(self.answer_tokens)
@@ -204,36 +194,53 @@ class Session:
         return sum(self.read) / sum(self.new)
 
 
-def play(session, turns=TURNS):
-    """The whole session, or its first turns."""
+def play(session, turns=TURNS, with_calls=False):
+    """The whole session, or its first turns; with calls of tools, or results only."""
     messages, asked = [{"role": "system", "content": SYSTEM + HEADERS[0]}], 0
     for text, *results in turns:
         messages.append({"role": "user", "content": text})
         for result in [None, *results]:
             if result is not None:
-                messages.append({"role": "tool", "content": result})
+                messages.append(_result(messages, result, with_calls))
             header = HEADERS.get(asked)
             if header is not None:
                 messages[0] = {"role": "system", "content": SYSTEM + header}
-            answer = {"role": "assistant", "content": session.ask(messages)}
-            messages.append({**answer, "reasoning": THOUGHTS})
+            messages.append(_answer(session.ask(messages)))
             asked += 1
         if "two helpers" in text:
             with ThreadPoolExecutor(2) as pool:
-                found = list(pool.map(lambda task: _help(session, *task), SUB_TASKS))
+                found = pool.map(
+                    lambda task: _help(session, *task, with_calls), SUB_TASKS
+                )
             messages[-1]["content"] += " ".join(found)
 
 
-def _help(session, task, result):
+def _answer(text):
+    # Templates differ in what they call it.
+    thoughts = dict.fromkeys(("reasoning", "reasoning_content"), THOUGHTS)
+    return {"role": "assistant", "content": text, **thoughts}
+
+
+def _result(messages, result, with_calls):
+    """What a tool gave back, for which the last answer becomes a call of it."""
+    said = {"role": "tool", "content": result}
+    if with_calls:
+        name, number = TOOLS[len(result) % len(TOOLS)]["function"], len(messages)
+        values = dict.fromkeys(name["parameters"]["properties"], result[:12])
+        call = {"name": name["name"], "arguments": json.dumps(values)}
+        calls = [{"id": f"call_{number}", "type": "function", "function": call}]
+        messages[-1] = {**messages[-1], "tool_calls": calls}
+        said["tool_call_id"] = f"call_{number}"
+    return said
+
+
+def _help(session, task, result, with_calls):
     messages = [
         {"role": "system", "content": SUB_SYSTEM},
         {"role": "user", "content": task},
     ]
-    first = session.ask(messages)
-    messages += [
-        {"role": "assistant", "content": first, "reasoning": THOUGHTS},
-        {"role": "tool", "content": result},
-    ]
+    messages.append(_answer(session.ask(messages)))
+    messages.append(_result(messages, result, with_calls))
     return session.ask(messages)
 
 

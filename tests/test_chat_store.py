@@ -414,8 +414,8 @@ def test_a_chat_that_is_killed_loses_a_turn_and_one_that_is_ended_none(
         index.close()
         return ends
 
-    assert talk("killed", is_killed=True) == 1
-    assert talk("ended", is_killed=False) == 2
+    assert talk("killed", is_killed=True) == 0
+    assert talk("ended", is_killed=False) == 1
     out = run_chat(story, **options("killed"))[1]
     reused, read = re.search(r"(\d+) tokens reused, (\d+) read", out).groups()
     assert int(reused) > 300
@@ -446,7 +446,7 @@ def test_another_system_prompt_and_the_first_again(make):
 
 
 def test_what_is_written_between_turns(make, tmp_path):
-    """Pages at once, all of it now and then and at the end; once each."""
+    """Pages at once, the rest at the end; once each."""
     folder = DiskFolder(tmp_path / "kv", 10**9)
     talk = make("books", LOSSY, store=tq.PromptStore(max_size=1, folder=folder))
     talk.store.write()  # there is nothing yet
@@ -455,16 +455,17 @@ def test_what_is_written_between_turns(make, tmp_path):
     talk.store.write()
     first = folder.nbytes
     assert first > 0
-    assert talk.store._kept[0].saved == "all"
+    assert talk.store._kept[0].saved == "pages"
     answer(talk, STORY)
     talk.store.write()
     second = folder.nbytes
     assert talk.store._kept[0].saved == "pages"
-    assert first < second < 2 * first  # the first has a tail, too
+    assert 1.3 * first < second < 1.6 * first
     answer(talk, "So?", count=2)
     talk.store.write()
     assert folder.nbytes <= second + (second - first) / 3
     talk.store.close()
+    assert folder.nbytes > second + (second - first) / 3  # its tail
     assert talk.store._kept[0].saved == "all"
 
 

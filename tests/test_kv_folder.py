@@ -422,14 +422,72 @@ def test_idle_texts_are_written_and_evicted_ones_too(tiny, folder, hooked, monke
     assert 0 < pages < sum(c._tokens.table.nbytes for c in caches) + 20_000
     store.idle()
     assert folder.nbytes == pages
-    other = tq.make_prompt_cache(model, SPEC)
-    read(model, other, TEXT[100:200])
-    store.insert_cache("m", TEXT[100:200].tolist(), other)  # one too many
-    assert len(store) == 1
-    assert folder.nbytes > pages
+    monkeypatch.setattr(text_writer, "PAGES_AFTER", 60.0)
+    for start in 100, 50:  # one too many
+        other = tq.make_prompt_cache(model, SPEC)
+        read(model, other, TEXT[start:200])
+        store.insert_cache("m", TEXT[start:200].tolist(), other)
+        assert len(store) == 1
+    # The second went with its pages; what is behind them is as much as they are.
+    assert 1.2 * pages < folder.nbytes < 1.4 * pages
     back, rest = store.fetch_nearest_cache("m", TEXT.tolist())
-    assert (back[0].offset, rest) == (300, TEXT[300:].tolist())
+    assert (back[0].offset, len(rest)) == (4 + 32 * 9, 400 - 4 - 32 * 9)
     assert store.fetch_nearest_cache("other", TEXT.tolist())[0] is None
+
+
+def kept_in(folder, model, texts):
+    """A store that has read texts, and what it writes."""
+    store = prompt_store.PromptStore(max_size=len(texts), folder=folder)
+    store.open("m", [model], tq.make_prompt_cache(model, SPEC))
+    for tokens in texts:
+        caches = tq.make_prompt_cache(model, SPEC)
+        read(model, caches, tokens)
+        store.insert_cache("m", tokens.tolist(), caches)
+    return store, store._writer.saved["m"]
+
+
+def test_what_is_behind_pages_is_a_tenth_of_them(tiny, tmp_path, hooked, monkeypatch):
+    """But of the last text, at the end; so a session writes what its cache takes."""
+    monkeypatch.setattr(text_writer, "PAGES_AFTER", 0.0)
+    monkeypatch.setattr(text_writer, "TAIL_AFTER", 0.0)
+    folder = DiskFolder(tmp_path / "kv", 10**7)
+    texts = [TEXT[start : start + 200] for start in range(0, 200, 8)]
+    store, saved = kept_in(folder, tiny("llama"), texts)
+    for _ in range(3 * len(texts)):
+        store.idle()
+    assert all(len(saved.longest(text).pages) == 5 for text in texts)
+    assert 0 < saved.tail_bytes <= 0.1 * saved.page_bytes
+    whole = [saved.longest(text).length == 200 for text in texts]
+    assert 0 < sum(whole) < len(texts) / 2
+    store.save_next()
+    store.close()
+    assert saved.longest(texts[-1]).length == 200
+    assert sum(saved.longest(text).length == 200 for text in texts) <= sum(whole) + 1
+
+
+def test_who_comes_meanwhile_waits_for_one_page(tiny, folder, hooked, monkeypatch):
+    monkeypatch.setattr(text_writer, "PAGES_AFTER", 0.0)
+    store, saved = kept_in(folder, tiny("llama"), [TEXT])
+    waiting = iter([False] * 3 + [True])
+    store.idle(lambda: next(waiting))
+    assert len(saved.longest(TEXT).pages) == 3
+    assert store._kept[0].saved == ""
+    store.idle()  # the rest, at once
+    assert len(saved.longest(TEXT).pages) == 12
+    assert folder.nbytes == bytes_in(folder) < 1.2 * saved.page_bytes
+
+
+def test_a_busy_server_writes_what_is_old_a_little_at_a_time(
+    tiny, folder, hooked, monkeypatch
+):
+    store, saved = kept_in(folder, tiny("llama"), [TEXT])
+    store.busy()
+    assert folder.nbytes == 0
+    monkeypatch.setattr(text_writer, "BUSY_AFTER", 0.0)
+    monkeypatch.setattr(text_writer, "BUSY_BYTES", 1)
+    for pages in 1, 2, 3:
+        store.busy()
+        assert len(saved.longest(TEXT).pages) == pages
 
 
 WRITER = f"""

@@ -1,5 +1,6 @@
 """What is read again of texts that begin alike: the index, places, and an agent."""
 
+import copy
 import logging
 import threading
 import time
@@ -16,7 +17,7 @@ from mlx_turboquant.conversations import PrefixIndex, spread, stops
 from mlx_turboquant.conversations.index import as_tokens, common_length
 from mlx_turboquant.conversations.snapshots import CLOSE
 from mlx_turboquant.errors import UnsupportedError
-from mlx_turboquant.integrations import server
+from mlx_turboquant.integrations import reading, server
 from mlx_turboquant.integrations.kept_places import first_to_go
 from mlx_turboquant.integrations.places import parts_of
 from mlx_turboquant.integrations.prompt_store import MAX_PLACES, KeptText, PromptStore
@@ -90,9 +91,9 @@ def test_parts_of_a_template_that_refuses_some():
 class Running:
     """A generator of a tiny model in this process."""
 
-    def __init__(self, folder, name, spec=SPEC, **changes):
+    def __init__(self, folder, name, spec=SPEC, template=agents.TEMPLATE, **changes):
         path = agents.save_tiny(name, folder / name)
-        given = options(model=str(path), chat_template=agents.TEMPLATE, **changes)
+        given = options(model=str(path), chat_template=template, **changes)
         self.store = PromptStore(given.prompt_cache_size)
         provider = server.Provider(given, spec)
         self.generator = server.Generator(provider, self.store)
@@ -141,6 +142,35 @@ def test_an_agent_reads_nothing_twice(run, name, caplog):
     assert len(texts) <= MAX_PLACES * 10
 
 
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("hybrid", "IN_TAGS"),
+        ("sliding window", "IN_CHANNELS"),
+        pytest.param("llama", "IN_TAGS", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "IN_CHANNELS", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_calls_and_channels_are_read_once_too(run, name, template, caplog):
+    """Templates shaped as those of models that agents are used with."""
+    caplog.set_level(logging.ERROR)
+    running = run(name, template=getattr(agents, template))
+    session = agents.Session(running.generator)
+    agents.play(session, with_calls=True)
+    assert len(session.read) == 34
+    assert session.ratio <= 1.05
+    longest = max((e.tokens for e in running.store._kept), key=len)
+    text = running.generator.model_provider.tokenizer.decode(longest.tolist())
+    if template == "IN_TAGS":
+        assert text.count("<tool_call>\n{") == text.count("</tool_response>") == 21
+        assert 0 <= text.count("<think>") < 8  # of the last turn only
+    else:
+        assert text.count("[call]") == text.count(" to=assistant") == 21
+        assert text.count("[channel]analysis") < 8
+        assert time.strftime("Today: %Y-") in text
+
+
 @pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
 def test_what_is_gone_on_from_is_what_would_be_read(run):
     """From a place in the text, and with the thinking behind it cut."""
@@ -160,6 +190,34 @@ def test_what_is_gone_on_from_is_what_would_be_read(run):
     fresh = agents.Session(run("hybrid").generator, answer_tokens=16)
     assert fresh.ask(talk) == again
     assert fresh.read[0] > 4 * session.read[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*caches stay in the model's dtype")
+def test_what_is_prepared_elsewhere_is_what_the_loop_would_find(run, monkeypatch):
+    generator = run("hybrid").generator
+    talk = [{"role": "system", "content": agents.SYSTEM}]
+    talk.append({"role": "user", "content": [{"type": "text", "text": "Well?"}]})
+    asked = [
+        server.host_server.CompletionRequest("chat", "", each, agents.TOOLS, None)
+        for each in (talk, copy.deepcopy(talk))
+    ]
+    arguments = agents.arguments(8)
+    agents.Session(generator).ask([*talk[:1], {"role": "user", "content": "?"}])
+    generator.prepare(asked[0], arguments)
+    assert isinstance(talk[1]["content"], list)
+    tokenizer = generator.model_provider.tokenizer
+    assert asked[0].prepared.tokenizer is tokenizer
+    found = [generator._tokenize(tokenizer, one, arguments) for one in asked]
+    assert found[0] == found[1]
+    assert len(found[0][1]) > 3  # places, not mlx-lm's segments
+    assert found[0][2][-1] == "user"
+    other = copy.deepcopy(tokenizer)
+    monkeypatch.setattr(reading.copy, "deepcopy", None)  # seconds, of two million ids
+    tokens = generator._tokens_of_request((None, asked[0], arguments))
+    assert tokens.tolist() == found[0][0]
+    # Tokens of another tokenizer are not taken.
+    asked[0].prepared.tokenized[0].clear()
+    assert generator._prompt_of(other, asked[0], arguments)[0] == found[1][0]
 
 
 def test_one_reads_what_two_begin_with(run, caplog):
@@ -225,7 +283,7 @@ def test_what_cannot_go_back_says_so(run, caplog):
 
 
 def test_where_bytes_are_short_places_go_before_texts():
-    """Of two texts; the end of the system prompt stays until a text is alone."""
+    """Of two texts; the system prompt's stay until a text is alone."""
     index, kept = PrefixIndex(), []
 
     def keep(text, length, kind, used):
@@ -250,7 +308,9 @@ def test_where_bytes_are_short_places_go_before_texts():
         kept.remove(entry)
         gone.append((int(entry.tokens[-1]), len(entry.tokens)))
     assert gone == [
-        *((0, 300), (0, 1000)),  # the first text's places, but three
-        *((0, 2000), (0, 1900), (0, 1500), (0, 900)),  # the first text
-        *((1, 1800), (0, 600), (1, 1700), (1, 1900)),  # the latest, its end last
+        # Places, the first text's before the other's, until each has one.
+        *((0, 1000), (0, 900), (0, 1500), (1, 1800)),
+        *((0, 2000), (0, 1900)),  # the first text
+        # Of the latest, its end last, and of its system prompt two places until then.
+        *((0, 300), (0, 600), (1, 1700), (1, 1900)),
     ]

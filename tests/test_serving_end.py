@@ -314,7 +314,7 @@ def test_texts_are_written_while_the_last_answers_are(tmp_path):
             running.generator.begin_end()
             watch = DiskFolder(tmp_path / "kv", 10**9)
             kept = running.cache._kept
-            until(lambda: sum(one.saved == "all" for one in list(kept)) == 3)
+            until(lambda: sum(one.saved != "" for one in list(kept)) == 3)
             assert watch.nbytes > 100_000
             watch.close()
             next(stream)
@@ -322,9 +322,35 @@ def test_texts_are_written_while_the_last_answers_are(tmp_path):
         running.close()
 
 
+def test_a_request_ends_a_write_and_a_stream_lets_some_be_done(monkeypatch):
+    """What is written while nobody asks is told who comes; what is while one does."""
+    running, begun, over, busy = Running(), threading.Event(), [], []
+
+    def idle(is_wanted):
+        begun.set()
+        until(is_wanted)
+        over.append(True)
+
+    monkeypatch.setattr(running.cache, "busy", lambda: busy.append(True))
+    try:
+        with running.complete("The", max_tokens=4000, stream=True) as stream:
+            next(stream)
+            until(lambda: len(busy) >= 2)  # once a second
+        running.settled()
+        monkeypatch.setattr(running.cache, "idle", idle)
+        assert begun.wait(LIMIT)
+        running.complete("The", max_tokens=1)
+        assert over
+        monkeypatch.undo()
+        assert running.is_well()
+    finally:
+        running.close()
+
+
 def test_when_time_is_over_the_last_used_texts_are_written(
     tmp_path, caplog, monkeypatch
 ):
+    monkeypatch.setattr(text_writer, "PAGES_AFTER", LIMIT)
     folder = DiskFolder(tmp_path / "kv", 10**9)
     running = Running(folder=folder)
     for i in range(3):
@@ -338,6 +364,7 @@ def test_when_time_is_over_the_last_used_texts_are_written(
     latest = max(entry.used for entry in running.cache._kept)
 
     def save_and_tell(entry, whole):
+        assert whole == (entry.used == latest)
         saved.append(entry.used)
         save(entry, whole)
 

@@ -5,6 +5,7 @@ one to four fields at a time. After each request the server still answers.
 """
 
 import json
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -197,6 +198,129 @@ def running():
         patch.setattr(supervision, "context_length", lambda model: 48)
         yield made
     made.close()
+
+
+def nested(depth, inner="{}"):
+    """JSON of objects within one another."""
+    return '{"a":' * depth + inner + "}" * depth
+
+
+def chat(content, **more):
+    return {"messages": [{"role": "user", "content": content, **more}]}
+
+
+def call(arguments):
+    """A message with a call, whose arguments are a text that mlx-lm reads as JSON."""
+    function = {"name": "f", "arguments": arguments}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    said = {"role": "assistant", "content": "", "tool_calls": calls}
+    return {"messages": [USER, said, USER]}
+
+
+MEGABYTE = 1 << 20
+#: Long, many, deep, by where they stand: path, and fields.
+SIZES = {
+    "words": (TEXT, {"prompt": "the sea " * (MEGABYTE // 8)}),
+    "one word": (TEXT, {"prompt": "a" * MEGABYTE}),
+    "spaces": (TEXT, {"prompt": " " * MEGABYTE}),
+    "lines": (TEXT, {"prompt": "\n" * MEGABYTE}),
+    "marks": (TEXT, {"prompt": "e" + "\u0301" * (MEGABYTE // 4)}),
+    "pictures": (TEXT, {"prompt": "🌊" * (MEGABYTE // 4)}),
+    "ids": (TEXT, {"prompt": [5] * 300_000}),
+    "texts": (TEXT, {"prompt": ["a"] * 100_000}),
+    "message": (CHAT, chat("the sea " * (MEGABYTE // 8))),
+    "messages": (CHAT, {"messages": [USER] * 16384}),
+    "too many messages": (CHAT, {"messages": [USER] * 16385}),
+    "parts": (CHAT, chat([{"type": "text", "text": "the sea "}] * 4096)),
+    "too many parts": (CHAT, chat([{"type": "text", "text": "a"}] * 4097)),
+    "beside": (CHAT, chat("a", other=["a" * 1000] * 1000)),
+    "role": (CHAT, {"messages": [{"role": "u" * 65, "content": "a"}]}),
+    "stops": (CHAT, {**chat("a"), "stop": ["ab" * 512] * 64}),
+    "biases": (
+        CHAT,
+        {**chat("a"), "logit_bias": {str(i): 0.5 for i in range(4096)}},
+    ),
+    "all biases": (
+        CHAT,
+        {**chat("a"), "logit_bias": {str(i): 0.5 for i in range(100_000)}},
+    ),
+    "tools": (
+        CHAT,
+        {
+            **chat("a"),
+            "tools": [{"type": "function", "function": {"name": "f"}}] * 4096,
+        },
+    ),
+    "call": (CHAT, call('{"a": "' + "b" * MEGABYTE + '"}')),
+    "deep call": (CHAT, call(nested(100_000))),
+    "number": (CHAT, call('{"a": ' + "9" * 100_000 + "}")),
+    "turns": (MESSAGES, {"messages": [USER] * 16384, "max_tokens": 2}),
+    "system": (COUNT, {"messages": [USER], "system": "the sea " * (MEGABYTE // 8)}),
+}
+#: Those of an ordinary run.
+FEW = ("one word", "marks", "ids", "messages", "parts", "deep call", "number")
+#: Depths of objects, on both sides of the parser's own limit and of Python's.
+DEPTHS = (100, 190, 210, 1100, 100_000)
+#: Seconds for one, on a machine that runs other tests too: a second is usual.
+BOUND = 60
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in FEW else pytest.mark.slow)
+        for case in SIZES
+    ],
+)
+def test_any_field_may_be_large(running, case):
+    """The context of 48 tokens ends what is long; nothing takes long."""
+    path, fields = SIZES[case]
+    begun = time.monotonic()
+    check(running, (path, {"max_tokens": 2, **fields}))
+    assert time.monotonic() - begun < BOUND
+
+
+#: Where an object of any depth may stand.
+DEEP = {
+    "beside": (CHAT, '{"messages": [{"role": "user", "content": "a", "b": DEEP}]}'),
+    "messages": (CHAT, '{"messages": DEEP}'),
+    "content": (CHAT, '{"messages": [{"role": "user", "content": DEEP}]}'),
+    "tools": (
+        CHAT,
+        '{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": '
+        '"function", "function": {"name": "f", "parameters": DEEP}}]}',
+    ),
+    "variables": (
+        CHAT,
+        '{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": '
+        "DEEP}",
+    ),
+    "input": (
+        MESSAGES,
+        '{"max_tokens": 2, "messages": [{"role": "assistant", "content": [{"type": '
+        '"tool_use", "id": "a", "name": "f", "input": DEEP}]}, {"role": "user", '
+        '"content": "a"}]}',
+    ),
+    "unknown": (TEXT, '{"prompt": "a", "max_tokens": 2, "unknown": DEEP}'),
+    "all": (TEXT, "DEEP"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case in ("tools", "input") else pytest.mark.slow)
+        for case in DEEP
+    ],
+)
+def test_any_field_may_be_deep(running, case):
+    (path, body), begun = DEEP[case], time.monotonic()
+    for depth in DEPTHS:
+        for inner in nested(depth), "[" * depth + "]" * depth:
+            status, answer = running.raw(body.replace("DEEP", inner), path=path)
+            assert status in STATUSES, (depth, answer)
+    assert running.is_well()
+    assert time.monotonic() - begun < BOUND
 
 
 def check(running, request):

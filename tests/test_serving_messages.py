@@ -2,12 +2,16 @@
 
 import contextlib
 import json
+import types
 
 import anthropic
 import mlx.core as mx
 import mlx_lm.server as host_server
+import openai
 import pytest
 from serving_tools import STORY, Running, until
+
+from mlx_turboquant.serving import tool_images
 
 TOOLS_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}"
@@ -205,6 +209,59 @@ def test_a_turn_with_results_is_said_to_the_template(client, prompts):
         "tool: Error: no such place\n"
         "1 tools\nthink\nassistant:"
     )
+
+
+PIXEL = "aGVsbG8="
+#: A tool's result with an image, in either form.
+SHOWN = [
+    {"type": "text", "text": "A map:"},
+    {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": PIXEL},
+    },
+]
+AS_OPENAI = [
+    SHOWN[0],
+    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}},
+]
+
+
+def test_an_image_of_a_tool_is_a_note_to_who_cannot_see(running, client, prompts):
+    result = {"type": "tool_result", "tool_use_id": "t1", "content": SHOWN}
+    failed = {**result, "is_error": True}
+    ask(client, messages=[USER, {"role": "user", "content": [result, failed]}])
+    said = "A map:\n[image omitted]\n"
+    assert prompts[-1].endswith(f"tool: {said}tool: Error: \n{said}assistant:")
+    tool = {"role": "tool", "tool_call_id": "t1", "content": AS_OPENAI}
+    running.chat([USER, tool])
+    assert prompts[-1].endswith(f"tool: {said}assistant:")
+    # The user's own is refused, since that is what the question is about.
+    with pytest.raises(openai.BadRequestError, match="takes no images"):
+        running.chat([{"role": "user", "content": AS_OPENAI}])
+
+
+@pytest.mark.parametrize("takes_them", [True, False])
+def test_who_sees_gets_images_of_tools(takes_them):
+    """Where the template has a place for them."""
+
+    class Template:
+        def apply_chat_template(self, messages, tokenize):
+            content = messages[-1]["content"]
+            if isinstance(content, list) and not takes_them:
+                raise TypeError("a result is a text")
+            return "<image>"
+
+    processor = types.SimpleNamespace(image_token="<image>")
+    (_, image), end = AS_OPENAI, {"role": "assistant", "content": "I see"}
+    tool = {"role": "tool", "content": AS_OPENAI}
+    talk = [USER, *(dict(tool) for _ in range(2)), end, USER, dict(tool)]
+    tool_images.place(talk, Template(), processor)
+    if takes_them:
+        assert talk == [USER, tool, tool, end, USER, tool]
+        return
+    told = {"role": "tool", "content": "A map:\n[image below]"}
+    both, one = ({"role": "user", "content": [image] * count} for count in (2, 1))
+    assert talk == [USER, told, told, both, end, USER, told, one]
 
 
 def test_tokens_are_counted_without_generating(running, client):

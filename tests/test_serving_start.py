@@ -15,6 +15,9 @@ import pytest
 from helpers import MODEL
 from serving_tools import LIMIT, until
 
+from mlx_turboquant.cli import serve as cli_serve
+from mlx_turboquant.memory import machine_memory
+from mlx_turboquant.serving import run
 from mlx_turboquant.serving.run import SaidOnce
 
 COMMAND = [sys.executable, "-m", "mlx_turboquant", "server", "--model", str(MODEL)]
@@ -38,6 +41,14 @@ FAILURES = {
     "render": (["--chat-template", "{{ a.b }}"], "'a' is undefined"),
     "keys": (["--api-key-file", "/no/such"], "--api-key-file /no/such"),
     "alias": (["--allow-model", "a="], "use NAME=MODEL"),
+    "list": (["--allow-model", "a=/no/such"], "--allow-model 'a': cannot load model"),
+    "name": (["--allow-model", "a=b c"], "--allow-model 'a': cannot load model 'b c'"),
+    "nothing": (["--kv-bits", "3", "--kv-memory", "0"], "outside 1..1e18 bytes"),
+    "little": (
+        ["--kv-bits", "3", "--kv-memory", "1KB", "--log-level", "WARNING"],
+        "164 tokens need",
+    ),
+    "plain": (["--kv-memory", "1KB"], "--kv-memory 1.0 kB is too small"),
 }
 
 
@@ -52,6 +63,21 @@ def test_a_server_that_cannot_start_says_why_in_one_line(run_cli, taken, case):
     (line,) = err.splitlines()
     assert line.startswith("error: ")
     assert says in line
+
+
+def test_what_is_kept_takes_a_quarter_unless_it_is_said(monkeypatch):
+    """0 is any number, as it is without the option in mlx-lm."""
+    memory, given = machine_memory(), []
+
+    def serve(provider, store, settings):
+        given.append((store.max_bytes, provider.cli_args.prompt_cache_bytes))
+
+    monkeypatch.setattr(run, "serve", serve)
+    for options in (), ("--prompt-cache-bytes", "1MB"), ("--prompt-cache-bytes", "0"):
+        with pytest.raises(SystemExit) as ended:
+            cli_serve.main([*options, "--model", str(MODEL)])
+        assert ended.value.code == 0
+    assert given == [(memory // 4, None), (10**6, 10**6), (1 << 63, None)]
 
 
 def test_warnings_of_mlx_lms_server_are_said_once():

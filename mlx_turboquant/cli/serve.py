@@ -60,7 +60,11 @@ def serve(
         int, typer.Option(min=1, help="Texts whose caches are kept for reuse.")
     ] = 10,
     prompt_cache_bytes: Annotated[
-        str | None, typer.Option(help="Bytes they may take, as 4GB.")
+        str | None,
+        typer.Option(
+            help="Bytes they may take, as 4GB; 0 for any. Default: a quarter of what "
+            "MLX may use."
+        ),
     ] = None,
     kv_dir: kv_folder.KvDir = None,
     kv_disk: kv_folder.KvDisk = kv_folder.DISK,
@@ -125,7 +129,9 @@ def serve(
     options.chat_template_args = opt.json_object(
         "--chat-template-args", chat_template_args
     )
-    options.prompt_cache_bytes = opt.size("--prompt-cache-bytes", prompt_cache_bytes)
+    # None for what is no number of the user's: mlx-lm's counts what runs, too.
+    kept_bytes = opt.size("--prompt-cache-bytes", prompt_cache_bytes)
+    options.prompt_cache_bytes = kept_bytes or None
     # Its own quantization, which would turn batching off; ours is in `spec`.
     options.kv_bits = None
     options.kv_group_size, options.quantized_kv_start = 64, 0
@@ -147,10 +153,12 @@ def serve(
 
     from ..integrations.prompt_store import UNBOUNDED, PromptStore
     from ..integrations.server import Provider
+    from ..memory import machine_memory
     from ..serving import guard, names, run, service
 
-    allowed = names.parse_allowed(allow_model or ())
     options.model = model = model or opt.DEFAULT_MODEL
+    allowed = names.parse_allowed(allow_model or ())
+    names.check_allowed(allowed, model)
     most = opt.size("--max-body", max_body) or 0
     hosts = [host, *filter(None, allowed_hosts.split(","))]
     settings = run.Settings(
@@ -163,7 +171,7 @@ def serve(
             request_seconds=request_timeout or None,
             max_waiting=max_queue,
         ),
-        kv_memory=opt.size("--kv-memory", kv_memory),
+        kv_memory=opt.size("--kv-memory", kv_memory, least=1),
         grace=grace,
     )
     _ = maybe_set_recommended_wired_limit()
@@ -172,7 +180,7 @@ def serve(
             "--kv-dir is for one machine: ranks could find different texts in theirs; "
             "leave it out"
         )
-    budget = options.prompt_cache_bytes or UNBOUNDED
+    budget = machine_memory() // 4 if kept_bytes is None else kept_bytes or UNBOUNDED
     store = PromptStore(prompt_cache_size, budget, folder)
     run.serve(Provider(options, spec, draft_spec, max_kv_size), store, settings)
 

@@ -31,6 +31,8 @@ from .records import Bytes
 _SUFFIX = ".kv"
 #: A file is added to until it has so many bytes, or an eighth of the folder's.
 FILE_BYTES = 64 << 20
+#: Bytes of records that are written together: a step of whoever waits meanwhile.
+_AT_ONCE = 8 << 20
 #: Seconds without writing after an error.
 _PAUSE = 60.0
 
@@ -167,7 +169,7 @@ class DiskFolder:
                     break
                 new.append(record)
                 room, size = room - record.size, size + record.size
-                if size >= self._file_bytes:
+                if size >= min(self._file_bytes, _AT_ONCE):
                     behind = self._append(new, behind)
                     new, size = [], 0
             self._append(new, behind)

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from rich.filesize import decimal
 
 from ..conversations.index import Tokens
-from ..errors import RequestError
+from ..errors import RequestError, SpecError
 from ..memory import Footprint, plain_spec
 from ..spec import CacheSpec
 from .footprint import of_network
@@ -47,6 +47,25 @@ class Admission:
         store.expected = lambda: sum(one.codes for one in running())
         self._key: Any = None
         self._footprints: list[_Stored] = []
+
+    def check(self, provider: Provider) -> None:
+        """Make sure that a text of a page can be served.
+
+        Args:
+            provider: Has the model loaded.
+
+        Raises:
+            SpecError: if the memory is too small.
+        """
+        spec = provider.spec
+        tokens = 2 if spec is None else spec.sink + spec.window + spec.page
+        needed = self.bytes_of(provider, tokens)
+        if needed > self.budget:
+            raise SpecError(
+                f"--kv-memory {decimal(self.budget)} is too small: the caches of "
+                f"{tokens} tokens need {decimal(needed)}; mlx_tq.plan --kv-memory says "
+                "how many fit in how much"
+            )
 
     def admit(
         self, ticket: Ticket, provider: Provider, prompt: Tokens, max_tokens: int

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..conversations import spread
+from ..conversations.snapshots import EVERY_IN_BEGINNING
 from .kept_text import PLACE, SYSTEM, KeptText
 
-#: Places of a text that stay where bytes are short, as long as there are other texts.
+#: Places that texts are left with, one less each time, before a whole one goes.
 FEW_PLACES = 3
 
 
@@ -35,8 +36,8 @@ def first_to_go(
 ) -> KeptText:
     """What to drop where bytes are short: a place within a text, or a text.
 
-    Texts lose places before one of them goes, the latest its last few after that.
-    Places that are left are dense at a text's end.
+    Texts lose places before one of them goes, those not used for longest first. Places
+    that are left are dense at a text's end.
 
     Args:
         kept: All that is kept.
@@ -44,11 +45,12 @@ def first_to_go(
     """
     oldest = sorted(kept, key=lambda entry: (entry.used, -len(entry.tokens)))
     latest = oldest[-1].used
-    place = _least_place(oldest, beginnings, FEW_PLACES)
-    if place is not None or oldest[0].used < latest:
-        return place or oldest[0]
+    for few in range(FEW_PLACES, 0, -1):
+        place = _least_place(oldest, beginnings, few)
+        if place is not None:
+            return place
     # Of the latest, what it has read last is what it goes on from.
-    return _least_place(oldest, beginnings, 1) or oldest[-1]
+    return oldest[0] if oldest[0].used < latest else oldest[-1]
 
 
 def _least_place(
@@ -58,13 +60,17 @@ def _least_place(
 ) -> KeptText | None:
     """Of the first text that has more than ``few`` places, one of them.
 
-    The end of its system prompt, which others will begin with, is none of these.
+    The end of its system prompt, which others will begin with, is none of these, nor is
+    the last place well before that: lines at its end change.
     """
     for text in texts:
         places = {len(place.tokens): place for place in beginnings(text)}
         systems = [n for n, place in places.items() if place.kind == SYSTEM]
         if systems:
-            del places[max(systems)]
+            end = max(systems)
+            before = [n for n in systems if end - n >= EVERY_IN_BEGINNING // 2]
+            for n in {end, max(before, default=end)}:
+                del places[n]
         if len(places) > few and not text.keeps_all:
             ends = [0, *places, len(text.tokens)]
             return places[spread(ends, len(ends) - 1)[0]]

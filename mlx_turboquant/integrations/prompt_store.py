@@ -252,7 +252,7 @@ class PromptStore:
         self._let_go(min(some, key=lambda entry: entry.used))
 
     def _let_go(self, entry: KeptText) -> None:
-        self._writer.save(entry, whole=True)
+        self._writer.save(entry)
         self._drop(entry)
 
     def _drop(self, entry: KeptText) -> None:
@@ -274,16 +274,24 @@ class PromptStore:
         for entry in list(self._kept):
             self._drop(entry)
 
-    def idle(self) -> None:
-        """Write a text that nobody has used for a while, for callers with time."""
-        self._writer.idle(self._kept)
+    def idle(self, is_wanted: Callable[[], bool] = lambda: False) -> None:
+        """Write a text that nobody has used for a while, for callers with time.
+
+        Args:
+            is_wanted: Whether there is none left: what is not written is, later.
+        """
+        self._writer.idle(self._kept, is_wanted)
+
+    def busy(self) -> None:
+        """Write a little of what nobody has used for long, for callers without time."""
+        self._writer.busy(self._kept)
 
     def write(self) -> None:
         """Write what is new, for callers with no time of their own for `idle`."""
         self._writer.write(self._kept)
 
     def save_next(self) -> None:
-        """Write all of the text that was used last of those not yet written."""
+        """Write a text of those not yet written, the one that was used last."""
         self._writer.save_next(self._kept)
 
     def _beginnings(self, entry: KeptText) -> list[KeptText]:
@@ -291,7 +299,7 @@ class PromptStore:
         return self._index.beginnings(entry.model, entry.tokens)
 
     def close(self, until: float = math.inf) -> None:
-        """Write all that is not yet written, the last used first.
+        """Write what is not yet written, the last used first and whole.
 
         Args:
             until: When to begin with no more, `time.monotonic`.

@@ -1,14 +1,16 @@
 """`SharedReading`: mlx-lm's generation loop, where no prompt is read twice.
 
 Owns what a request's prompt is cut into, so that states are kept where later texts may
-part from it; which requests wait: one that begins like a prompt that is being read goes
-on from there when that is done, instead of reading the same beside it; and that what
-was read of a text that is given up is kept.
+part from it; that long prompts are tokenized elsewhere than on the loop's thread; which
+requests wait: one that begins like a prompt that is being read goes on from there when
+that is done, instead of reading the same beside it; and that what was read of a text
+that is given up is kept.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +24,21 @@ from .rows import keep_rows
 Tokenized = tuple[list[int], list[list[int]], list[str], str, Any]
 #: The queue for its answers, a request, and its arguments.
 Request = tuple[Any, Any, Any]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What `SharedReading.prepare` has made of a request: its ``prepared``.
+
+    Attributes:
+        tokenizer: Whose tokens.
+        tokenized: What mlx-lm makes of it.
+        parts: Where the parts of its prompt end.
+    """
+
+    tokenizer: Any
+    tokenized: Tokenized
+    parts: Parts
 
 
 class _Reading:
@@ -96,8 +113,29 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
             store.close()
             mx.clear_streams()  # or their threads outlive this one and abort the exit
 
+    def prepare(self, request: Any, args: Any) -> None:
+        """Tokenize a request on the caller's thread, so that the loop need not.
+
+        That is of use if it means the model that is loaded now, as most do.
+        """
+        tokenizer = self.model_provider.tokenizer
+        has_images = any(host_server._image_parts(request.messages))
+        if tokenizer is None or has_images or self._is_distributed:
+            return
+        try:
+            asked = copy.deepcopy(request)  # mlx-lm rewrites messages
+            tokenized = self._prompt_of(tokenizer, asked, args)
+            parts = self._parts_of(tokenizer, asked, args, tokenized[0])
+        except Exception:
+            return  # the loop will find the same, and say it
+        request.prepared = _Prepared(tokenizer, tokenized, parts)
+
     def _prompt_of(self, tokenizer: Any, request: Any, args: Any) -> Tokenized:
         """As mlx-lm's `_tokenize`; prompts may be token ids already."""
+        prepared = getattr(request, "prepared", None)
+        if prepared is not None and prepared.tokenizer is tokenizer:
+            prompt, segments, kinds, state, images = prepared.tokenized
+            return prompt, [*segments], [*kinds], state, images
         if not isinstance(request.prompt, list):
             tokenized: Tokenized = super()._tokenize(tokenizer, request, args)
             return tokenized
@@ -117,7 +155,7 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         soon = 0.01 if self._waiting and timeout else timeout
         taken: Request | None = super()._next_request(soon)
         if taken is None and timeout and not self._waiting:
-            self.prompt_cache.idle()
+            self.prompt_cache.idle(lambda: self._stop or not self.requests.empty())
         counts_only = taken is not None and taken[2].max_tokens == 0
         if taken is None or counts_only or self._is_distributed or not self._reading:
             return taken
@@ -141,8 +179,9 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         """What the loop will find; None if it has no tokens that say all."""
         _, asked, arguments = request
         try:
-            # mlx-lm rewrites messages while it renders them.
-            asked, tokenizer = copy.deepcopy(asked), self.model_provider.tokenizer
+            tokenizer = self.model_provider.tokenizer
+            if not hasattr(asked, "prepared"):
+                asked = copy.deepcopy(asked)  # mlx-lm rewrites messages
             prompt, *_, images = self._prompt_of(tokenizer, asked, arguments)
         except Exception:
             return None  # the loop will find the same, and say it
@@ -163,13 +202,24 @@ class SharedReading(host_server.ResponseGenerator):  # type: ignore[misc]
         store.open(key, [n for n in networks if n], provider.empty_caches)
         if provider.keeps_all:
             return tokenized
-        parts = Parts()
-        if request.request_type == "chat":
-            options = {
-                **provider.cli_args.chat_template_args,
-                **(args.chat_template_kwargs or {}),
-                "tools": request.tools,
-            }
-            parts = parts_of_chat(tokenizer, request.messages, prompt, options)
+        parts = self._parts_of(tokenizer, request, args, prompt)
         segments, kinds = cut_at_places(prompt, parts, store.parted(key, text))
         return prompt, segments, kinds, state, None
+
+    def _parts_of(
+        self, tokenizer: Any, request: Any, args: Any, prompt: list[int]
+    ) -> Parts:
+        """Where the parts of a request's prompt end, if states are kept there."""
+        prepared = getattr(request, "prepared", None)
+        if prepared is not None and prepared.tokenizer is tokenizer:
+            found: Parts = prepared.parts
+            return found
+        provider = self.model_provider
+        if request.request_type != "chat" or provider.keeps_all:
+            return Parts()
+        options = {
+            **provider.cli_args.chat_template_args,
+            **(args.chat_template_kwargs or {}),
+            "tools": request.tools,
+        }
+        return parts_of_chat(tokenizer, request.messages, prompt, options)

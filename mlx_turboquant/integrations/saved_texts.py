@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,7 @@ class Found:
 
     Attributes:
         length: Tokens of the text that it is good for.
-        head: The head's key.
-        pages: Keys of its pages.
+        head, pages: Keys of both.
         tail: The tail's key; None if pages are all.
         tokens: What it has seen, with the tail's tokens.
     """
@@ -100,16 +99,23 @@ class SavedTexts:
 
     # Writing.
 
-    def save(self, tokens: Tokens, caches: Sequence[Any], whole: bool) -> bool:
+    def save(
+        self,
+        tokens: Tokens,
+        caches: Sequence[Any],
+        whole: bool,
+        is_wanted: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Write what is not there yet of a text; whether nothing is left to write.
 
-        What does not fit into the folder's hour is left: a text's first pages are of
-        use without the others, and these come behind them later.
+        What does not fit into the folder's hour is left for later: a text's first pages
+        are of use without the others.
 
         Args:
             tokens: The text.
             caches: What has seen it.
             whole: Also its tail; else its pages only.
+            is_wanted: Whether somebody waits: asked between pages.
         """
         leaves = _leaves(caches)
         growing = [leaves[i] for i in self._growing]
@@ -131,10 +137,14 @@ class SavedTexts:
         head = self._head(tokens, growing, states)
         keys = self._page_keys(head.key, tokens)[:count]
         first = max(0, self.folder.known([head.key, *keys]) - 1)
+        given_up = False
 
         def records() -> Iterator[Record]:
+            nonlocal given_up
             yield head
             for page in self._pages(states, growing, keys, first):
+                if given_up := is_wanted():
+                    return
                 yield page
                 self.page_bytes += page.size  # whoever asks for the next has taken it
             if whole:
@@ -143,7 +153,7 @@ class SavedTexts:
                 yield tail
                 self.tail_bytes += tail.size * is_new
 
-        done = self.folder.write(records(), [head.key, *keys][first])
+        done = self.folder.write(records(), [head.key, *keys][first]) and not given_up
         self.folder.known([head.key, *keys])  # used alike, what came before included
         return done
 

@@ -85,6 +85,7 @@ class SupervisedGenerator(Generator):
 
         Raises:
             UnsupportedModelError: if it cannot be loaded, or its chat template used.
+            SpecError: if its caches do not fit in memory.
         """
         self._loaded.wait()
         if self._start_error is not None:
@@ -126,6 +127,8 @@ class SupervisedGenerator(Generator):
         try:
             self.model_provider.load_default()
             _try_template(self.model_provider.tokenizer, self.cli_args)
+            if self.admission is not None and self.model_provider.model is not None:
+                self.admission.check(self.model_provider)
         except TurboQuantError as error:
             self._start_error = error
         except Exception as error:
@@ -193,6 +196,8 @@ class SupervisedGenerator(Generator):
         if timeout or time.monotonic() > self._counted_at + _PAUSE:
             self.kept = len(self.prompt_cache), self.prompt_cache.nbytes
             self._counted_at = time.monotonic()
+            if not timeout:
+                self.prompt_cache.busy()
         if self._is_ending:
             self.prompt_cache.save_next()
         entry = super()._next_request(timeout)

@@ -195,7 +195,7 @@ def _as_chat(message: AnthropicMessage, index: int) -> list[dict[str, Any]]:
                 {
                     "role": "tool",
                     "tool_call_id": _given(block.tool_use_id, where, "tool_use_id"),
-                    "content": _result_text(block, where),
+                    "content": _result(block, where),
                 }
             )
     if not parts and not calls and not thoughts:
@@ -227,16 +227,18 @@ def _image(source: Source, where: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def _result_text(block: Block, where: str) -> str:
+def _result(block: Block, where: str) -> str | list[dict[str, Any]]:
+    """What a tool gave back: a text, or parts if there are images among them."""
+    error = "Error: " if block.is_error else ""
     if block.content is None or isinstance(block.content, str):
-        text = block.content or ""
-    else:
-        if any(part.type == "image" for part in block.content):
-            raise RequestError(
-                f"{where} is a tool's result with an image, which chat templates have "
-                "no place for",
-                "send it as an image of the user's",
-                param=f"{where}.content",
-            )
-        text = "\n".join(part.text or "" for part in block.content)
-    return f"Error: {text}" if block.is_error else text
+        return error + (block.content or "")
+    if all(part.type == "text" for part in block.content):
+        return error + "\n".join(part.text or "" for part in block.content)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": error}] if error else []
+    for place, part in enumerate(block.content):
+        within = f"{where}.content.{place}"
+        if part.type == "text":
+            parts.append({"type": "text", "text": part.text or ""})
+        else:
+            parts.append(_image(_given(part.source, within, "source"), within))
+    return parts

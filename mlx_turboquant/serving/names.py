@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mlx_lm.server import ModelDescription
 
-from ..errors import RequestError, SpecError
+from ..errors import RequestError, SpecError, UnsupportedModelError
+from ..integrations.footprint import folder_of
+from ..integrations.model_folder import cannot_load, first_line, read_config
 from .fields import DEFAULT_MODEL
 
 
@@ -32,6 +34,32 @@ def parse_allowed(texts: Sequence[str]) -> dict[str, str]:
             raise SpecError(f"--allow-model {text!r} has no model; use NAME=MODEL")
         allowed[name] = model or name
     return allowed
+
+
+def check_allowed(allowed: Mapping[str, str], model: str) -> None:
+    """Make sure that listed models are there; of the hub's, configs are downloaded.
+
+    Args:
+        allowed: As `parse_allowed` gives it.
+        model: What the server is started with, which is checked when it is loaded.
+
+    Raises:
+        SpecError: if one is not.
+    """
+    for name, to in allowed.items():
+        if to in (DEFAULT_MODEL, model):
+            continue
+        try:
+            read_config(folder_of(to))
+            continue
+        except UnsupportedModelError as error:
+            reason = error.reason
+        except Exception as error:  # whatever the hub's client makes of a name
+            reason = cannot_load(to, first_line(error)).reason
+        raise SpecError(
+            f"--allow-model {name!r}: {reason}; name a folder with config.json, a hub "
+            f"id, or {DEFAULT_MODEL}"
+        )
 
 
 class Names:

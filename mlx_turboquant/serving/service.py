@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ..errors import RequestError
 from ..integrations.supervision import SupervisedGenerator, TokensCounted
-from . import images
+from . import images, tool_images
 from .answer import Answer, Piece
 from .anthropic_fields import CountFields, MessagesFields
 from .anthropic_form import AnthropicForm
@@ -34,6 +34,7 @@ from .fields import (
     parse,
 )
 from .guard import too_large
+from .long_texts import LongTexts
 from .metrics import Metrics
 from .names import Names
 from .openai_form import OpenAIForm
@@ -83,6 +84,7 @@ class Service:
         self._options, self._limits = options, limits
         self._fingerprint = fingerprint
         self.metrics = Metrics()
+        self._long_texts = LongTexts(generator)
 
     async def chat(self, http: Request) -> Response:
         """``/v1/chat/completions``."""
@@ -129,10 +131,10 @@ class Service:
         asked, arguments = await self._as_chat(fields)
         arguments.max_tokens = 0  # asks for their number only
         self._check_waiting()
+        relay = Relay(self._limits.request_seconds)
         try:
-            async with Relay(self._limits.request_seconds).asked(
-                self.generator, asked, arguments, http
-            ):
+            await self._long_texts.prepare(http.state.size, asked, arguments)
+            async with relay.asked(self.generator, asked, arguments, http):
                 raise AssertionError("nothing is generated for a count")
         except TokensCounted as counted:
             return JSONResponse({"input_tokens": counted.count})
@@ -174,9 +176,13 @@ class Service:
                 "send it faster",
                 status=408,
             ) from None
+        http.state.size = size
         return b"".join(chunks)
 
     async def _fetch_images(self, messages: list[dict[str, Any]]) -> None:
+        provider = self.generator.model_provider
+        if provider.processor is None:
+            tool_images.omit(messages)
         parts = [
             part
             for message in messages
@@ -186,13 +192,14 @@ class Service:
         ]
         if not parts:
             return
-        if self.generator.model_provider.processor is None:
+        if provider.processor is None:
             raise RequestError(
                 "this model takes no images",
                 "send text, or serve a vision model",
                 param="messages",
             )
         await asyncio.to_thread(images.inline, messages)
+        tool_images.place(messages, provider.tokenizer, provider.processor)
 
     def _openai_form(
         self, kind: Any, fields: SamplingFields, arguments: GenerationArguments
@@ -208,6 +215,7 @@ class Service:
 
     def _check_waiting(self) -> None:
         waiting = sum(not one.started for one in self.generator.open_tickets())
+        waiting += self._long_texts.count
         if waiting >= self._limits.max_waiting:
             raise RequestError(
                 f"{waiting} requests wait already, --max-queue allows "
@@ -228,6 +236,7 @@ class Service:
     ) -> Response:
         self._check_waiting()
         relay = Relay(self._limits.request_seconds)
+        await self._long_texts.prepare(http.state.size, asked, arguments)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await stack.enter_async_context(

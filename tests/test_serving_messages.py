@@ -264,6 +264,52 @@ def test_who_sees_gets_images_of_tools(takes_them):
     assert talk == [USER, told, told, both, end, USER, told, one]
 
 
+def test_a_note_to_anthropics_billing_is_not_for_the_model(running, client, prompts):
+    note = "x-anthropic-billing-header: cc_version=2.1; cch={};"
+    for system in (
+        [{"type": "text", "text": note}, {"type": "text", "text": "Be brief."}],
+        note + "\nBe brief.",
+        "Be brief.",
+    ):
+        for count in (1, 2):
+            told = json.loads(json.dumps(system).replace("{}", str(count)))
+            ask(client, system=told, messages=[{"role": "user", "content": "Hi"}])
+    assert len(prompts) == 6
+    assert len(set(map(str, prompts))) == 1
+
+
+def test_documents_are_their_text_or_a_note(running, client, prompts):
+    pdf = {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}
+    plain = {"type": "text", "media_type": "text/plain", "data": "A note."}
+    result = [
+        {"type": "document", "source": plain},
+        {"type": "document", "source": pdf},
+        {"type": "tool_reference", "tool_name": "find"},
+    ]
+    messages = [
+        {"role": "user", "content": [{"type": "document", "source": plain}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "a", "name": "read", "input": {}}],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "a", "content": result},
+                {"type": "document", "source": pdf},
+            ],
+        },
+    ]
+    ask(client, messages=messages)
+    (said,) = prompts
+    assert "A note." in said
+    assert "A note.\n[document omitted]\n[tool find]" in said
+    assert said.count("[document omitted]") == 2
+    image = {"type": "image", "source": plain}
+    with pytest.raises(anthropic.BadRequestError, match="an image by text"):
+        ask(client, messages=[{"role": "user", "content": [image]}])
+
+
 def test_tokens_are_counted_without_generating(running, client):
     counted = client.messages.count_tokens(
         model="default_model", messages=[USER], tools=[WEATHER]
@@ -296,7 +342,7 @@ REFUSED = [
     ({"messages": [USER, {"role": "assistant", "content": "It is"}]}, "be begun"),
     ({"stop_sequences": [5]}, "stop_sequences"),
     (
-        {"messages": [{"role": "user", "content": [{"type": "document"}]}]},
+        {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
         "messages.0.content",
     ),
     (

@@ -14,11 +14,15 @@ from pydantic import Field
 from ..errors import RequestError
 from .fields import Count, Fields, Name, Probability, Word
 
+#: Begins a note of some clients to Anthropic's billing. It is no text for a model, and
+#: changes from request to request, so that nothing behind it would be read from memory.
+_BILLING = "x-anthropic-billing-header:"
+
 
 class Source(Fields):
-    """Where an image is."""
+    """Where an image or a document is."""
 
-    type: Literal["base64", "url"]
+    type: Literal["base64", "url", "text", "content", "file"]
     media_type: str | None = None
     data: str | None = None
     url: str | None = None
@@ -27,16 +31,23 @@ class Source(Fields):
 class ResultPart(Fields):
     """A part of what a tool gave back."""
 
-    type: Literal["text", "image"]
+    type: Literal["text", "image", "document", "tool_reference"]
     text: str | None = None
     source: Source | None = None
+    tool_name: Name | None = None
 
 
 class Block(Fields):
     """A part of a message."""
 
     type: Literal[
-        "text", "image", "thinking", "redacted_thinking", "tool_use", "tool_result"
+        "text",
+        "image",
+        "document",
+        "thinking",
+        "redacted_thinking",
+        "tool_use",
+        "tool_result",
     ]
     text: str | None = None
     source: Source | None = None
@@ -118,11 +129,11 @@ class CountFields(Fields):
                 param="messages",
             )
         said: list[dict[str, Any]] = []
-        if isinstance(self.system, str) and self.system:
-            said.append({"role": "system", "content": self.system})
-        elif self.system:
-            text = "\n\n".join(part.text for part in self.system)
-            said.append({"role": "system", "content": text})
+        system = self.system or []
+        texts = [system] if isinstance(system, str) else [part.text for part in system]
+        texts = [text for text in map(_without_billing, texts) if text]
+        if texts:
+            said.append({"role": "system", "content": "\n\n".join(texts)})
         for index, message in enumerate(self.messages):
             said += _as_chat(message, index)
         return said
@@ -178,6 +189,8 @@ def _as_chat(message: AnthropicMessage, index: int) -> list[dict[str, Any]]:
             parts.append({"type": "text", "text": _given(block.text, where, "text")})
         elif block.type == "image":
             parts.append(_image(_given(block.source, where, "source"), where))
+        elif block.type == "document":
+            parts.append({"type": "text", "text": _document(block.source)})
         elif block.type == "thinking":
             thoughts.append(_given(block.thinking, where, "thinking"))
         elif block.type == "tool_use":
@@ -218,9 +231,25 @@ def _given(value: Any, where: str, member: str) -> Any:
     return value
 
 
+def _without_billing(text: str) -> str:
+    return text.partition("\n")[2] if text.startswith(_BILLING) else text
+
+
+def _document(source: Source | None) -> str:
+    """A document's text; a note for one that has none, such as a PDF."""
+    is_text = source is not None and source.type == "text"
+    return (source.data or "") if source and is_text else "[document omitted]"
+
+
 def _image(source: Source, where: str) -> dict[str, Any]:
     if source.type == "url":
         url = _given(source.url, where, "source.url")
+    elif source.type != "base64":
+        raise RequestError(
+            f"{where} has an image by {source.type}, which is not taken",
+            "send base64 or url",
+            param=f"{where}.source.type",
+        )
     else:
         data = _given(source.data, where, "source.data")
         url = f"data:{source.media_type or 'image/png'};base64,{data}"
@@ -232,13 +261,19 @@ def _result(block: Block, where: str) -> str | list[dict[str, Any]]:
     error = "Error: " if block.is_error else ""
     if block.content is None or isinstance(block.content, str):
         return error + (block.content or "")
-    if all(part.type == "text" for part in block.content):
-        return error + "\n".join(part.text or "" for part in block.content)
     parts: list[dict[str, Any]] = [{"type": "text", "text": error}] if error else []
     for place, part in enumerate(block.content):
         within = f"{where}.content.{place}"
-        if part.type == "text":
-            parts.append({"type": "text", "text": part.text or ""})
-        else:
+        if part.type == "image":
             parts.append(_image(_given(part.source, within, "source"), within))
+            continue
+        text = part.text or ""
+        if part.type == "document":
+            text = _document(part.source)
+        elif part.type == "tool_reference":
+            text = f"[tool {part.tool_name or ''}]"
+        parts.append({"type": "text", "text": text})
+    if all(part["type"] == "text" for part in parts):
+        texts = [part["text"] for part in parts[bool(error) :]]
+        return error + "\n".join(texts)
     return parts

@@ -109,6 +109,11 @@ def test_generate_warns_before_memory_runs_out(run_cli, monkeypatch):
 
 BAD = {
     "plan auto": (["plan", "auto", "--model", MODEL], "are chosen from the text"),
+    "plan evict": (["plan", "3,evict=score", "--model", MODEL], "leave evict out"),
+    "generate evict": (
+        ["generate", "--model", MODEL, "--kv-bits", "3,evict=score"],
+        "give max_kv_size",
+    ),
     "plan size": (["plan", "--model", MODEL, "--memory", "big"], "'big' is no size"),
     "chat bits": (["chat", "--model", MODEL, "--kv-bits", "9"], "outside 1..8"),
     "cache empty": (["cache_prompt", "--prompt-cache-file", "x", "-p", ""], "empty"),

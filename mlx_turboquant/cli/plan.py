@@ -54,6 +54,11 @@ def plan(
                 f"the bits of {spec} are chosen from the text; plan with those it may "
                 "choose, such as 3 or 2"
             )
+        if spec.evict != "sliding":
+            raise SpecError(
+                f"{spec} drops pages under a limit on tokens, and a plan says how many "
+                "fit without one; leave evict out"
+            )
     memory_bytes = opt.size("--memory", memory, least=1)
     kv_bytes = opt.size("--kv-memory", kv_memory, least=1)
 

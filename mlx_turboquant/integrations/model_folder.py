@@ -31,6 +31,13 @@ _COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
     *("num_attention_heads", "num_key_value_heads", "n_embd", "n_layer", "n_head"),
 )
+#: Of them, and of other models, how many layers there are: each is a module of Python,
+#: so that a model of a million is being built for hours.
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("num_transformer_layers", "num_nextn_predict_layers", "depth"),
+)
+_MOST_LAYERS = 4096
 #: Likewise, but 0 says that there is none.
 _COUNTS_OR_NONE = ("head_dim", "max_position_embeddings", "sliding_window")
 #: Numbers above 0.
@@ -97,6 +104,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise cannot_load(name, f"text_config {text!r} is no object")
     for part in (config, text or {}):
         _check_values(part, name)
+    for part in (config, *config.values()):
+        if isinstance(part, Mapping):
+            _check_layers(part, name)
     return config
 
 
@@ -137,6 +147,13 @@ def _check_values(config: Mapping[str, Any], model: str) -> None:
     for part in (quantization, *quantization.values()):
         if isinstance(part, Mapping):
             _check_quantization(part, model)
+
+
+def _check_layers(config: Mapping[str, Any], model: str) -> None:
+    for name in _LAYERS:
+        value = config.get(name)
+        if isinstance(value, int | float) and value > _MOST_LAYERS:
+            raise cannot_load(model, f"{name} {value} is over {_MOST_LAYERS} layers")
 
 
 def _check_quantization(values: Mapping[str, Any], model: str) -> None:

@@ -10,7 +10,8 @@ Owns the exception tree; raising is up to the module that notices.
        |- UnsupportedModelError        this model's layers cannot take the cache
        `- BackendUnavailableError      the forced backend cannot take this call
 
-Messages carry the value, the limit and the way out, on one line.
+Messages carry the value, the limit and the way out, on one line; `shown` keeps a value
+from being all of it.
 """
 
 from __future__ import annotations
@@ -74,3 +75,12 @@ class RequestError(UnsupportedError):
         super().__init__(reason, remedy)
         self.status, self.param, self.code = status, param, code
         self.retry_after = retry_after
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, for an error; its middle left out if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"{type(value).__name__} of more digits than are written"
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"

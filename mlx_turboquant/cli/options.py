@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import SpecError
+from ..errors import SpecError, shown
 from ..spec import QUALITIES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
@@ -322,9 +322,3 @@ def size(option: str, text: str | None, least: int = 0) -> int | None:
             f"{option} {shown(text)} is outside {least}..1e18 bytes; write it as 16GB"
         )
     return number
-
-
-def shown(text: str | None) -> str:
-    """A text in quotes for an error, its middle left out if it is long."""
-    quoted = repr(text)
-    return quoted if len(quoted) <= 100 else f"{quoted[:60]}...{quoted[-20:]}"

@@ -15,12 +15,15 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm.models.cache as host_cache
 
+from ..errors import SpecError, shown
 from . import vision
 
 #: mlx-lm's cache of all tokens, uncompressed.
 StockKVCache = host_cache.KVCache
 #: First tokens that mlx-lm's ``max_kv_size`` never drops.
 BOUNDED_KEEP = 4
+#: MLX counts an axis in 32 bits.
+_MOST_TOKENS = 2**31 - 1
 
 
 def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
@@ -45,7 +48,15 @@ def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
 
 
 def bound(caches: Iterable[Any], max_kv_size: int) -> list[Any]:
-    """The caches, with a window of ``max_kv_size`` tokens for every plain one."""
+    """The caches, with a window of ``max_kv_size`` tokens for every plain one.
+
+    Raises:
+        SpecError: if that is no number of tokens.
+    """
+    if type(max_kv_size) is not int or not 1 <= max_kv_size <= _MOST_TOKENS:
+        raise SpecError(
+            f"max_kv_size {shown(max_kv_size)} is no whole number in 1..{_MOST_TOKENS}"
+        )
 
     def bounded(leaf: Any) -> Any:
         if not is_plain(leaf):

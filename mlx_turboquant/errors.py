@@ -16,9 +16,25 @@ from being all of it.
 
 from __future__ import annotations
 
+import re
+
+#: What a number or a text of thousands of characters is in a message.
+_ENDLESS = re.compile(r"\S{300,}")
+
+
+def _ends(word: re.Match[str]) -> str:
+    return f"{word[0][:60]}...{word[0][-20:]}"
+
 
 class TurboQuantError(Exception):
-    """Base of all errors raised on purpose by ``mlx_turboquant``."""
+    """Base of all errors raised on purpose by ``mlx_turboquant``.
+
+    Args:
+        message: One line; of a word that is longer than any path only its ends stay.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_ENDLESS.sub(_ends, message))
 
 
 class SpecError(TurboQuantError, ValueError):

@@ -478,6 +478,8 @@ def test_what_could_not_be_read_is_not_written(states, tmp_path, monkeypatch):
     monkeypatch.setattr(prompt_headers, "_MOST_HEADER", 10**5)
     with pytest.raises(SpecError, match=r"header has \d+ bytes, .* keep less beside"):
         tq.save_prompt_cache(file, cache, {"a": "x" * 10**5})
+    with pytest.raises(SpecError, match="and texts alone"):
+        tq.save_prompt_cache(file, cache, {"a": 1})
     assert tq.load_prompt_cache(file, return_metadata=True)[1] == {"a": "kept"}
     for nothing in ([], (), None, 3):
         with pytest.raises(SpecError, match="is no prompt cache; give what"):

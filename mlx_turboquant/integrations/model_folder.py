@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as host
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, shown
 from ..regular import check_regular
 
 _REMEDY = (
@@ -56,7 +56,24 @@ def cannot_load(model: str, reason: str) -> UnsupportedModelError:
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
     if is_path and not Path(model).exists():
         reason = "there is no such folder"  # and it is no name of the hub's either
-    return UnsupportedModelError(f"cannot load model {model!r} ({reason})", _REMEDY)
+    return UnsupportedModelError(
+        f"cannot load model {shown(model)} ({reason})", _REMEDY
+    )
+
+
+def checked_name(model: Any) -> str:
+    """What a model is called, a folder or a hub id, as text.
+
+    Raises:
+        UnsupportedModelError: if it is neither: nothing, or the model itself.
+    """
+    if not isinstance(model, str | Path):
+        raise UnsupportedModelError(
+            f"the model's name is of type {type(model).__name__}, no text", _REMEDY
+        )
+    if not str(model):
+        raise cannot_load("", "its name is empty")
+    return str(model)
 
 
 def first_line(error: BaseException) -> str:

@@ -71,8 +71,12 @@ def save_prompt_cache(
         with replacing(file) as beside:
             host_cache.save_prompt_cache(str(beside), hook.labelled(cache), checked)
             prompt_headers.check_container(beside)
-    except (OSError, RuntimeError, FormatError) as error:
+    except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
+    except ValueError as error:  # metadata of no texts, or of too many
+        raise _cannot_write(path, error, "keep less beside it, and texts alone") from (
+            error
+        )
 
 
 def checked_target(path: str | Path) -> Path:
@@ -185,9 +189,9 @@ def _with_suffix(path: str | Path) -> Path:
     return named.with_name(f"{named.name}.safetensors")
 
 
-def _cannot_write(path: str | Path, error: Exception) -> SpecError:
-    is_too_much = isinstance(error, FormatError)
-    other = "keep less beside it" if is_too_much else "name another file"
+def _cannot_write(
+    path: str | Path, error: Exception, other: str = "name another file"
+) -> SpecError:
     other = _another(error) or other
     return SpecError(
         f"cannot write a prompt cache to {path} ({_reason(error)}); {other}"

@@ -137,7 +137,10 @@ class _Layer:
         for side, codec in self.codecs.items():
             if isinstance(codec, ScaledCodec):  # others have differences among theirs
                 scales = arrays[f"{side}_scales"]
-                _demand(mx.all(scales >= 0).item(), f"packed:{side}_scales are below 0")
+                _demand(
+                    mx.all(scales >= 0).item(),
+                    f"packed:{side}_scales is not 0 or above",
+                )
         return int(rows[0]) * (TILE if in_tiles else 1)
 
     def _check_means(self) -> None:

@@ -10,14 +10,31 @@ Owns the exception tree; raising is up to the module that notices.
        |- UnsupportedModelError        this model's layers cannot take the cache
        `- BackendUnavailableError      the forced backend cannot take this call
 
-Messages carry the value, the limit and the way out, on one line.
+Messages carry the value, the limit and the way out, on one line; `shown` keeps a value
+from being all of it.
 """
 
 from __future__ import annotations
 
+import re
+
+#: What a number or a text of thousands of characters is in a message.
+_ENDLESS = re.compile(r"\S{300,}")
+
+
+def _ends(word: re.Match[str]) -> str:
+    return f"{word[0][:60]}...{word[0][-20:]}"
+
 
 class TurboQuantError(Exception):
-    """Base of all errors raised on purpose by ``mlx_turboquant``."""
+    """Base of all errors raised on purpose by ``mlx_turboquant``.
+
+    Args:
+        message: One line; of a word that is longer than any path only its ends stay.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_ENDLESS.sub(_ends, message))
 
 
 class SpecError(TurboQuantError, ValueError):
@@ -74,3 +91,12 @@ class RequestError(UnsupportedError):
         super().__init__(reason, remedy)
         self.status, self.param, self.code = status, param, code
         self.retry_after = retry_after
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, for an error; its middle left out if it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"{type(value).__name__} of more digits than are written"
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .codecs.registry import IDENTITY, codec_info, codec_names
-from .errors import SpecError
+from .errors import SpecError, shown
 from .spec_text import ADVICE, DEFAULT_CODEC, read_spec, side_names, write_spec
 
 CENTERS = ("page", "off")
@@ -192,7 +192,11 @@ class CacheSpec:
                 changes["keys"] = CodecSpec.of(names[0], text.keys.bits)
                 changes["values"] = CodecSpec.of(names[1], text.values.bits)
             return replace(text, **changes)
-        names, bits, options = read_spec(str(text), changes)
+        try:
+            written = str(text)
+        except ValueError as error:  # Python writes no number of so many digits
+            raise SpecError(f"cannot read bits from {shown(text)}; {ADVICE}") from error
+        names, bits, options = read_spec(written, changes)
         if {"budget", "quality"} & options.keys():
             _check_adaptive(names)  # before a width is asked of them that they have not
         keys, values = map(CodecSpec.of, names, bits)

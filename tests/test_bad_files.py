@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import mlx_turboquant as tq
 from mlx_turboquant.errors import FormatError, SpecError, TurboQuantError
-from mlx_turboquant.integrations import hook, prompt_files, prompt_fit
+from mlx_turboquant.integrations import hook, prompt_files, prompt_fit, prompt_headers
 
 SPEC = "4,window=4,sink=2,page=32"
 #: More than a page is codes in each layer.
@@ -44,13 +44,24 @@ def states(model):
     return [layer.state for layer in caches]
 
 
+def own_sample(names, states):
+    """What the codes decode to as they are; none where there are no such layers."""
+    try:
+        caches = [
+            hook.cache_class(name).from_state(state)
+            for name, state in zip(names, states, strict=True)
+        ]
+        return prompt_fit.sample(caches)
+    except Exception:  # whatever is wrong with them
+        return "[]"
+
+
 def write(path, states, names=None, metadata=None, sample=None):
     """A file of these states with the checksum that belongs to them."""
     names = names or ["TurboQuantCache"] * len(states)
     texts = {**(metadata or {})}
     texts["mlx_turboquant_checksum"] = prompt_files._checksum(names, states)
-    if sample is not None:
-        texts[prompt_fit.SAMPLE] = sample
+    texts[prompt_fit.SAMPLE] = own_sample(names, states) if sample is None else sample
     layers = [
         type(name, (), {"state": state})()
         for name, state in zip(names, states, strict=True)
@@ -436,6 +447,53 @@ def test_what_codes_decode_to_is_compared_in_either_order(states):
             prompt_fit.check_sample([cache], text)
 
 
+def test_our_own_files_have_a_sample(model, states, good, tmp_path):
+    """mlx-lm's have none, nor do layers without codes."""
+    path = write(tmp_path / "c.safetensors", states)
+    arrays, texts = mx.load(str(path), return_metadata=True)
+    del texts[f"0.{prompt_fit.SAMPLE}"]
+    mx.save_safetensors(str(path), arrays, texts)
+    assert "no sample of what they decode to" in refused_or_same(path, model, good)
+    del texts["0.mlx_turboquant_checksum"]
+    mx.save_safetensors(str(path), arrays, texts)
+    assert refused_or_same(path, model, good) == ""
+    prompt_fit.check_sample([tq.TurboQuantCache(tq.CacheSpec.parse(SPEC))], None)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_a_scale_below_zero_is_refused(side, model, states, good, tmp_path):
+    """Of a vector that the sample does not have."""
+    name = f"packed:{side}_scales"
+    scales = mx.array(states[1][name])
+    scales[0, 0, 0] = -scales[0, 0, 0]
+    changed = [states[0], {**states[1], name: scales}, *states[2:]]
+    path = write(tmp_path / "c.safetensors", changed, sample=good[0])
+    assert f"{name} is not 0 or above" in refused_or_same(path, model, good)
+
+
+def test_what_could_not_be_read_is_not_written(states, tmp_path, monkeypatch):
+    cache = [tq.TurboQuantCache.from_state(states[0])]
+    file = tmp_path / "c.safetensors"
+    tq.save_prompt_cache(file, cache, {"a": "kept"})
+    monkeypatch.setattr(prompt_headers, "_MOST_HEADER", 10**5)
+    with pytest.raises(SpecError, match=r"header has \d+ bytes, .* keep less beside"):
+        tq.save_prompt_cache(file, cache, {"a": "x" * 10**5})
+    with pytest.raises(SpecError, match="and texts alone"):
+        tq.save_prompt_cache(file, cache, {"a": 1})
+    assert tq.load_prompt_cache(file, return_metadata=True)[1] == {"a": "kept"}
+    for nothing in ([], (), None, 3):
+        with pytest.raises(SpecError, match="is no prompt cache; give what"):
+            tq.save_prompt_cache(file, nothing)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("limit", [0, -1, 8192.5, 8192.0, "8192", True, 2**31, [1]])
+def test_a_limit_is_a_number_of_tokens(limit, model):
+    for make in (tq.make_prompt_cache, tq.apply):
+        with pytest.raises(SpecError, match="is no whole number in 1"):
+            make(model, 3, max_kv_size=limit)
+
+
 PATHS = ["", "/", ".", "..", "a\0b", "x" * 300, "/x" * 3000, "/nowhere/x", "folder"]
 
 
@@ -479,7 +537,9 @@ def test_what_is_no_file_is_said(path, says, states, tmp_path, monkeypatch):
         tq.save_prompt_cache(path, cache)
     assert sorted(tmp_path.iterdir()) == before
     assert not Path("/dev/zero.safetensors").exists()
-    if path == "plain":  # as it names the file when there is one
+    if path == "plain":
         tq.save_prompt_cache("plain/c", cache)
         (tmp_path / "plain" / "c.safetensors").rename("plain.safetensors")
-        assert len(tq.load_prompt_cache(path)) == 1
+        assert len(tq.load_prompt_cache("plain.safetensors")) == 1
+        with pytest.raises(FormatError, match=says):  # which of them is meant?
+            tq.load_prompt_cache(path)

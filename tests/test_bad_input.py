@@ -14,7 +14,7 @@ from test_bad_models import run
 
 import mlx_turboquant as tq
 from mlx_turboquant.cli import options
-from mlx_turboquant.errors import SpecError
+from mlx_turboquant.errors import SpecError, UnsupportedModelError
 from mlx_turboquant.evals import EvalPlan
 from mlx_turboquant.integrations import chat_template, model_identity
 
@@ -221,7 +221,10 @@ def test_a_cached_prompt_with_a_leading_newline_goes_on(chatty, tmp_path):
     assert "is not a JSON object" in line
 
 
-@pytest.mark.parametrize("name", ["tokenize", "add_generation_prompt", "return_dict"])
+SET_BY_COMMANDS = ["tokenize", "add_generation_prompt", "return_dict", "chat_template"]
+
+
+@pytest.mark.parametrize("name", SET_BY_COMMANDS)
 def test_options_that_commands_decide_are_refused(name, chatty):
     config = json.dumps({name: True})
     for command in ("generate", "chat"):
@@ -330,11 +333,62 @@ def test_a_class_with_a_chat_template_gives_it_to_tokenizers_without(model):
         ("--prompt-cache-file", "", "cannot read a prompt cache from"),
         ("--prompt-cache-file", "/", "names no file"),
         ("--seed", "-1", "usage"),
+        ("--temp", "inf", "usage"),
+        ("--temp", "nan", "usage"),
     ],
 )
 def test_each_of_them_says_what_it_may_be(option, value, says, model):
     line = ends(*run("generate", "--model", str(model), "-m", "1", option, value))
     assert says in line
+
+
+@pytest.mark.parametrize("command", ["generate", "plan", "chat", "server", "eval"])
+def test_an_empty_name_is_not_the_default_model(command):
+    assert "(its name is empty)" in ends(*run(command, "--model", ""))
+
+
+def test_no_length_to_score_at_is_said(model):
+    line = ends(*run("eval", "--model", str(model), "--lengths", "0"))
+    assert "there is no length to score at" in line
+
+
+def test_an_endless_number_is_not_repeated():
+    for value in (10**400, 10**5000, -(10**400), "9" * 5000):
+        with pytest.raises(SpecError) as caught:
+            tq.CacheSpec.parse(value)
+        assert "use 1..8" in str(caught.value)
+        assert len(str(caught.value)) < 300
+    with pytest.raises(SpecError) as caught:
+        EvalPlan(windows=10**400)
+    assert len(str(caught.value)) < 300
+
+
+# What is no model.
+
+
+def test_what_is_no_model_is_said_in_words(model, tmp_path):
+    network, tokenizer = tq.load(str(model))
+    cache = tq.make_prompt_cache(network, 3)
+    tq.save_prompt_cache(tmp_path / "c", cache)
+    for other in ((network, tokenizer), tokenizer, str(model), None, 3):
+        uses = [
+            lambda it: tq.make_prompt_cache(it, 3),
+            lambda it: tq.apply(it, 3),
+            tq.compiled,
+            lambda it: tq.evaluate(it, tokenizer, [3]),
+        ]
+        if other is not None:
+            uses.append(lambda it: tq.load_prompt_cache(tmp_path / "c", it))
+        for use in uses:
+            with pytest.raises(UnsupportedModelError, match="pass the model alone"):
+                use(other)
+
+
+@pytest.mark.parametrize("name", [None, 3, b"x", ["x"], ""])
+def test_a_models_name_is_a_text(name):
+    for read in (tq.load, tq.footprint):
+        with pytest.raises(UnsupportedModelError, match=r"name is (of type|empty)"):
+            read(name)
 
 
 # Paths.

@@ -149,6 +149,18 @@ def test_a_value_of_another_kind_is_named(name, folder):
     assert name in refused(folder)
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layers", "depth"])
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+def test_more_layers_than_can_be_built_are_refused(name, part, folder):
+    """Before one is built: a million take hours."""
+    config = CONFIG | ({name: 4097} if part is None else {part: {name: 4097}})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert f"({name} 4097 is over 4096 layers)" in refused(folder)
+    config = CONFIG | ({name: 4096} if part is None else {part: {name: 4096}})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert model_folder.read_config(folder) == config
+
+
 def test_sizes_that_crash_mlx_are_refused(folder):
     """A layer of one element, and weights of two groups: MLX divides by zero."""
     for name in ("hidden_size", "intermediate_size"):

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..codecs import codec_for
 from ..codecs.base import Codec, Side
+from ..codecs.scaled import ScaledCodec
 from ..errors import FormatError, UnsupportedError
 from ..spec import CacheSpec, CodecSpec
 from ..tiles import tile_layout
@@ -133,6 +134,13 @@ class _Layer:
         _demand(bool(rows) and rows[0] > 0, "there are no codes in its codes")
         for name, (dtype, width) in made.items():
             self._is("packed", name, dtype, (self.batch, self.heads, rows[0], width))
+        for side, codec in self.codecs.items():
+            if isinstance(codec, ScaledCodec):  # others have differences among theirs
+                scales = arrays[f"{side}_scales"]
+                _demand(
+                    mx.all(scales >= 0).item(),
+                    f"packed:{side}_scales is not 0 or above",
+                )
         return int(rows[0]) * (TILE if in_tiles else 1)
 
     def _check_means(self) -> None:

@@ -184,12 +184,13 @@ def _read_cache_file(
         FormatError: if the file cannot be read.
         SpecError: if another model made it.
     """
+    from ..integrations.model_folder import checked_name
     from ..integrations.model_identity import is_same
     from ..integrations.prompt_files import load_prompt_cache
 
     cache, metadata = load_prompt_cache(path, return_metadata=True)
     made_by = metadata.get("model")
-    named = model or made_by or opt.DEFAULT_MODEL
+    named = made_by or opt.DEFAULT_MODEL if model is None else checked_name(model)
     if not is_same(metadata, named, adapter_path):
         raise SpecError(
             f"{path} was made with model {made_by!r}, not {named!r} as it is here; "

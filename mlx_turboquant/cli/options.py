@@ -11,13 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import SpecError
+from ..errors import SpecError, shown
 from ..spec import QUALITIES, CacheSpec
 
 DEFAULT_MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"  # as in mlx-lm
 
 #: MLX counts an axis in 32 bits; texts are shorter.
 MOST_TOKENS = 2**31 - 1
+#: Far above it all tokens are as likely as one another, and infinity leaves no numbers.
+_MOST_TEMP = 1000
 Model = Annotated[
     str | None,
     typer.Option(help=f"A model folder or hub id. Default: {DEFAULT_MODEL}."),
@@ -55,7 +57,9 @@ MaxTokens = Annotated[
         help="Tokens to generate at most; the model's context ends it, too.",
     ),
 ]
-Temp = Annotated[float, typer.Option(min=0, help="Sampling temperature.")]
+Temp = Annotated[
+    float, typer.Option(min=0, max=_MOST_TEMP, help="Sampling temperature.")
+]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sampling top-p.")]
 MinP = Annotated[float, typer.Option(min=0, max=1, help="Sampling min-p.")]
 TopK = Annotated[int, typer.Option(min=0, max=MOST_TOKENS, help="Sampling top-k.")]
@@ -157,7 +161,7 @@ QuantizedKvStart = Annotated[
 #: What `template_options` may not change: commands read what a template makes.
 _SET_BY_COMMANDS = (
     *("tokenize", "add_generation_prompt", "continue_final_message", "messages"),
-    *("conversation", "return_dict", "return_tensors"),
+    *("conversation", "chat_template", "return_dict", "return_tensors"),
 )
 #: Bytes that no machine has; above it numbers are typing errors.
 _MOST_BYTES = 10**18
@@ -322,9 +326,3 @@ def size(option: str, text: str | None, least: int = 0) -> int | None:
             f"{option} {shown(text)} is outside {least}..1e18 bytes; write it as 16GB"
         )
     return number
-
-
-def shown(text: str | None) -> str:
-    """A text in quotes for an error, its middle left out if it is long."""
-    quoted = repr(text)
-    return quoted if len(quoted) <= 100 else f"{quoted[:60]}...{quoted[-20:]}"

@@ -70,7 +70,8 @@ def plan(
 
     memory_bytes = memory_bytes or machine_memory()
     footprint = footprint_of(
-        model or opt.DEFAULT_MODEL, None if dtype is None else getattr(mx, dtype)
+        opt.DEFAULT_MODEL if model is None else model,
+        None if dtype is None else getattr(mx, dtype),
     )
     plain = f"fp{8 * footprint.itemsize}"
     context = "unknown" if footprint.context is None else f"{footprint.context} tokens"

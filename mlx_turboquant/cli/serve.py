@@ -151,12 +151,14 @@ def serve(
     import mlx.core as mx
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+    from ..integrations.model_folder import checked_name
     from ..integrations.prompt_store import UNBOUNDED, PromptStore
     from ..integrations.server import Provider
     from ..memory import machine_memory
     from ..serving import guard, names, run, service
 
-    options.model = model = model or opt.DEFAULT_MODEL
+    model = opt.DEFAULT_MODEL if model is None else checked_name(model)
+    options.model = model
     allowed = names.parse_allowed(allow_model or ())
     names.check_allowed(allowed, model)
     most = opt.size("--max-body", max_body) or 0

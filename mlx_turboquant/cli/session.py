@@ -15,7 +15,7 @@ import mlx.nn as nn
 import typer
 from mlx_lm.sample_utils import make_sampler
 
-from ..errors import SpecError
+from ..errors import SpecError, shown
 from ..integrations import chat_template, loading, model_folder
 from ..integrations.footprint import of_network
 from ..memory import machine_memory, tight_memory_warning
@@ -99,7 +99,7 @@ class Session:
             number = int(token) if is_number else vocabulary.get(token)
             if number is None or (rows is not None and number >= rows):
                 raise SpecError(
-                    f"{options.shown(token)} is no token of this model; give one that "
+                    f"{shown(token)} is no token of this model; give one that "
                     f"is, or its number, 0..{(rows or len(vocabulary)) - 1}"
                 )
             self.tokenizer.add_eos_token(str(number))

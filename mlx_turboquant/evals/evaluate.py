@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import SpecError
+from ..integrations.stock import check_model
 from ..spec import CacheSpec
 from . import text
 from .grid import BASELINES, SPECS, EvalPlan
@@ -61,6 +62,7 @@ def evaluate(
         SpecError: for a spec, text or folder that does not fit.
         UnsupportedModelError: if the model cannot take a cache or a pathology.
     """
+    check_model(model)
     plan = plan or EvalPlan()
     caches = [*baselines, *(str(CacheSpec.parse(spec)) for spec in specs)]
     about = {

@@ -94,7 +94,12 @@ class EvalPlan:
             )
         if self.has_no_lengths:
             return
-        if not self.lengths or any(b - a <= self.tail for a, b in gaps):
+        if not self.lengths:
+            raise SpecError(
+                "there is no length to score at, and windows, greedy and layers need "
+                "one; give --lengths 1024,2048, or leave it out"
+            )
+        if any(b - a <= self.tail for a, b in gaps):
             raise SpecError(
                 f"lengths {list(self.lengths)} must ascend by more than the "
                 f"{self.tail} tokens scored at each; leave some out"

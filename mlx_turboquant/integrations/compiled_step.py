@@ -29,6 +29,7 @@ from ..cache import TurboQuantCache, traced
 from ..entries import PromptCache
 from ..errors import UnsupportedError, UnsupportedModelError
 from . import vision
+from .stock import check_model
 
 #: Numbers that are made at once, for as many steps.
 _BLOCK = 256
@@ -50,12 +51,13 @@ def compiled(model: nn.Module) -> nn.Module | CompiledModel:
 
     Raises:
         UnsupportedModelError: for a model of mlx-vlm's, whose loop gives its language
-            model more than tokens.
+            model more than tokens; or if it is no model.
 
     >>> model, tokenizer = tq.load("mlx-community/Llama-3.2-1B-Instruct-4bit")
     >>> tq.apply(model, "k4v3")
     >>> generate(tq.compiled(model), tokenizer, "hello")
     """
+    check_model(model)
     if isinstance(model, CompiledModel):
         return model
     if vision.is_vision_model(model):

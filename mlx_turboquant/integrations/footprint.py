@@ -23,7 +23,7 @@ from ..errors import TurboQuantError, UnsupportedModelError
 from ..memory import CHUNK, IN_FLIGHT, Footprint
 from . import probe
 from .loading import context_length, is_cast_for_device
-from .model_folder import cannot_load, classes_of, first_line, read_config
+from .model_folder import cannot_load, checked_name, classes_of, first_line, read_config
 from .stock import stock_caches
 
 _INDEX = "model.safetensors.index.json"
@@ -47,6 +47,7 @@ def footprint(model: str, dtype: mx.Dtype | None = None) -> Footprint:
     Raises:
         UnsupportedModelError: if there is no such config, or mlx-lm has no such model.
     """
+    model = checked_name(model)
     try:
         folder = folder_of(model)
         read_config(folder)

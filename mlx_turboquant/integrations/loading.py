@@ -49,6 +49,7 @@ def load(
             tokenizer is another model's, or the adapters are.
         UnsupportedError: if activations cannot be quantized here.
     """
+    model = model_folder.checked_name(model)
     try:
         folder = host._download(model, revision=revision)
         config = {**model_folder.read_config(folder), **(model_config or {})}

@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as host
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, shown
 from ..regular import check_regular
 
 _REMEDY = (
@@ -31,6 +31,13 @@ _COUNTS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
     *("num_attention_heads", "num_key_value_heads", "n_embd", "n_layer", "n_head"),
 )
+#: Of them, and of other models, how many layers there are: each is a module of Python,
+#: so that a model of a million is being built for hours.
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers"),
+    *("num_transformer_layers", "num_nextn_predict_layers", "depth"),
+)
+_MOST_LAYERS = 4096
 #: Likewise, but 0 says that there is none.
 _COUNTS_OR_NONE = ("head_dim", "max_position_embeddings", "sliding_window")
 #: Numbers above 0.
@@ -49,7 +56,24 @@ def cannot_load(model: str, reason: str) -> UnsupportedModelError:
     is_path = model.startswith(("/", ".", "~")) or model.count("/") > 1
     if is_path and not Path(model).exists():
         reason = "there is no such folder"  # and it is no name of the hub's either
-    return UnsupportedModelError(f"cannot load model {model!r} ({reason})", _REMEDY)
+    return UnsupportedModelError(
+        f"cannot load model {shown(model)} ({reason})", _REMEDY
+    )
+
+
+def checked_name(model: Any) -> str:
+    """What a model is called, a folder or a hub id, as text.
+
+    Raises:
+        UnsupportedModelError: if it is neither: nothing, or the model itself.
+    """
+    if not isinstance(model, str | Path):
+        raise UnsupportedModelError(
+            f"the model's name is of type {type(model).__name__}, no text", _REMEDY
+        )
+    if not str(model):
+        raise cannot_load("", "its name is empty")
+    return str(model)
 
 
 def first_line(error: BaseException) -> str:
@@ -97,6 +121,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise cannot_load(name, f"text_config {text!r} is no object")
     for part in (config, text or {}):
         _check_values(part, name)
+    for part in (config, *config.values()):
+        if isinstance(part, Mapping):
+            _check_layers(part, name)
     return config
 
 
@@ -137,6 +164,13 @@ def _check_values(config: Mapping[str, Any], model: str) -> None:
     for part in (quantization, *quantization.values()):
         if isinstance(part, Mapping):
             _check_quantization(part, model)
+
+
+def _check_layers(config: Mapping[str, Any], model: str) -> None:
+    for name in _LAYERS:
+        value = config.get(name)
+        if isinstance(value, int | float) and value > _MOST_LAYERS:
+            raise cannot_load(model, f"{name} {value} is over {_MOST_LAYERS} layers")
 
 
 def _check_quantization(values: Mapping[str, Any], model: str) -> None:

@@ -19,7 +19,12 @@ from mlx.utils import tree_flatten
 
 from ..atomic import replacing
 from ..entries import PromptCache
-from ..errors import FormatError, SpecError, TurboQuantError, UnsupportedError
+from ..errors import (
+    FormatError,
+    SpecError,
+    TurboQuantError,
+    UnsupportedError,
+)
 from ..regular import check_regular
 from . import hook, prompt_fit, prompt_headers
 from .model_folder import first_line
@@ -42,8 +47,14 @@ def save_prompt_cache(
 
     Raises:
         UnsupportedError: if the file would not hold all that a prompt left behind.
-        SpecError: if there can be no such file.
+        SpecError: if there can be no such file, or `load_prompt_cache` would refuse it.
     """
+    if not isinstance(cache, Sequence) or not cache:
+        raise SpecError(
+            f"{'an empty' if isinstance(cache, Sequence) else 'a'} "
+            f"{type(cache).__name__} is no prompt cache; give what "
+            "tq.make_prompt_cache or mlx-lm's make_prompt_cache returned"
+        )
     if isinstance(cache, PromptCache) and cache.unsaved:
         raise UnsupportedError(
             f"this prompt cache cannot be saved: {cache.unsaved}",
@@ -59,8 +70,13 @@ def save_prompt_cache(
     try:
         with replacing(file) as beside:
             host_cache.save_prompt_cache(str(beside), hook.labelled(cache), checked)
+            prompt_headers.check_container(beside)
     except (OSError, RuntimeError) as error:
         raise _cannot_write(path, error) from error
+    except ValueError as error:  # metadata of no texts, or of too many
+        raise _cannot_write(path, error, "keep less beside it, and texts alone") from (
+            error
+        )
 
 
 def checked_target(path: str | Path) -> Path:
@@ -103,8 +119,8 @@ def load_prompt_cache(
         metadata = dict(contents.metadata)
         checksum, sample = (metadata.pop(name, None) for name in _OURS)
         names = [hook.class_name(label) for label in contents.classes]
-        # mlx-lm's own files have none.
-        if checksum is not None and checksum != _checksum(names, contents.states):
+        is_ours = checksum is not None  # mlx-lm's own files have none
+        if is_ours and checksum != _checksum(names, contents.states):
             raise FormatError(
                 "it is damaged: its checksum is not that of what it holds"
             )
@@ -112,7 +128,7 @@ def load_prompt_cache(
             hook.cache_class(name).from_state(state)
             for name, state in zip(names, contents.states, strict=True)
         ]
-        if sample is not None:
+        if is_ours or sample is not None:
             prompt_fit.check_sample(cache, sample)
     except Exception as error:  # whatever a stranger's file makes of it
         other = _another(error) or "make it again with tq.save_prompt_cache"
@@ -146,7 +162,8 @@ def _existing(path: str | Path) -> Path:
     for file in named:
         if file.is_file():
             return file
-    _check_kinds(*named)
+        # A file beside a folder is not what the folder's name asks for.
+        _check_kinds(file)
     raise FileNotFoundError(2, "there is no such file", str(path))
 
 
@@ -172,8 +189,10 @@ def _with_suffix(path: str | Path) -> Path:
     return named.with_name(f"{named.name}.safetensors")
 
 
-def _cannot_write(path: str | Path, error: Exception) -> SpecError:
-    other = _another(error) or "name another file"
+def _cannot_write(
+    path: str | Path, error: Exception, other: str = "name another file"
+) -> SpecError:
+    other = _another(error) or other
     return SpecError(
         f"cannot write a prompt cache to {path} ({_reason(error)}); {other}"
     )

@@ -188,12 +188,21 @@ def sample(caches: Sequence[Any]) -> str:
     return json.dumps(decoded)
 
 
-def check_sample(caches: Sequence[Any], text: str) -> None:
+def check_sample(caches: Sequence[Any], text: str | None) -> None:
     """Make sure that codes still decode to what they did when they were saved.
 
+    Args:
+        caches: Of a file.
+        text: What `sample` said; None if the file does not say.
+
     Raises:
-        FormatError: without the file's name, if they do not.
+        FormatError: without the file's name, if they do not, or there are some and no
+            sample of them.
     """
+    if text is None:
+        if next(_decoded(caches), None) is not None:
+            raise FormatError("it has codes, and no sample of what they decode to")
+        return
     try:
         wanted = json.loads(text)
         pairs = list(zip(_decoded(caches), wanted, strict=True))

@@ -59,7 +59,7 @@ def read(path: Path) -> Contents:
         OSError: if it cannot be read.
         RuntimeError: by MLX, likewise.
     """
-    _check_container(path)
+    check_container(path)
     loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
     arrays, texts = loaded
     metadata, classes, kinds = _texts(texts)
@@ -77,8 +77,13 @@ def read(path: Path) -> Contents:
     return Contents(metadata, classes, [_tree(tree) for tree in trees])
 
 
-def _check_container(path: Path) -> None:
-    """The container's own header, before MLX believes it."""
+def check_container(path: Path) -> None:
+    """The container's own header, before MLX believes it; and behind what was written.
+
+    Raises:
+        FormatError: without the path, if it is none, or larger than is read.
+        OSError: if the file cannot be read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

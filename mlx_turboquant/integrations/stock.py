@@ -15,12 +15,15 @@ from typing import Any
 import mlx.nn as nn
 import mlx_lm.models.cache as host_cache
 
+from ..errors import SpecError, UnsupportedModelError, shown
 from . import vision
 
 #: mlx-lm's cache of all tokens, uncompressed.
 StockKVCache = host_cache.KVCache
 #: First tokens that mlx-lm's ``max_kv_size`` never drops.
 BOUNDED_KEEP = 4
+#: MLX counts an axis in 32 bits.
+_MOST_TOKENS = 2**31 - 1
 
 
 def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
@@ -30,7 +33,12 @@ def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
         model: A model loaded by mlx-lm or mlx-vlm.
         max_kv_size: Tokens to keep at most in caches that would keep all. Unlike
             mlx-lm, which ignores it there, models that make their own caches obey.
+
+    Raises:
+        UnsupportedModelError: as `check_model`.
+        SpecError: for another ``max_kv_size``.
     """
+    check_model(model)
     model = vision.language_model(model)
     make_cache = getattr(model, "make_cache", None)
     make_cache = getattr(make_cache, "stock", make_cache)
@@ -44,8 +52,29 @@ def stock_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
     return caches if max_kv_size is None else bound(caches, max_kv_size)
 
 
+def check_model(model: Any) -> None:
+    """Make sure that it is a model, not what a model comes with or is called.
+
+    Raises:
+        UnsupportedModelError: if it is not.
+    """
+    if not callable(getattr(model, "modules", None)):  # what wraps a model has them
+        raise UnsupportedModelError(
+            f"what is of type {type(model).__name__} is no model",
+            "pass the model alone, the first of what tq.load or mlx_lm.load returns",
+        )
+
+
 def bound(caches: Iterable[Any], max_kv_size: int) -> list[Any]:
-    """The caches, with a window of ``max_kv_size`` tokens for every plain one."""
+    """The caches, with a window of ``max_kv_size`` tokens for every plain one.
+
+    Raises:
+        SpecError: if that is no number of tokens.
+    """
+    if type(max_kv_size) is not int or not 1 <= max_kv_size <= _MOST_TOKENS:
+        raise SpecError(
+            f"max_kv_size {shown(max_kv_size)} is no whole number in 1..{_MOST_TOKENS}"
+        )
 
     def bounded(leaf: Any) -> Any:
         if not is_plain(leaf):

@@ -20,7 +20,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 from ..errors import SpecError, UnsupportedError, UnsupportedModelError
 from ..regular import check_regular
 from .loading import cast_for_device, check_adapters
-from .model_folder import check_files, first_line, read_config
+from .model_folder import check_files, checked_name, first_line, read_config
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def load(
         UnsupportedModelError: if there is no such model or mlx-vlm cannot load it.
     """
     _check_installed()
+    model = checked_name(model)
     from mlx_vlm import load as host_load
     from transformers import logging
 

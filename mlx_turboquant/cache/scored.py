@@ -32,8 +32,10 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
     each step that would see more.
 
     Args:
-        spec, max_size, slot: As for `RotatingTurboQuantCache`.
+        spec: What to store; ``keep`` tokens are part of its sink.
+        max_size: Tokens a step sees, itself included.
         keep: First tokens that are never forgotten, as all of the sink here.
+        slot: Its place among the layers whose bits are chosen together; alone if None.
 
     Raises:
         SpecError: as `RotatingTurboQuantCache`.

@@ -12,49 +12,20 @@ On the bundled model a few minutes on a GPU, half an hour on two CPU cores.
 from __future__ import annotations
 
 import argparse
-import copy
 import platform
-from collections.abc import Callable
-from typing import Any
 
 import mlx_turboquant as tq  # isort: skip
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm.utils import dequantize_model
 
-from mlx_turboquant.evals import needles, text
-from mlx_turboquant.evals.caches import stored_bits
-from mlx_turboquant.integrations.stock import stock_caches
+from mlx_turboquant.evals import needles, scoring, text
+from mlx_turboquant.evals.caches import cache_factory
 
-LENGTH, NEEDLE_LENGTH, TAIL, PREFILL, DEPTHS = 4096, 3500, 512, 512, 6
+LENGTH, NEEDLE_LENGTH, DEPTHS = 4096, 3500, 6
+PLAN = tq.EvalPlan(lengths=(LENGTH,), scored=512, stepped=0, chunk=16)
 #: Windows that the shares of `page_scores` were chosen on, and that are left out.
 SEEN = 5
-Maker = Callable[[], list[Any]]
-
-
-def score(model: nn.Module, tokens: list[int], cache: list[Any]) -> mx.array:
-    """Of the last `TAIL` tokens, read 16 at a time."""
-    ids = mx.array(tokens)[None]
-    needles.read(model, tokens[:-TAIL], cache, PREFILL)
-    rows = []
-    for start in range(len(tokens) - TAIL, len(tokens), 16):
-        logits = model(ids[:, start : start + 16], cache=cache)[0].astype(mx.float32)
-        rows.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(rows[-1])
-    return mx.concatenate(rows)
-
-
-def found(model: nn.Module, tokenizer: Any, tokens: list[int], make: Maker) -> int:
-    """How many of `DEPTHS` facts are found, each asked of a copy of the cache."""
-    text_ids, questions = needles.haystack(tokenizer, tokens, DEPTHS)
-    cache, count = make(), 0
-    needles.read(model, text_ids, cache, PREFILL)
-    for _, question, code in questions:
-        asked = needles.ids_of(tokenizer, question)
-        answer = needles.continuation(model, asked, copy.deepcopy(cache), 10)
-        count += code in tokenizer.decode(answer).replace(" ", "")
-    return count
 
 
 def unseen(windows: list[list[int]], count: int) -> list[list[int]]:
@@ -85,35 +56,41 @@ def main() -> None:
         unseen(text.windows(books, tokenizer, length, 4 * args.windows), args.windows)
         for length in (LENGTH, NEEDLE_LENGTH)
     )
-    exact = [score(model, w, stock_caches(model)) for w in windows]
+    exact = cache_factory("fp", model)
+    references = [scoring.reference(model, w, exact, PLAN) for w in windows]
     print(f"# MLX {mx.__version__}, {mx.default_device()}, {platform.machine()}")
-    print(f"# {args.model}: {LENGTH} tokens, {TAIL} scored; facts in {NEEDLE_LENGTH}")
+    print(
+        f"# {args.model}: {LENGTH} tokens, {PLAN.tail} scored; facts in {NEEDLE_LENGTH}"
+    )
     print(f"{'cache':34} {'tokens':>6} {'KLD':>8}  by window {'':72} facts      MB")
 
-    def row(name: str, size: int | None, make: Maker) -> None:
+    def row(name: str, cache: str, size: int | None) -> None:
+        make = cache_factory(cache, model, max_kv_size=size)
         divergences = []
-        for window, rows in zip(windows, exact, strict=True):
-            cache = make()
-            got = score(model, window, cache)
-            kld = mx.mean(mx.sum(mx.exp(rows) * (rows - got), axis=-1))
-            divergences.append(float(kld))
-        held = stored_bits(cache)[0] / 8e6
-        facts = [found(model, tokenizer, h, make) for h in haystacks]
+        for window, rows in zip(windows, references, strict=True):
+            (span,) = scoring.score(model, window, make, PLAN, rows)
+            divergences.append(sum(span["kld"]) / len(span["kld"]))
+        held = span["bits"] / 8e6
+        facts = [
+            answer["found"]
+            for text_ids in haystacks
+            for answer in needles.retrieve(
+                model, tokenizer, text_ids, make, DEPTHS, PLAN.prefill
+            )
+        ]
         by_window = " ".join(f"{kld:.5f}" for kld in divergences)
         mean = sum(divergences) / len(divergences)
-        of = f"{sum(facts)}/{DEPTHS * len(facts)}"
+        of = f"{sum(facts)}/{len(facts)}"
         cells = f"{size or LENGTH:6} {mean:8.5f}  {by_window:82} {of:>6} {held:7.2f}"
         print(f"{name:34} {cells}", flush=True)
 
-    row("uncompressed", None, lambda: stock_caches(model))
+    row("uncompressed", "fp", None)
     for size in args.sizes:
-        row("mlx-lm --max-kv-size", size, lambda s=size: stock_caches(model, s))
+        row("mlx-lm --max-kv-size", "fp", size)
         for spec in args.specs:
             for evict in ("sliding", "score"):
-                full = f"{spec},evict={evict}"
-                row(
-                    full, size, lambda s=size, f=full: tq.make_prompt_cache(model, f, s)
-                )
+                name = f"{spec},evict={evict}"
+                row(name, name, size)
 
 
 if __name__ == "__main__":

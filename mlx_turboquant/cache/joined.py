@@ -18,7 +18,6 @@ from ..batch_handles import CompressedBatch
 from ..page_table import Moved
 from ..segments import PreparedSteps, RowTokens
 from .layer import TurboQuantCache
-from .scored import ScoredTurboQuantCache
 from .sliding import RotatingTurboQuantCache
 
 #: Tokens that the buffer has room for when it is laid out.
@@ -36,11 +35,9 @@ def kind_of(row: TurboQuantCache) -> Hashable | None:
         return None
     backend = row._quantizers.choice.backend
     keys = row._tokens.recent.arrays["keys"]
-    if not backend.joins or keys.shape[0] != 1:
+    if not backend.joins or keys.shape[0] != 1 or row._wants_all_queries:
         return None
     window = None
-    if isinstance(row, ScoredTurboQuantCache):
-        return None  # it wants to see its own queries
     if isinstance(row, RotatingTurboQuantCache):
         window = row.max_size, row.keep
     spec, kind = row.spec, row._quantizers.kind

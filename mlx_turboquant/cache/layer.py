@@ -57,6 +57,7 @@ class TurboQuantCache(SequenceCache):
     _shelf: PoolShelf | None = None
     #: Numbers in its header that tell its kind.
     _header_marks: ClassVar[Sequence[str]] = ()
+    _wants_all_queries: ClassVar[bool] = False  # not only those of its first page
     to_batch: ClassVar[Callable[..., Any]]
 
     def __init__(
@@ -142,9 +143,9 @@ class TurboQuantCache(SequenceCache):
         if sides is None:
             raise ValueError("no token was stored yet; update_and_fetch comes first")
         # Queries are wanted until they have set the gains.
-        observer = None if self._schedule.is_calibrated else self
+        wants = self._wants_all_queries or not self._schedule.is_calibrated
         return self._tokens.handles(
-            sides, self._hidden, self._backend, self._prepared, observer
+            sides, self._hidden, self._backend, self._prepared, self if wants else None
         )
 
     def observe_queries(self, q: mx.array, scale: float) -> None:

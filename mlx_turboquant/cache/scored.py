@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..segments import CompressedTokens
 from . import state as saved
 from .page_scores import QUERIES, kept_pages
 from .protocol import make_mask
@@ -45,6 +44,7 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
     """
 
     _header_marks = ("max_size", "scored")
+    _wants_all_queries = True
 
     def _clear(self) -> None:
         super()._clear()
@@ -53,7 +53,7 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
 
     def make_room(self) -> None:
         """Forget the pages that score least, until a step sees under ``max_size``."""
-        if self._excess() <= 0 or self.empty():
+        if self._excess() <= 0:
             return
         if self.offset >= self._schedule.next_page_at:
             self._pack()
@@ -94,12 +94,6 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
     def _excess(self) -> int:
         return self._tokens.length - (self.max_size - 1)
 
-    def compressed(self) -> tuple[CompressedTokens, CompressedTokens]:
-        """Handles over everything stored, whose queries this cache wants to see."""
-        keys, values = super().compressed()
-        keys.observer = self
-        return keys, values
-
     def observe_queries(self, q: mx.array, scale: float) -> None:
         """See the queries of the step just stored: the latest score the pages.
 
@@ -114,11 +108,9 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
             q = mx.contiguous(q[:, :, -QUERIES:])
             cast(Any, mx.async_eval)(q)
         self._queries.append(q)
-        while (
-            sum(seen.shape[2] for seen in self._queries) - QUERIES
-            >= (self._queries[0].shape[2])
-        ):
-            self._queries.popleft()
+        more = sum(seen.shape[2] for seen in self._queries) - QUERIES
+        while more >= self._queries[0].shape[2]:
+            more -= self._queries.popleft().shape[2]
 
     def size(self) -> int:
         """Tokens that the next step could see, at most ``max_size``."""
@@ -128,10 +120,6 @@ class ScoredTurboQuantCache(RotatingTurboQuantCache):
         """Tokens that a step's attention shows besides its own."""
         self.make_room()
         return self._tokens.length
-
-    def is_trimmable(self) -> bool:
-        """Whether nothing was forgotten yet."""
-        return not self._evicted_pages and super().is_trimmable()
 
     def make_mask(
         self, n: int, return_array: bool = False, window_size: int | None = None
